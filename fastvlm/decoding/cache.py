@@ -1,0 +1,93 @@
+"""The cross-attention cache of a patched model: K/V once per image, never expanded or reordered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from fastvlm.layout import Layout
+
+
+class SharedCrossLayer(DynamicLayer):
+    """Cross K/V of one decoder layer, packed [Tk, Hkv, D], whatever the number of readers.
+
+    Beams of an image only change places among themselves, so reordering has nothing to do.
+    ``keys`` and ``values`` are transformers' view of it: [images, Hkv, length, D].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: tuple[Tensor, Tensor] | None = None
+        self.layout: Layout | None = None
+
+    def fill(self, k: Tensor, v: Tensor, layout: Layout) -> None:
+        self.packed, self.layout = (k, v), layout
+        self.dtype, self.device = k.dtype, k.device
+        self.is_initialized = True
+
+    def _padded(self, which: int) -> Tensor | None:
+        if self.packed is None or self.layout is None:
+            return None
+        return self.layout.unpack_kv(self.packed[which]).transpose(1, 2)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._padded(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise TypeError("fastvlm: a shared cross-attention layer is filled with fill()")
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._padded(1)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise TypeError("fastvlm: a shared cross-attention layer is filled with fill()")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("fastvlm: a shared cross-attention layer is filled with fill()")
+
+    def get_seq_length(self) -> int:
+        if self.layout is None or self.layout.kv_padding is None:
+            return 0
+        return self.layout.kv_padding.length
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        pass
+
+    def reset(self) -> None:
+        self.packed = self.layout = None
+        self.is_initialized = False
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        pass
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError(
+            "fastvlm: rows of a shared cross-attention cache cannot be selected one by one; "
+            "decode this batch with fastvlm.unpatch(model)"
+        )
+
+
+def share(cross: Cache) -> None:
+    """Turn a still empty cross-attention cache into a shared one, in place."""
+    cross.layers = []
+    cross.layer_class_to_replicate = SharedCrossLayer
+
+
+def is_shared(cross: Cache) -> bool:
+    return cross.layer_class_to_replicate is SharedCrossLayer
+
+
+def layer_of(cross: Cache, index: int) -> SharedCrossLayer:
+    while len(cross.layers) <= index:
+        cross.layers.append(SharedCrossLayer())
+    layer: SharedCrossLayer = cross.layers[index]
+    return layer

@@ -1,0 +1,39 @@
+"""The linear projection as a module, and the question whether a module may be bypassed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastvlm import ops
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` over `fastvlm.ops.linear`: same parameters, same results.
+
+    A few rows without gradients (a decoding step) stream the weight once; everything else is
+    PyTorch's own product.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+def is_plain(module: object) -> bool:
+    """Whether a fused kernel may read module.weight and module.bias instead of calling it.
+
+    False for an adapter (PEFT), a quantized or parametrized layer, a hook, a DTensor: then the
+    module must be called.
+    """
+    cls = type(module)
+    if vars(cls).get("_fastvlm_base", cls) not in (nn.Linear, Linear):
+        return False
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return False
+    return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]

@@ -1,0 +1,101 @@
+"""The decoder MLPs as modules with the parameter names of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlm import ops
+from fastvlm.nn.linear import Linear, is_plain
+
+
+def gelu_kind(act: Callable[[Tensor], Tensor]) -> str | None:
+    """ "none" for the exact GELU, "tanh" for its tanh form, None for any other function.
+
+    Decided by evaluating it, since the same function goes by many class names.
+    """
+    x = torch.linspace(-4, 4, 65, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            y = act(x)
+    except (RuntimeError, TypeError):
+        return None
+    for kind in ("none", "tanh"):
+        if y.shape == x.shape and torch.allclose(y, F.gelu(x, approximate=kind), atol=1e-9):
+            return kind
+    return None
+
+
+class GegluMLP(nn.Module):
+    """down_proj(gelu(gate_proj x) * up_proj x), the MLP of Gemma-2 and T5Gemma (arXiv 2002.05202).
+
+    State: ``gate_proj.weight``, ``up_proj.weight`` [intermediate, hidden], ``down_proj.weight``
+    [hidden, intermediate]. Projections that carry an adapter or a hook are called, not bypassed.
+    """
+
+    approximate: str = "tanh"
+
+    def __init__(self, hidden_size: int, intermediate_size: int, approximate: str = "tanh"):
+        super().__init__()
+        self.approximate = approximate
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        dropout = getattr(self, "dropout", None)
+        drops = dropout is not None and self.training and dropout.p > 0
+        bias = gate.bias, up.bias, down.bias
+        if bias == (None, None, None) and not drops and all(map(is_plain, (gate, up, down))):
+            return ops.geglu_mlp(
+                x, gate.weight, up.weight, down.weight, approximate=self.approximate
+            )
+        hidden = F.gelu(gate(x), approximate=self.approximate) * up(x)
+        return down(dropout(hidden) if dropout is not None else hidden)
+
+
+def gelu_mlp(
+    x: Tensor, fc1: nn.Module, fc2: nn.Module, approximate: str, dropout_p: float
+) -> Tensor:
+    """fc2(dropout(gelu(fc1 x))) in one op where both layers may be bypassed, called otherwise."""
+    if is_plain(fc1) and is_plain(fc2):
+        return ops.gelu_mlp(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            approximate=approximate,
+            dropout_p=dropout_p,
+        )
+    hidden = F.gelu(fc1(x), approximate=approximate)
+    return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
+
+
+class GeluMLP(nn.Module):
+    """fc2(dropout(gelu(fc1 x))), the MLP of BART and Florence-2.
+
+    State: ``fc1.weight`` [intermediate, hidden], ``fc1.bias``, ``fc2.weight`` [hidden,
+    intermediate], ``fc2.bias``. activation_dropout applies in training mode only.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        approximate: str = "none",
+        activation_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.approximate = approximate
+        self.activation_dropout = activation_dropout
+        self.fc1 = Linear(hidden_size, intermediate_size)
+        self.fc2 = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.activation_dropout if self.training else 0.0
+        return gelu_mlp(x, self.fc1, self.fc2, self.approximate, p)

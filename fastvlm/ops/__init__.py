@@ -1,0 +1,22 @@
+"""The ops: public function, checks, dispatch to a backend, autograd."""
+
+from fastvlm.ops.attention import cached_attention, cross_attention, self_attention
+from fastvlm.ops.loss import linear_cross_entropy, linear_topk
+from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear
+from fastvlm.ops.norm import residual_layer_norm, residual_rms_norm, rms_norm
+from fastvlm.ops.rope import rope
+
+__all__ = [
+    "cached_attention",
+    "cross_attention",
+    "geglu_mlp",
+    "gelu_mlp",
+    "linear",
+    "linear_cross_entropy",
+    "linear_topk",
+    "residual_layer_norm",
+    "residual_rms_norm",
+    "rms_norm",
+    "rope",
+    "self_attention",
+]

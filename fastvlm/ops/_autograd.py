@@ -1,0 +1,43 @@
+"""What every op's public function does around its schema: autocast, gradients wanted, seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as matmuls get."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def autocast_wide(*tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors in float32 where autocast is on, as PyTorch's own layer_norm gets them."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return tuple(t.float() if t.dtype != torch.float64 else t for t in tensors)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def seed_for(x: Tensor, dropout_p: float) -> Tensor | None:
+    """A seed from the device's default generator: torch.manual_seed and checkpoints govern it."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
+
+
+def wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    """None in place of the empty tensors that stand for gradients nobody asked for."""
+    return [g if need else None for g, need in zip(grads, needs)]

@@ -1,0 +1,265 @@
+"""Attention over packed rows: cross_attention, self_attention, cached_attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvlm import checks
+from fastvlm.layout import Layout
+from fastvlm.ops._autograd import autocast, needs_grad, seed_for, wanted
+from fastvlm.ops.dispatch import define
+from fastvlm.reference import attention as reference
+
+_SHAPE = (
+    "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? seed, int max_q, int max_kv, "
+    "bool causal, int window, float scale, float softcap, float dropout_p"
+)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_empty(q.shape[:2], dtype=reference.compute_dtype(q))
+    return out, lse
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    return tuple(
+        torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
+    )
+
+
+def _define(name: str) -> tuple[Any, Any]:
+    forward = define(
+        name,
+        f"(Tensor q, Tensor k, Tensor v, {_SHAPE}) -> (Tensor, Tensor)",
+        reference.attention,
+        _fake,
+    )
+    backward = define(
+        f"{name}_backward",
+        f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SHAPE}, "
+        "bool[3] needs) -> (Tensor, Tensor, Tensor)",
+        reference.attention_backward,
+        _fake_backward,
+    )
+    return forward, backward
+
+
+_CROSS = _define("cross_attention")
+_SELF = _define("self_attention")
+_CACHED = define(
+    "cached_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? ancestry, int window, "
+    "float scale, float softcap) -> Tensor",
+    reference.cached_attention,
+    lambda q, k_cache, v_cache, *rest: q.new_empty(*q.shape[:2], v_cache.shape[3]),
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ops: tuple[Any, Any], q: Tensor, k: Tensor, v: Tensor, seed: Any, *rest: Any
+    ) -> Tensor:
+        q_offsets, kv_offsets, image_of, *settings = rest
+        out, lse = ops[0](q, k, v, q_offsets, kv_offsets, image_of, seed, *settings)
+        ctx.save_for_backward(q, k, v, out, lse, q_offsets, kv_offsets, image_of, seed)
+        ctx.backward_op, ctx.settings = ops[1], settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, q_offsets, kv_offsets, image_of, seed = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1:4])
+        grads = ctx.backward_op(
+            grad_out, q, k, v, out, lse, q_offsets, kv_offsets, image_of, seed, *ctx.settings, needs
+        )
+        return (None, *wanted(grads, needs), *[None] * 11)
+
+
+def _run(
+    ops: tuple[Any, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    causal: bool,
+    window: int,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = autocast(q, k, v)
+    seed = seed_for(q, dropout_p)
+    offsets = (layout.q_offsets, layout.kv_offsets, layout.image_of)
+    settings = (layout.max_q, layout.max_kv, causal, window, scale, softcap, dropout_p)
+    if needs_grad(q, k, v):
+        out: Tensor = _Attention.apply(ops, q, k, v, seed, *offsets, *settings)
+        return out
+    return ops[0](q, k, v, *offsets, seed, *settings)[0]
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    checks.is_tensor(op, q=q, k=k, v=v)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"fastvlm.{op}: layout must be a Layout; got {checks.describe(layout)}")
+    checks.is_float(op, "q", q)
+    checks.same_kind(op, "q", q, k=k, v=v)
+    if q.device.type != "meta" and layout.device != q.device:
+        raise checks.fail(op, "layout", f"on the device of q ({q.device})", layout.device)
+    if q.dim() != 3:
+        raise checks.fail(op, "q", "of shape [tokens, heads, head_dim]", q)
+    checks.has_shape(op, "k", k, [None, None, q.shape[2]])
+    checks.has_shape(op, "v", v, [k.shape[0], k.shape[1], None])
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        wanted = f"of a number of heads that divides the {q.shape[1]} heads of q"
+        raise checks.fail(op, "k", wanted, k)
+    if q.shape[0] != layout.num_tokens:
+        raise checks.fail(op, "q", f"of {layout.num_tokens} rows, where layout's segments end", q)
+    if k.shape[0] != layout.num_kv_tokens:
+        raise checks.fail(op, "k", f"of {layout.num_kv_tokens} rows, where layout's images end", k)
+
+
+def _check_window(op: str, window: int | None) -> int:
+    """0 stands for no window inside the schemas."""
+    if window is None:
+        return 0
+    if not isinstance(window, int) or window <= 0:
+        raise checks.fail(op, "window", "a whole number above 0, or None", window)
+    return window
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention of caption rows to the tokens of the image that each caption reads.
+
+    Not causal, so all readers of an image (captions, languages, beams) are just more query rows
+    against one copy of its K/V; the same call trains, prefills and decodes.
+
+    q: [Tq, H, D]. k, v: [Tk, Hkv, D], H a multiple of Hkv. float32, bfloat16, float16, one dtype.
+    layout: which rows form a segment and which image it reads (`Layout`), on q's device.
+    scale: multiplies q.k; default D ** -0.5. softcap: scores become softcap * tanh(score / softcap)
+    (Gemma-2, arXiv 2408.00118). dropout_p: of the attention probabilities, in [0, 1).
+
+    Returns [Tq, H, D] in q's dtype; zeros for a row whose image has no token. Gradients for q, k
+    and v; dK and dV are sums over all readers of an image, deterministic. A second derivative is
+    refused (``once_differentiable``).
+
+    Raises TypeError for what is no tensor or Layout, ValueError for shapes, dtypes, devices and
+    numbers that do not fit; the message names the argument.
+    """
+    _check("cross_attention", q, k, v, layout)
+    cap = checks.softcap_value("cross_attention", softcap)
+    dropout_p = checks.probability("cross_attention", "dropout_p", dropout_p)
+    return _run(_CROSS, q, k, v, layout, False, 0, scale, cap, dropout_p)
+
+
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention inside each packed segment; no row sees another segment.
+
+    q: [T, H, D]. k, v: [T, Hkv, D], H a multiple of Hkv. float32, bfloat16, float16, one dtype.
+    layout: the segments; each must read itself (`Layout.from_padded(mask)`,
+    `Layout.from_lengths(lengths)`).
+    causal: row r sees keys 0..r of its segment. window w: only keys less than w away (sliding
+    window; with causal the last w keys, the row's own included). scale, softcap, dropout_p and
+    errors: as in `cross_attention`. A second derivative is refused (``once_differentiable``).
+
+    Returns [T, H, D] in q's dtype.
+    """
+    _check("self_attention", q, k, v, layout)
+    if layout.num_images != layout.num_segments or layout.num_tokens != layout.num_kv_tokens:
+        raise checks.fail("self_attention", "layout", "one whose segments read themselves", layout)
+    cap = checks.softcap_value("self_attention", softcap)
+    dropout_p = checks.probability("self_attention", "dropout_p", dropout_p)
+    w = _check_window("self_attention", window)
+    return _run(_SELF, q, k, v, layout, bool(causal), w, scale, cap, dropout_p)
+
+
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    ancestry: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One new token per row against a cache that is never reordered: a decoding step.
+
+    q: [R, H, D]. k_cache, v_cache: [N, T, Hkv, D], any strides (transformers' [N, Hkv, T, D] is
+    ``.transpose(1, 2)`` of it). lengths: int32 or int64 [R], the positions filled for each row, the
+    new one included. ancestry: int32 [R, T], the cache row that holds each position of each row,
+    so that a beam search copies no cache; a negative entry is a position that the row does not see
+    (padding). Without it row r reads cache row r, and N must be R or more.
+    window w: only the last w positions. scale, softcap: as in `cross_attention`.
+
+    Returns [R, H, D] in q's dtype; zeros for a row with no visible position. Decoding only: with
+    gradients on and an input that wants one, the differentiable reference serves.
+
+    Raises TypeError or ValueError; the message names the argument. Values of lengths and ancestry
+    are trusted (checking them would wait for the device).
+    """
+    op = "cached_attention"
+    checks.is_tensor(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    checks.is_float(op, "q", q)
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    checks.same_kind(op, "q", q, k_cache=k_cache, v_cache=v_cache)
+    if q.dim() != 3:
+        raise checks.fail(op, "q", "of shape [rows, heads, head_dim]", q)
+    checks.has_shape(op, "k_cache", k_cache, [None, None, None, q.shape[2]])
+    checks.has_shape(op, "v_cache", v_cache, [*k_cache.shape[:3], None])
+    if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
+        wanted = f"of a number of heads that divides the {q.shape[1]} heads of q"
+        raise checks.fail(op, "k_cache", wanted, k_cache)
+    checks.has_shape(op, "lengths", lengths, [q.shape[0]])
+    for name, tensor in (("lengths", lengths), ("ancestry", ancestry)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise checks.fail(op, name, "int32 or int64", tensor)
+        if tensor.device != q.device:
+            raise checks.fail(op, name, f"on the device of q ({q.device})", tensor)
+    if ancestry is not None:
+        checks.has_shape(op, "ancestry", ancestry, [q.shape[0], k_cache.shape[1]])
+        ancestry = ancestry.to(torch.int32)
+    elif k_cache.shape[0] < q.shape[0]:
+        raise checks.fail(op, "k_cache", f"of {q.shape[0]} rows or more, as q", k_cache)
+    settings = (
+        _check_window(op, window),
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        checks.softcap_value(op, softcap),
+    )
+    arguments = (q, k_cache, v_cache, lengths.to(torch.int32), ancestry, *settings)
+    if needs_grad(q, k_cache, v_cache):
+        return reference.cached_attention(*arguments)
+    return _CACHED(*arguments)

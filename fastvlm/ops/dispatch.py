@@ -1,0 +1,133 @@
+"""One schema per op, one place that decides which backend runs it.
+
+Every op is a schema in the namespace ``fastvlm``, defined here in Python so that it stands without
+any extension. ``CompositeExplicitAutograd`` holds the reference; a faster backend is a ``Kernel``
+registered for its device, asked at each call whether it can serve these arguments. It answers with
+a reason when it cannot, and the reference serves: the same reasons are what
+``python -m fastvlm env`` prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("fastvlm", "FRAGMENT")
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+DEVICE_OF = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+
+
+class BackendError(RuntimeError):
+    """A backend was forced with ``fastvlm.use`` and cannot serve the call."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A backend's implementation of one op.
+
+    unavailable() says why the backend cannot be used on this machine at all, unsupported(*args)
+    why it cannot serve one call; both give None when it can.
+    """
+
+    backend: str
+    run: Callable[..., Any]
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[..., str | None]
+
+
+@dataclass
+class Op:
+    name: str
+    reference: Callable[..., Any]
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+_forced: str | None = None
+
+
+def define(
+    name: str,
+    signature: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> torch._ops.OpOverload:
+    """Define ``fastvlm::name`` with its reference and its fake (shape-only) implementation."""
+    _LIBRARY.define(name + signature)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastvlm::{name}", fake, lib=_LIBRARY)
+    OPS[name] = Op(name, reference)
+    return getattr(torch.ops.fastvlm, name).default
+
+
+def register(name: str, kernel: Kernel) -> None:
+    """Put a backend's kernel under an op that is already defined."""
+    op = OPS[name]
+    device = DEVICE_OF[kernel.backend]
+    fresh = not any(DEVICE_OF[other] == device for other in op.kernels)
+    op.kernels[kernel.backend] = kernel
+    if fresh:
+        candidates = [backend for backend in DEVICE_OF if DEVICE_OF[backend] == device]
+        _LIBRARY.impl(name, _chooser(op, candidates), device)
+
+
+def _chooser(op: Op, candidates: list[str]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        reasons = []
+        if _forced != "reference":
+            for backend in candidates:
+                kernel = op.kernels.get(backend)
+                if kernel is None or _forced not in (None, backend):
+                    continue
+                reason = kernel.unavailable() or kernel.unsupported(*args)
+                if reason is None:
+                    return kernel.run(*args)
+                reasons.append(f"{backend}: {reason}")
+        if _forced in candidates:
+            why = "; ".join(reasons) or "it has no kernel for this op"
+            raise BackendError(f"fastvlm.{op.name} cannot run on backend {_forced!r}: {why}")
+        return op.reference(*args)
+
+    return run
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Force a backend for every op inside the ``with`` block, in the whole process.
+
+    backend: "reference" (plain PyTorch), "cpu" (C++), "triton" or "cuda". A call that the backend
+    cannot serve raises BackendError with the reason, instead of falling back; ops on the tensors of
+    another device are not affected. An unknown name raises ValueError.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        wanted = ", ".join(repr(b) for b in BACKENDS)
+        raise ValueError(f"fastvlm.use: backend must be one of {wanted}; got {backend!r}")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def status(device: str) -> list[tuple[str, str, str]]:
+    """For each public op: (name, backend that serves it on this device type, why not a better)."""
+    wanted = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    candidates = [backend for backend in DEVICE_OF if DEVICE_OF[backend] == wanted]
+    rows = []
+    for op in OPS.values():
+        reasons, chosen = [], "reference"
+        for backend in candidates:
+            kernel = op.kernels.get(backend)
+            reason = f"no {backend} kernel yet" if kernel is None else kernel.unavailable()
+            if reason is None:
+                chosen = backend
+                break
+            reasons.append(f"{backend}: {reason}")
+        rows.append((op.name, chosen, "; ".join(reasons)))
+    return rows

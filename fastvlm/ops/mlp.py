@@ -1,0 +1,227 @@
+"""The decoder MLPs, and the linear projection that a decoding step is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvlm import checks
+from fastvlm.ops._autograd import autocast, needs_grad, seed_for, wanted
+from fastvlm.ops.dispatch import define
+from fastvlm.reference import mlp as reference
+
+_GELU = ("none", "tanh")
+
+
+def _empty_grads(tensors: list[Tensor | None], x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t) if need and t is not None else x.new_empty(0)
+        for t, need in zip(tensors, needs)
+    )
+
+
+_LINEAR = define(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference.linear,
+    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+)
+_GELU_MLP = define(
+    "gelu_mlp",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, bool tanh, "
+    "float dropout_p, bool keep) -> (Tensor, Tensor)",
+    reference.gelu_mlp,
+    lambda x, w1, b1, w2, b2, seed, tanh, p, keep: (
+        x.new_empty(x.shape[0], w2.shape[0]),
+        x.new_empty(x.shape[0], w1.shape[0]) if keep else x.new_empty(0),
+    ),
+)
+_GELU_MLP_BACKWARD = define(
+    "gelu_mlp_backward",
+    "(Tensor grad_out, Tensor x, Tensor pre, Tensor w1, Tensor w2, Tensor? seed, bool tanh, "
+    "float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.gelu_mlp_backward,
+    lambda g, x, pre, w1, w2, seed, tanh, p, needs: _empty_grads(
+        [x, w1, x.new_empty(w1.shape[0]), w2, x.new_empty(w2.shape[0])], x, needs
+    ),
+)
+_GEGLU_MLP = define(
+    "geglu_mlp",
+    "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.geglu_mlp,
+    lambda x, w_gate, w_up, w_down, tanh, keep: (
+        x.new_empty(x.shape[0], w_down.shape[0]),
+        *(x.new_empty(x.shape[0], w.shape[0]) if keep else x.new_empty(0) for w in (w_gate, w_up)),
+    ),
+)
+_GEGLU_MLP_BACKWARD = define(
+    "geglu_mlp_backward",
+    "(Tensor grad_out, Tensor x, Tensor gate, Tensor up, Tensor w_gate, Tensor w_up, "
+    "Tensor w_down, bool tanh, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.geglu_mlp_backward,
+    lambda g, x, gate, up, w_gate, w_up, w_down, tanh, needs: _empty_grads(
+        [x, w_gate, w_up, w_down], x, needs
+    ),
+)
+
+
+class _GeluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any, *rest: Any) -> Tensor:
+        seed, *settings = rest
+        out, pre = _GELU_MLP(x, w1, b1, w2, b2, seed, *settings, True)
+        ctx.save_for_backward(x, pre, w1, w2, seed)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        needs = list(ctx.needs_input_grad[:5])
+        grads = _GELU_MLP_BACKWARD(grad_out, *ctx.saved_tensors, *ctx.settings, needs)
+        return (*wanted(grads, needs), None, None, None)
+
+
+class _GegluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_gate: Any, w_up: Any, w_down: Any, tanh: bool) -> Tensor:
+        out, gate, up = _GEGLU_MLP(x, w_gate, w_up, w_down, tanh, True)
+        ctx.save_for_backward(x, gate, up, w_gate, w_up, w_down)
+        ctx.tanh = tanh
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        needs = list(ctx.needs_input_grad[:4])
+        grads = _GEGLU_MLP_BACKWARD(grad_out, *ctx.saved_tensors, ctx.tanh, needs)
+        return (*wanted(grads, needs), None)
+
+
+def _check_weights(op: str, x: Tensor, **weights: tuple[Tensor | None, list[int | None]]) -> None:
+    checks.is_tensor(op, x=x)
+    checks.is_float(op, "x", x)
+    if x.dim() == 0:
+        raise checks.fail(op, "x", "of shape [..., features]", x)
+    for name, (weight, shape) in weights.items():
+        if weight is None:
+            continue
+        checks.is_tensor(op, **{name: weight})
+        checks.has_shape(op, name, weight, shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _width(weight: object, dim: int) -> int | None:
+    return weight.shape[dim] if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: `torch.nn.functional.linear`, made for a few rows.
+
+    x: [..., K]. weight: [N, K]. bias: [N] or None. One dtype. Returns [..., N].
+
+    On the CPU up to 16 rows stream the weight from memory once; more rows, and calls that want
+    gradients, are PyTorch's own product (differentiable to any order).
+
+    Raises TypeError or ValueError; the message names the argument.
+    """
+    op = "linear"
+    _check_weights(op, x, weight=(weight, [None, x.shape[-1]]), bias=(bias, [_width(weight, 0)]))
+    if needs_grad(x, weight, bias):
+        return F.linear(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
+    checks.same_kind(op, "x", x, weight=weight, bias=bias)
+    out: Tensor = _LINEAR(_rows(x), weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(gelu(x w1^T + b1)) w2^T + b2: the MLP of BART and Florence-2.
+
+    x: [..., K]. w1: [F, K], b1: [F] or None, w2: [N, F], b2: [N] or None. One dtype.
+    approximate: "none" for the exact (erf) GELU, "tanh" for its approximation (arXiv 1606.08415).
+    dropout_p: of the activation, in [0, 1).
+
+    Returns [..., N]. Backward keeps x w1^T + b1 [..., F] and recomputes the activation from it;
+    gradients only for what wants one. A second derivative is refused (``once_differentiable``).
+
+    Raises TypeError or ValueError; the message names the argument.
+    """
+    op = "gelu_mlp"
+    hidden = _width(w1, 0)
+    _check_weights(
+        op,
+        x,
+        w1=(w1, [None, x.shape[-1]]),
+        b1=(b1, [hidden]),
+        w2=(w2, [None, hidden]),
+        b2=(b2, [_width(w2, 0)]),
+    )
+    checks.choice(op, "approximate", approximate, _GELU)
+    dropout_p = checks.probability(op, "dropout_p", dropout_p)
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+    checks.same_kind(op, "x", x, w1=w1, b1=b1, w2=w2, b2=b2)
+    arguments = (
+        _rows(x), w1, b1, w2, b2, seed_for(x, dropout_p), approximate == "tanh", dropout_p
+    )  # fmt: skip
+    if needs_grad(x, w1, b1, w2, b2):
+        out: Tensor = _GeluMlp.apply(*arguments)
+    else:
+        out, _ = _GELU_MLP(*arguments, False)
+    return out.view(*x.shape[:-1], w2.shape[0])
+
+
+def geglu_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    approximate: str = "tanh",
+) -> Tensor:
+    """(gelu(x w_gate^T) * x w_up^T) w_down^T: the gated MLP of Gemma-2 and T5Gemma.
+
+    x: [..., K]. w_gate, w_up: [F, K]. w_down: [N, F]. One dtype. approximate: as in `gelu_mlp`;
+    Gemma uses "tanh". GeGLU: arXiv 2002.05202.
+
+    Returns [..., N]. Backward keeps the two projections [..., F] and recomputes the activation and
+    the product; gradients only for what wants one. A second derivative is refused
+    (``once_differentiable``).
+
+    Raises TypeError or ValueError; the message names the argument.
+    """
+    op = "geglu_mlp"
+    hidden = _width(w_gate, 0)
+    _check_weights(
+        op,
+        x,
+        w_gate=(w_gate, [None, x.shape[-1]]),
+        w_up=(w_up, [hidden, x.shape[-1]]),
+        w_down=(w_down, [None, hidden]),
+    )
+    checks.choice(op, "approximate", approximate, _GELU)
+    x, w_gate, w_up, w_down = autocast(x, w_gate, w_up, w_down)
+    checks.same_kind(op, "x", x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    tanh = approximate == "tanh"
+    if needs_grad(x, w_gate, w_up, w_down):
+        out: Tensor = _GegluMlp.apply(_rows(x), w_gate, w_up, w_down, tanh)
+    else:
+        out, _, _ = _GEGLU_MLP(_rows(x), w_gate, w_up, w_down, tanh, False)
+    return out.view(*x.shape[:-1], w_down.shape[0])

@@ -1,0 +1,1 @@
+"""Patches that put the modules into transformers' models."""

@@ -1,0 +1,109 @@
+"""What the attention modules of all families share: projected heads in, attended heads out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from fastvlm import ops
+from fastvlm.decoding import cache as shared
+from fastvlm.patching.layouts import Layouts
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def self_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layouts: Layouts,
+    cache: Any,
+    layer_idx: int,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """q [B, L, H, D], k, v [B, L, Hkv, D] -> [B, L, H * D]; appends to a cache."""
+    if cache is not None:
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+        if layouts.rows is None:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            filled = keys.shape[1]
+            lengths = torch.full((q.shape[0],), filled, dtype=torch.int32, device=q.device)
+            visible = layouts.visible
+            if visible is not None:
+                visible = visible[:, -filled:]
+            out = ops.cached_attention(
+                q[:, 0],
+                keys,
+                values,
+                lengths,
+                ancestry=visible,
+                window=window,
+                scale=scale,
+                softcap=softcap,
+            )
+            return out.flatten(1).unsqueeze(1)
+    rows = layouts.rows
+    assert rows is not None  # a decoding step always has a cache
+    out = ops.self_attention(
+        rows.pack(q),
+        rows.pack(k),
+        rows.pack(v),
+        rows,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+    return rows.unpack(out.flatten(1))
+
+
+def cross_attend(
+    module: nn.Module,
+    q: Tensor,
+    encoder_states: Tensor,
+    layouts: Layouts,
+    cache: Any,
+    *,
+    softcap: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """q [R, L, H, D] against the encoder's [I, S, d] -> [R, L, H * D].
+
+    K/V are projected once per image, packed, and kept in the shared cross cache if there is one.
+    """
+    layout = layouts.cross
+    assert layout is not None
+    index = module.layer_idx
+    k = v = None
+    if isinstance(cache, EncoderDecoderCache):
+        layer = shared.layer_of(cache.cross_attention_cache, index)
+        if layer.packed is not None:
+            k, v = layer.packed
+    if k is None or v is None:
+        states = layout.pack_kv(encoder_states)
+        k = heads(module.k_proj(states), module.head_dim)
+        v = heads(module.v_proj(states), module.head_dim)
+        if isinstance(cache, EncoderDecoderCache):
+            layer.fill(k, v, layout)
+            cache.is_updated[index] = True
+    out = ops.cross_attention(
+        layout.pack(q),
+        k,
+        v,
+        layout,
+        scale=module.scaling,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+    return layout.unpack(out.flatten(1))

@@ -1,0 +1,246 @@
+"""BART and its descendants (mBART, the language model of Florence-2): attention, layers, stacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from fastvlm import ops
+from fastvlm.nn.mlp import gelu_kind, gelu_mlp
+from fastvlm.patching.attention import cross_attend, heads, self_attend
+from fastvlm.patching.layouts import KEYWORD
+from fastvlm.patching.rules import Rule, StackRule, Swap, has, takes
+from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
+
+
+class BartAttention(nn.Module):
+    """Self- or cross-attention; transformers' own forward where no layouts were handed down."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        layouts = kwargs.pop(KEYWORD, None)
+        if layouts is None or (key_value_states is None and not layouts.fused_self):
+            return super().forward(
+                hidden_states, key_value_states, past_key_values, attention_mask, **kwargs
+            )
+        dropout_p = self.dropout if self.training else 0.0
+        q = heads(self.q_proj(hidden_states), self.head_dim)
+        if key_value_states is not None:
+            out = cross_attend(
+                self,
+                q,
+                key_value_states,
+                layouts,
+                past_key_values,
+                softcap=None,
+                dropout_p=dropout_p,
+            )
+        else:
+            cache = past_key_values
+            if isinstance(cache, EncoderDecoderCache):
+                cache = cache.self_attention_cache
+            out = self_attend(
+                q,
+                heads(self.k_proj(hidden_states), self.head_dim),
+                heads(self.v_proj(hidden_states), self.head_dim),
+                layouts,
+                cache,
+                self.layer_idx,
+                causal=self.is_causal,
+                window=None,
+                scale=self.scaling,
+                softcap=None,
+                dropout_p=dropout_p,
+            )
+        return self.out_proj(out), None
+
+
+class _Layer(nn.Module):
+    """The MLP and the residual tails that encoder and decoder layers share."""
+
+    pre_norm = False
+    approximate = "none"
+
+    def _branch_in(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return norm(x) if self.pre_norm else x
+
+    def _branch_out(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        if self.pre_norm:
+            return residual + (F.dropout(x, p) if p > 0 else x)
+        return ops.residual_layer_norm(
+            x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=p
+        )
+
+    def _mlp(self, hidden_states: Tensor) -> Tensor:
+        p = self.activation_dropout if self.training else 0.0
+        norm = self.final_layer_norm
+        x = self._branch_in(hidden_states, norm)
+        x = gelu_mlp(x, self.fc1, self.fc2, self.approximate, p)
+        return self._branch_out(x, hidden_states, norm)
+
+
+class BartEncoderLayer(_Layer):
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        norm = self.self_attn_layer_norm
+        x = self._branch_in(hidden_states, norm)
+        x, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
+        hidden_states = self._mlp(self._branch_out(x, hidden_states, norm))
+        if hidden_states.dtype == torch.float16:
+            # as transformers does, but decided on the device: no wait for it
+            limit = torch.finfo(torch.float16).max - 1000
+            finite = torch.isfinite(hidden_states).all()
+            hidden_states = torch.where(finite, hidden_states, hidden_states.clamp(-limit, limit))
+        return hidden_states
+
+
+class BartDecoderLayer(_Layer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        norm = self.self_attn_layer_norm
+        x, _ = self.self_attn(
+            self._branch_in(hidden_states, norm),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        hidden_states = self._branch_out(x, hidden_states, norm)
+        if encoder_hidden_states is not None:
+            norm = self.encoder_attn_layer_norm
+            x, _ = self.encoder_attn(
+                self._branch_in(hidden_states, norm),
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = self._branch_out(x, hidden_states, norm)
+        return self._mlp(hidden_states)
+
+
+class PreNormEncoderLayer(BartEncoderLayer):
+    pre_norm = True
+
+
+class PreNormDecoderLayer(BartDecoderLayer):
+    pre_norm = True
+
+
+class BartDecoder(DecoderStack):
+    has_cross_attention = True
+
+    def new_cache(self) -> EncoderDecoderCache:
+        return EncoderDecoderCache(
+            DynamicCache(config=self.config), DynamicCache(config=self.config)
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        call = Call(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+        )
+        return self._run(call, use_cache, kwargs)
+
+
+def _attention(module: nn.Module) -> Swap | str:
+    if not takes(module, "key_value_states", "past_key_values"):
+        return "its forward has other arguments than transformers 5 (past_key_values as a Cache)"
+    attended = ("cached_attention",) if module.is_decoder else ()
+    return Swap(BartAttention, ("self_attention", "cross_attention", *attended))
+
+
+def _pre_norm(layer: nn.Module) -> bool | None:
+    """Whether the layer normalizes before its branches; None where nothing tells."""
+    explicit = getattr(layer, "normalize_before", None)
+    if explicit is not None:
+        return bool(explicit)
+    names = " ".join(cls.__name__ for cls in type(layer).__mro__)
+    if "MBart" in names:
+        return True
+    return False if "Bart" in names or "Florence2" in names else None
+
+
+def _layer(module: nn.Module) -> Swap | str:
+    kind = gelu_kind(module.activation_fn)
+    if kind is None:
+        return f"its activation {type(module.activation_fn).__name__} is not GELU"
+    pre_norm = _pre_norm(module)
+    if pre_norm is None:
+        return f"{type(module).__name__} does not tell whether it normalizes before or after"
+    if not takes(module, "hidden_states", "attention_mask") or takes(module, "layer_head_mask"):
+        return "its forward has other arguments than transformers 5"
+    norms = [m for m in module.children() if isinstance(m, nn.LayerNorm)]
+    if any(not norm.elementwise_affine or norm.bias is None for norm in norms):
+        return "a LayerNorm without weight and bias"
+    decoder = hasattr(module, "encoder_attn")
+    if pre_norm:
+        mixin = PreNormDecoderLayer if decoder else PreNormEncoderLayer
+    else:
+        mixin = BartDecoderLayer if decoder else BartEncoderLayer
+    tail = () if pre_norm else ("residual_layer_norm",)
+    return Swap(mixin, ("gelu_mlp", *tail), (("approximate", kind),))
+
+
+_LAYER = ("self_attn", "fc1", "fc2", "activation_fn", "self_attn_layer_norm", "final_layer_norm")
+
+RULES = (
+    Rule(
+        ("attention",),
+        has("q_proj", "k_proj", "v_proj", "out_proj", "num_heads", "scaling", "is_causal"),
+        _attention,
+    ),
+    Rule(("mlp", "norm"), has(*_LAYER), _layer),
+)
+
+_STACK = ("layers", "embed_tokens", "embed_positions", "layernorm_embedding")
+
+
+def _first_layer_has(name: str, wanted: bool) -> Any:
+    def test(module: nn.Module) -> bool:
+        if not has(*_STACK)(module) or len(module.layers) == 0:
+            return False
+        return hasattr(module.layers[0], name) == wanted and hasattr(module.layers[0], "fc1")
+
+    return test
+
+
+STACKS = (
+    StackRule(
+        _first_layer_has("encoder_attn", False), lambda m: Swap(EncoderStack, ("Layout",)), RULES
+    ),
+    StackRule(
+        _first_layer_has("encoder_attn", True), lambda m: Swap(BartDecoder, ("Layout",)), RULES
+    ),
+)

@@ -1,0 +1,161 @@
+"""Gemma-2 (and Gemma): attention with RoPE, GQA and softcap; GeGLU; RMSNorm; the decoder stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from fastvlm import ops
+from fastvlm.nn.mlp import GegluMLP, gelu_kind
+from fastvlm.nn.norm import RMSNorm
+from fastvlm.patching.attention import heads, self_attend
+from fastvlm.patching.layouts import KEYWORD
+from fastvlm.patching.rules import Rule, StackRule, Swap, has, takes
+from fastvlm.patching.stacks import Call, DecoderStack
+
+MASKLESS = {"full_attention": None, "sliding_attention": None}
+
+
+class GemmaAttention(nn.Module):
+    """Self-attention; transformers' own forward where no layouts were handed down."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        layouts = kwargs.pop(KEYWORD, None)
+        if layouts is None or not layouts.fused_self:
+            return super().forward(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        batch, length = hidden_states.shape[:2]
+        cos, sin = (t.expand(batch, -1, -1).flatten(0, 1) for t in position_embeddings)
+        q, k = ops.rope(
+            heads(self.q_proj(hidden_states), self.head_dim).flatten(0, 1),
+            heads(self.k_proj(hidden_states), self.head_dim).flatten(0, 1),
+            cos,
+            sin,
+        )
+        window = self.sliding_window
+        if window is not None and not self.is_causal:
+            window += 1  # transformers' bidirectional window includes its far end
+        out = self_attend(
+            q.unflatten(0, (batch, length)),
+            k.unflatten(0, (batch, length)),
+            heads(self.v_proj(hidden_states), self.head_dim),
+            layouts,
+            past_key_values,
+            self.layer_idx,
+            causal=self.is_causal,
+            window=window,
+            scale=self.scaling,
+            softcap=getattr(self, "attn_logit_softcapping", None),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(out), None
+
+
+class VarianceEpsilonRMSNorm(RMSNorm):
+    """For the modules that call their eps so."""
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        return self.variance_epsilon
+
+
+class GemmaDecoder(DecoderStack):
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.config)
+
+    def no_mask(self) -> Any:
+        return dict(MASKLESS)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        call = Call(input_ids, attention_mask, past_key_values, inputs_embeds, None, None)
+        return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
+
+
+def choose_attention(module: nn.Module) -> Swap | str:
+    if not takes(module, "position_embeddings", "past_key_values"):
+        return "its forward has other arguments than transformers 5"
+    cached = ("cached_attention",) if module.is_causal else ()
+    return Swap(GemmaAttention, ("rope", "self_attention", *cached))
+
+
+def choose_mlp(module: nn.Module) -> Swap | str:
+    kind = gelu_kind(module.act_fn)
+    if kind is None:
+        return f"its activation {type(module.act_fn).__name__} is not GELU"
+    return Swap(GegluMLP, ("geglu_mlp",), (("approximate", kind),))
+
+
+def choose_norm(module: nn.Module) -> Swap | str:
+    """(1 + w) or w: told apart by running the module once on a few numbers."""
+    named_eps = hasattr(module, "eps")
+    eps = module.eps if named_eps else module.variance_epsilon
+    weight = module.weight
+    if weight.is_meta:
+        return "its weight is on the meta device, so its offset cannot be found out"
+    with torch.no_grad():
+        x = torch.linspace(-1, 2, weight.numel(), device=weight.device).unsqueeze(0)
+        y = module(x).float()
+        for offset in (1.0, 0.0):
+            ours = ops.rms_norm(x, weight, eps=eps, offset=offset).float()
+            if torch.allclose(y, ours, rtol=1e-2, atol=1e-3):
+                mixin = RMSNorm if named_eps else VarianceEpsilonRMSNorm
+                return Swap(mixin, ("rms_norm",), (("offset", offset),))
+    return "it computes neither (1 + w) nor w times x / rms(x)"
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    named = any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
+    has_eps = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
+    return named and has_eps and isinstance(getattr(module, "weight", None), Tensor)
+
+
+RULES = (
+    Rule(
+        ("attention",),
+        has("q_proj", "k_proj", "v_proj", "o_proj", "num_key_value_groups", "sliding_window"),
+        choose_attention,
+    ),
+    Rule(("mlp",), has("gate_proj", "up_proj", "down_proj", "act_fn"), choose_mlp),
+    Rule(("norm",), is_rms_norm, choose_norm),
+)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    if not has("layers", "norm", "rotary_emb", "embed_tokens")(module) or not len(module.layers):
+        return False
+    return hasattr(module.layers[0], "post_feedforward_layernorm") and not hasattr(
+        module.layers[0], "cross_attn"
+    )
+
+
+def _choose_stack(module: nn.Module) -> Swap | str:
+    if not takes(module, "past_key_values", "position_ids", "inputs_embeds"):
+        return "its forward has other arguments than transformers 5"
+    return Swap(GemmaDecoder, ("Layout",))
+
+
+STACKS = (StackRule(_is_stack, _choose_stack, RULES),)

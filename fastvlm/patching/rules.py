@@ -1,0 +1,56 @@
+"""How modules are recognised: by structure, so that a trainer's own copy of a class is found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+FLOORS = ("attention", "mlp", "norm", "linear")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The class whose forward takes over, what that runs on, and class attributes it needs."""
+
+    mixin: type[nn.Module]
+    runs_on: tuple[str, ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of module: the ops it gets, how it is recognised, and what takes over.
+
+    choose gives a Swap, or the reason why this one stays as it is.
+    """
+
+    floors: tuple[str, ...]
+    matches: Callable[[nn.Module], bool]
+    choose: Callable[[nn.Module], Swap | str]
+
+
+@dataclass(frozen=True)
+class StackRule:
+    """A stack of layers and the rules for the modules in it.
+
+    Its attention modules and the stack are patched together or not at all: the stack hands down
+    the layouts instead of masks, so each of them must understand layouts.
+    """
+
+    matches: Callable[[nn.Module], bool]
+    choose: Callable[[nn.Module], Swap | str]
+    rules: tuple[Rule, ...]
+
+
+def has(*names: str) -> Callable[[nn.Module], bool]:
+    """A test for the presence of attributes."""
+    return lambda module: all(hasattr(module, name) for name in names)
+
+
+def takes(module: nn.Module, *names: str) -> bool:
+    """Whether module.forward has parameters of these names."""
+    return set(names) <= set(inspect.signature(type(module).forward).parameters)

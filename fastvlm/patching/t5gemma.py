@@ -1,0 +1,129 @@
+"""T5Gemma: an encoder and a decoder of Gemma-2 layers, with cross-attention in the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from fastvlm.patching import gemma2
+from fastvlm.patching.attention import cross_attend, heads
+from fastvlm.patching.layouts import KEYWORD
+from fastvlm.patching.rules import Rule, StackRule, Swap, has, takes
+from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
+
+
+class T5GemmaCrossAttention(nn.Module):
+    """Cross-attention; transformers' own forward where no layouts were handed down."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        layouts = kwargs.pop(KEYWORD, None)
+        if layouts is None or encoder_hidden_states is None:
+            return super().forward(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        out = cross_attend(
+            self,
+            heads(self.q_proj(hidden_states), self.head_dim),
+            encoder_hidden_states,
+            layouts,
+            past_key_values,
+            softcap=self.attn_logit_softcapping,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(out), None
+
+
+class _DefaultMask:
+    """The stacks of T5Gemma take pad tokens for padding when they are given no mask."""
+
+    def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
+        pad = self.config.pad_token_id  # type: ignore[attr-defined]
+        return None if input_ids is None or pad is None else input_ids != pad
+
+    def no_mask(self) -> Any:
+        return dict(gemma2.MASKLESS)
+
+
+class T5GemmaEncoder(_DefaultMask, EncoderStack):
+    pass
+
+
+class T5GemmaDecoder(_DefaultMask, DecoderStack):
+    has_cross_attention = True
+
+    def no_cross_mask(self) -> Any:
+        return {"full_attention": None}
+
+    def new_cache(self) -> EncoderDecoderCache:
+        return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        return not self.training and super()._wants_cache(use_cache)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        call = Call(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+        )
+        return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
+
+
+def _choose_cross(module: nn.Module) -> Swap | str:
+    if not takes(module, "encoder_hidden_states", "past_key_values"):
+        return "its forward has other arguments than transformers 5"
+    return Swap(T5GemmaCrossAttention, ("cross_attention",))
+
+
+def _is_cross(module: nn.Module) -> bool:
+    projections = has("q_proj", "k_proj", "v_proj", "o_proj", "num_key_value_groups")(module)
+    return projections and takes(module, "encoder_hidden_states")
+
+
+RULES = (Rule(("attention",), _is_cross, _choose_cross), *gemma2.RULES)
+
+
+def _stack(decoder: bool) -> Any:
+    def test(module: nn.Module) -> bool:
+        named = has("layers", "norm", "rotary_emb", "embed_tokens", "dropout")(module)
+        if not named or not len(module.layers):
+            return False
+        layer = module.layers[0]
+        return hasattr(layer, "pre_self_attn_layernorm") and (
+            hasattr(layer, "cross_attn") == decoder
+        )
+
+    return test
+
+
+STACKS = (
+    StackRule(_stack(False), lambda m: Swap(T5GemmaEncoder, ("Layout",)), RULES),
+    StackRule(_stack(True), lambda m: Swap(T5GemmaDecoder, ("Layout",)), RULES),
+)

@@ -1,0 +1,223 @@
+"""Attention over packed rows, in plain PyTorch.
+
+Scores are ``s = scale * q.k``, then ``softcap * tanh(s / softcap)`` where a cap is given (Gemma-2,
+arXiv 2408.00118), then softmax over the visible keys. Computed in float32 (float64 for float64
+inputs), one image at a time, so K/V of an image are touched once for all its readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastvlm.reference._random import keep_scale
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Block:
+    """One image with the query rows that read it: scores [Hkv, G, R, K] and their mask."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        rows: Tensor,
+        keys: slice,
+        positions: Tensor | None,
+        causal: bool,
+        window: int,
+        scale: float,
+        softcap: float,
+    ):
+        dtype = compute_dtype(q)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        self.rows, self.keys = rows, keys
+        self.q = q[rows].to(dtype).unflatten(1, (kv_heads, heads // kv_heads))  # [R, Hkv, G, D]
+        self.k = k[keys].to(dtype)  # [K, Hkv, D]
+        raw = torch.einsum("rhgd,khd->hgrk", self.q, self.k) * scale
+        self.cap_slope: Tensor | None = None
+        if softcap > 0:
+            t = torch.tanh(raw / softcap)
+            self.cap_slope = 1 - t * t
+            raw = softcap * t
+        if positions is not None and (causal or window > 0):
+            distance = positions[rows].unsqueeze(1) - torch.arange(self.k.shape[0], device=q.device)
+            hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+            if window > 0:
+                hidden = hidden | (distance.abs() >= window)
+            raw = raw.masked_fill(hidden, float("-inf"))
+        self.scores = raw
+
+    def keep(self, seed: Tensor | None, dropout_p: float, heads: int) -> Tensor | None:
+        """Dropout scale [Hkv, G, R, K]; counter = (row * heads + head) * 2^32 + key in image."""
+        if seed is None or dropout_p == 0.0:
+            return None
+        kv_heads, group, _, num_keys = self.scores.shape
+        head = torch.arange(heads, device=self.rows.device).view(kv_heads, group, 1, 1)
+        key = torch.arange(num_keys, device=self.rows.device)
+        counter = ((self.rows.view(1, 1, -1, 1) * heads + head) << 32) + key
+        return keep_scale(seed, counter, dropout_p, self.scores.dtype)
+
+
+def _blocks(
+    q: Tensor,
+    k: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    image_of: Tensor,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Iterator[_Block]:
+    starts, ends = q_offsets[:-1].tolist(), q_offsets[1:].tolist()
+    bounds, images = kv_offsets.tolist(), image_of.tolist()
+    readers: dict[int, list[Tensor]] = {}
+    positions = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
+    for start, end, image in zip(starts, ends, images):
+        if end > start:
+            rows = torch.arange(start, end, device=q.device)
+            positions[start:end] = rows - start
+            readers.setdefault(image, []).append(rows)
+    for image, segments in readers.items():
+        keys = slice(bounds[image], bounds[image + 1])
+        if keys.stop > keys.start:
+            rows = torch.cat(segments)
+            yield _Block(q, k, rows, keys, positions, causal, window, scale, softcap)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    image_of: Tensor,
+    seed: Tensor | None,
+    max_q: int,
+    max_kv: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Forward of cross_attention and self_attention: out [Tq, H, D] and logsumexp [Tq, H].
+
+    window 0 and softcap 0 stand for none. A row without a visible key gives zeros, logsumexp -inf.
+    """
+    dtype = compute_dtype(q)
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
+    for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
+        row_lse = torch.logsumexp(block.scores, -1)  # [Hkv, G, R]
+        p = torch.exp(block.scores - row_lse.unsqueeze(-1))
+        keep = block.keep(seed, dropout_p, q.shape[1])
+        if keep is not None:
+            p = p * keep
+        o = torch.einsum("hgrk,khd->rhgd", p, v[block.keys].to(dtype))
+        out[block.rows] = o.flatten(1, 2).to(q.dtype)
+        lse[block.rows] = row_lse.flatten(0, 1).transpose(0, 1)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    image_of: Tensor,
+    seed: Tensor | None,
+    max_q: int,
+    max_kv: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, those that needs[i] asks for; recomputes the probabilities from logsumexp.
+
+    dK and dV of an image are sums over all its readers, in one product: deterministic.
+    """
+    dtype = compute_dtype(q)
+    dq, dk, dv = (
+        torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
+    )
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)  # [Tq, H]
+    for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
+        rows, keys = block.rows, block.keys
+        row_lse = lse[rows].transpose(0, 1).unflatten(0, (kv_heads, group)).unsqueeze(-1)
+        p = torch.exp(block.scores - row_lse)
+        g = grad_out[rows].to(dtype).unflatten(1, (kv_heads, group))  # [R, Hkv, G, D]
+        keep = block.keep(seed, dropout_p, q.shape[1])
+        if needs[2]:
+            dropped = p if keep is None else p * keep
+            dv[keys] = torch.einsum("hgrk,rhgd->khd", dropped, g).to(v.dtype)
+        if not (needs[0] or needs[1]):
+            continue
+        dp = torch.einsum("rhgd,khd->hgrk", g, v[keys].to(dtype))
+        if keep is not None:
+            dp = dp * keep
+        row_delta = delta[rows].transpose(0, 1).unflatten(0, (kv_heads, group)).unsqueeze(-1)
+        ds = p * (dp - row_delta)
+        if block.cap_slope is not None:
+            ds = ds * block.cap_slope
+        ds = ds * scale
+        if needs[0]:
+            dq[rows] = torch.einsum("hgrk,khd->rhgd", ds, block.k).flatten(1, 2).to(q.dtype)
+        if needs[1]:
+            dk[keys] = torch.einsum("hgrk,rhgd->khd", ds, block.q).to(k.dtype)
+    return dq, dk, dv
+
+
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    ancestry: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """One new token per row: q [R, H, D] against caches [N, T, Hkv, D] -> [R, H, D].
+
+    Position t of row r is read from cache row ancestry[r, t] (row r itself without ancestry); a
+    negative entry is not visible. Only 0 <= t < lengths[r], and with a window t >= lengths[r] - w.
+    """
+    dtype = compute_dtype(q)
+    kv_heads, time = k_cache.shape[2], k_cache.shape[1]
+    t = torch.arange(time, device=q.device)
+    visible = t < lengths.unsqueeze(1)
+    if window > 0:
+        visible = visible & (t >= lengths.unsqueeze(1) - window)
+    keys, values = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
+    if ancestry is not None:
+        visible = visible & (ancestry >= 0)
+        rows = ancestry.clamp_min(0).long()
+        keys, values = k_cache[rows, t], v_cache[rows, t]  # [R, T, Hkv, D]
+    # a cache slot that is not visible may hold anything, NaN included
+    hidden = ~visible.view(*visible.shape, 1, 1)
+    keys = keys.to(dtype).masked_fill(hidden, 0)
+    values = values.to(dtype).masked_fill(hidden, 0)
+    grouped = q.to(dtype).unflatten(1, (kv_heads, -1))
+    scores = torch.einsum("rhgd,rthd->rhgt", grouped, keys) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = visible.view(visible.shape[0], 1, 1, time)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    any_visible = visible.any(1).view(-1, 1, 1, 1)
+    p = torch.softmax(scores.masked_fill(~any_visible, 0), -1) * any_visible
+    return torch.einsum("rhgt,rthd->rhgd", p, values).flatten(1, 2).to(q.dtype)

@@ -1,0 +1,135 @@
+"""The decoder MLPs and the linear projection, in plain PyTorch.
+
+GELU is ``x * Phi(x)`` with the exact error function (BART, Florence-2) or its tanh form (Gemma-2),
+arXiv 1606.08415; GeGLU is arXiv 2002.05202. The activation is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlm.reference._random import elementwise
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _gelu(x: Tensor, tanh: bool) -> Tensor:
+    return F.gelu(x, approximate="tanh" if tanh else "none")
+
+
+def _none(x: Tensor) -> Tensor:
+    """Stands for a gradient that was not asked for: schemas cannot return None."""
+    return x.new_empty(0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K], weight [N, K], bias [N] -> [M, N]."""
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    seed: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """dropout(gelu(x w1^T + b1)) w2^T + b2: x [M, K], w1 [F, K], w2 [N, F] -> [M, N].
+
+    Also x w1^T + b1 [M, F] where keep is set (else empty): what backward starts from.
+    """
+    pre = F.linear(x, w1, b1)
+    hidden = _gelu(_wide(pre), tanh)
+    if seed is not None and dropout_p > 0:
+        hidden = hidden * elementwise(seed, hidden, dropout_p, hidden.dtype)
+    return F.linear(hidden.to(x.dtype), w2, b2), pre if keep else _none(x)
+
+
+def gelu_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    seed: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, b1, w2, b2, those that needs[i] asks for; recomputes the activation."""
+    wide = _wide(pre)
+    dropped = None
+    if seed is not None and dropout_p > 0:
+        dropped = elementwise(seed, wide, dropout_p, wide.dtype)
+    dw2 = _none(x)
+    if needs[3]:
+        act = _gelu(wide, tanh)
+        dw2 = grad_out.t() @ (act if dropped is None else act * dropped).to(x.dtype)
+    db2 = _wide(grad_out).sum(0).to(x.dtype) if needs[4] else _none(x)
+    if not any(needs[:3]):
+        return _none(x), _none(x), _none(x), dw2, db2
+    dhidden = _wide(grad_out @ w2)
+    if dropped is not None:
+        dhidden = dhidden * dropped
+    dpre = _gelu_backward(dhidden, wide, tanh)
+    narrow = dpre.to(x.dtype)
+    return (
+        narrow @ w1 if needs[0] else _none(x),
+        narrow.t() @ x if needs[1] else _none(x),
+        dpre.sum(0).to(x.dtype) if needs[2] else _none(x),
+        dw2,
+        db2,
+    )
+
+
+def geglu_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gelu(x w_gate^T) * x w_up^T) w_down^T: x [M, K], gate, up [F, K], down [N, F] -> [M, N].
+
+    Also x w_gate^T and x w_up^T [M, F] where keep is set (else empty): what backward starts from.
+    """
+    gate, up = F.linear(x, w_gate), F.linear(x, w_up)
+    hidden = _gelu(_wide(gate), tanh) * _wide(up)
+    out = F.linear(hidden.to(x.dtype), w_down)
+    return (out, gate, up) if keep else (out, _none(x), _none(x))
+
+
+def geglu_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tanh: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_gate, w_up, w_down, those that needs[i] asks for."""
+    wide_gate, wide_up = _wide(gate), _wide(up)
+    act = _gelu(wide_gate, tanh)
+    ddown = grad_out.t() @ (act * wide_up).to(x.dtype) if needs[3] else _none(x)
+    if not any(needs[:3]):
+        return _none(x), _none(x), _none(x), ddown
+    dhidden = _wide(grad_out @ w_down)
+    dup = (dhidden * act).to(x.dtype)
+    dgate = _gelu_backward(dhidden * wide_up, wide_gate, tanh).to(x.dtype)
+    return (
+        dgate @ w_gate + dup @ w_up if needs[0] else _none(x),
+        dgate.t() @ x if needs[1] else _none(x),
+        dup.t() @ x if needs[2] else _none(x),
+        ddown,
+    )
+
+
+def _gelu_backward(grad: Tensor, x: Tensor, tanh: bool) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if tanh else "none")
