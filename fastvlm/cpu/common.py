@@ -1,0 +1,23 @@
+"""What the launchers of the CPU backend share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvlm import extension
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    return None if extension.available() else extension.reason()
+
+
+def wrong_dtype(x: Tensor) -> str | None:
+    return None if x.dtype in DTYPES else f"{x.dtype} (it has float32, bfloat16, float16)"
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """Kernels take any strides but in the last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

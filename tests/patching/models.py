@@ -1,0 +1,234 @@
+"""Tiny models of every family, built from transformers' own classes with random weights.
+
+Weights are spread wide enough that attention, activations and beams really differ; a model at its
+initial scale generates one token for ever, and identical outputs would say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+VOCAB = 99
+PAD, EOS = 1, 2
+
+
+def _spread(model: nn.Module, std: float) -> nn.Module:
+    """Random values over the initial ones; norms keep their scale."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.add_(noise * (std if p.dim() > 1 else 0.1))
+    return model.eval()
+
+
+def bart(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.BartConfig(**{**_text(), **settings})
+    return _spread(tf.BartForConditionalGeneration(config), 0.15)
+
+
+def mbart(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.MBartConfig(**{**_text(), **settings})
+    return _spread(tf.MBartForConditionalGeneration(config), 0.15)
+
+
+def _text() -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 128,
+        "pad_token_id": PAD,
+        "bos_token_id": 0,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": EOS,
+        "forced_eos_token_id": None,
+        "dropout": 0.0,
+    }
+
+
+def florence2(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    vision = {
+        "embed_dim": [16, 32, 32, 32],
+        "num_heads": [2, 2, 2, 2],
+        "num_groups": [2, 2, 2, 2],
+        "depths": [1, 1, 1, 1],
+        "projection_dim": 32,
+        "window_size": 4,
+        "drop_path_rate": 0.0,
+    }
+    config = tf.Florence2Config(
+        text_config={"model_type": "bart", **_text(), **settings},
+        vision_config=vision,
+        image_token_id=VOCAB - 1,
+        is_encoder_decoder=True,
+    )
+    return _spread(tf.Florence2ForConditionalGeneration(config), 0.15)
+
+
+def _gemma(**settings: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 128,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": 0,
+        **settings,
+    }
+
+
+def gemma2(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return _spread(tf.Gemma2ForCausalLM(tf.Gemma2Config(**_gemma(**settings))), 0.2)
+
+
+def t5gemma(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    module = _gemma(**settings)
+    config = tf.T5GemmaConfig(
+        encoder=dict(module),
+        decoder=dict(module),
+        vocab_size=VOCAB,
+        dropout_rate=0.0,
+        attention_dropout=0.0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=0,
+    )
+    return _spread(tf.T5GemmaForConditionalGeneration(config), 0.2)
+
+
+def paligemma2(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.PaliGemmaConfig(
+        text_config={"model_type": "gemma2", **_gemma(**settings)},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        image_token_index=VOCAB - 1,
+        projection_dim=32,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=0,
+    )
+    return _spread(tf.PaliGemmaForConditionalGeneration(config), 0.2)
+
+
+def _tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB - 2, (batch, length), generator=generator)
+
+
+def _pad(ids: Tensor, lengths: list[int], left: bool) -> tuple[Tensor, Tensor]:
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        mask[row, -n:] = 1 if left else mask[row, -n:]
+        if not left:
+            mask[row, :n] = 1
+    return torch.where(mask == 1, ids, PAD), mask
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to build the model, a padded batch for generate(), and one with labels to train on."""
+
+    build: Callable[..., nn.Module]
+    inputs: Callable[[nn.Module], dict[str, Tensor]]
+    training: Callable[[nn.Module], dict[str, Tensor]]
+
+
+def _seq2seq_inputs(model: nn.Module) -> dict[str, Tensor]:
+    ids, mask = _pad(_tokens(3, 9), [9, 4, 6], left=False)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _with_labels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    labels, mask = _pad(_tokens(inputs["input_ids"].shape[0], 7, 5), [7, 3, 5], left=False)
+    return {**inputs, "labels": labels.masked_fill(mask == 0, -100)}
+
+
+def _florence_inputs(model: nn.Module) -> dict[str, Tensor]:
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    text, mask = _pad(_tokens(3, 6), [6, 2, 4], left=False)
+    image = torch.full((3, 5), VOCAB - 1)  # (64 / 32)^2 + 1 tokens
+    return {
+        "input_ids": torch.cat([image, text], 1),
+        "attention_mask": torch.cat([torch.ones_like(image), mask], 1),
+        "pixel_values": pixels,
+    }
+
+
+def _causal_inputs(model: nn.Module) -> dict[str, Tensor]:
+    ids, mask = _pad(_tokens(3, 9), [9, 4, 6], left=True)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _causal_training(model: nn.Module) -> dict[str, Tensor]:
+    ids, mask = _pad(_tokens(3, 9), [9, 4, 6], left=False)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def _paligemma_inputs(model: nn.Module) -> dict[str, Tensor]:
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    text, mask = _pad(_tokens(3, 6), [6, 6, 6], left=True)
+    image = torch.full((3, 4), VOCAB - 1)
+    ids = torch.cat([image, text], 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.cat([torch.ones_like(image), mask], 1),
+        "pixel_values": pixels,
+        "token_type_ids": torch.zeros_like(ids),
+    }
+
+
+def _paligemma_training(model: nn.Module) -> dict[str, Tensor]:
+    inputs = _paligemma_inputs(model)
+    types = inputs["token_type_ids"].clone()
+    types[:, -4:] = 1
+    labels = inputs["input_ids"].masked_fill(types == 0, -100)
+    return {**inputs, "token_type_ids": types, "labels": labels}
+
+
+def _seq2seq(build: Callable[..., nn.Module]) -> Family:
+    return Family(build, _seq2seq_inputs, lambda m: _with_labels(_seq2seq_inputs(m)))
+
+
+FAMILIES = {
+    "bart": _seq2seq(bart),
+    "mbart": _seq2seq(mbart),
+    "florence2": Family(florence2, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
+    "gemma2": Family(gemma2, _causal_inputs, _causal_training),
+    "t5gemma": _seq2seq(t5gemma),
+    "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),
+}

@@ -1,0 +1,171 @@
+"""A patched model of each family gives what the unpatched one gives: tokens, losses, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, PAD, Family
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+import fastvlm
+
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams-return-all": {"num_beams": 4, "num_return_sequences": 4},
+    "sample": {"do_sample": True, "num_return_sequences": 3},
+    "no-cache": {"num_beams": 2, "use_cache": False},
+    "one-token": {"max_new_tokens": 1, "min_new_tokens": 1},
+    "early-end": {"num_beams": 3, "min_new_tokens": 0, "no_repeat_ngram_size": 0},
+}
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+    torch.manual_seed(5)
+    defaults = {"max_new_tokens": 12, "min_new_tokens": 12, "no_repeat_ngram_size": 2}
+    return model.generate(**inputs, suppress_tokens=[PAD], **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generates_the_same_tokens(family: Family, case: str) -> None:
+    model = family.build()
+    inputs = family.inputs(model)
+    expected = generate(model, inputs, **CASES[case])
+    fastvlm.patch(model)
+    assert torch.equal(generate(model, inputs, **CASES[case]), expected)
+    if case not in ("one-token", "early-end"):
+        assert len(set(expected.flatten().tolist())) > 5  # says something
+
+
+def test_batch_of_one_and_no_padding(family: Family) -> None:
+    model = family.build()
+    inputs = {name: value[:1] for name, value in family.inputs(model).items()}
+    expected = generate(model, inputs, num_beams=3)
+    fastvlm.patch(model)
+    assert torch.equal(generate(model, inputs, num_beams=3), expected)
+
+
+def test_attentions_and_hidden_states_on_request(family: Family) -> None:
+    model = family.build()
+    model.set_attn_implementation("eager")
+    inputs = family.inputs(model)
+    ask = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    expected = generate(model, inputs, num_beams=2, **ask)
+    fastvlm.patch(model)
+    got = generate(model, inputs, num_beams=2, **ask)
+    assert torch.equal(got.sequences, expected.sequences)
+    for name in ("cross_attentions", "decoder_attentions", "attentions"):
+        if name in expected:
+            for ours, theirs in zip(got[name], expected[name]):
+                assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
+
+
+def loss_and_grads(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def in_float64(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_losses_and_gradients_meet_the_error_rule(family: Family, dtype: torch.dtype) -> None:
+    model = family.build()
+    batch = family.training(model)
+    # transformers rounds to float32 in places whatever the model's dtype; the reference, which
+    # tests/ops holds against plain formulas, does not
+    with fastvlm.patched(oracle := family.build().double().train()), fastvlm.use("reference"):
+        exact_loss, exact = loss_and_grads(oracle, in_float64(batch))
+    model = model.to(dtype).train()
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    torch_loss, plain = loss_and_grads(model, batch)
+    fastvlm.patch(model)
+    loss, grads = loss_and_grads(model, batch)
+    tiny = torch.finfo(dtype).eps * exact_loss.abs()
+    assert (loss - exact_loss).abs() <= 2 * (torch_loss - exact_loss).abs() + tiny
+    assert grads.keys() == plain.keys()
+    # the scale of a gradient's rounding is that of what it is a sum of, not of what cancels
+    total = torch.stack([g.abs().max() for g in exact.values()]).max()
+    for name, want in exact.items():
+        ours, theirs = ((g[name].double() - want).abs().max() for g in (grads, plain))
+        assert ours <= 3 * theirs + torch.finfo(dtype).eps * total, name
+
+
+@pytest.mark.parametrize("name", ["bart", "mbart", "florence2", "t5gemma"])
+def test_padded_positions_of_the_encoder_are_zero(name: str) -> None:
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    fastvlm.patch(model)
+    encoder = model.get_encoder()
+    ids = inputs["input_ids"].clamp_max(90)
+    states = encoder(input_ids=ids, attention_mask=inputs["attention_mask"]).last_hidden_state
+    assert (states[inputs["attention_mask"] == 0] == 0).all()
+    assert (states[inputs["attention_mask"] == 1] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma"])
+def test_cross_cache_is_held_once_per_image(name: str) -> None:
+    """Four beams of three images: the cross cache has three rows, not twelve."""
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    ask = {"num_beams": 4, "return_dict_in_generate": True}
+    plain = generate(model, inputs, **ask).past_key_values.cross_attention_cache
+    fastvlm.patch(model)
+    shared = generate(model, inputs, **ask).past_key_values.cross_attention_cache
+    assert plain.layers[0].keys.shape[0] == 12
+    assert shared.layers[0].keys.shape[0] == 3
+    k, _ = shared.layers[0].packed
+    assert k.shape[0] == int(inputs["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma"])
+def test_encoder_outputs_given_by_the_caller(name: str) -> None:
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    ids = inputs["input_ids"].clamp_max(90)
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def given() -> dict[str, Any]:
+        # generate() expands what it is given in place
+        return {"encoder_outputs": BaseModelOutput(states), "attention_mask": mask}
+
+    expected = generate(model, given(), num_beams=3)
+    fastvlm.patch(model)
+    assert torch.equal(generate(model, given(), num_beams=3), expected)
+
+
+@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma", "gemma2"])
+def test_several_tokens_on_a_filled_cache(name: str) -> None:
+    """A forward pass with two new tokens per row after a prefill keeps transformers' result."""
+    model = FAMILIES[name].build()
+    batch = FAMILIES[name].inputs(model)
+    first, more = torch.full((3, 3), 7), torch.tensor([[8, 9], [10, 11], [12, 13]])
+
+    def run() -> Tensor:
+        if name == "gemma2":
+            mask = torch.ones(3, 3)
+            out = model(input_ids=first, attention_mask=mask, use_cache=True)
+            mask = torch.ones(3, 5)
+            cache = out.past_key_values
+            return model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        out = model(**batch, decoder_input_ids=first, use_cache=True)
+        return model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state),
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=more,
+            past_key_values=out.past_key_values,
+        ).logits
+
+    with torch.no_grad():
+        expected = run()
+        fastvlm.patch(model)
+        assert torch.allclose(run(), expected, atol=1e-4)

@@ -1,0 +1,302 @@
+"""patch, unpatch and patched: what they touch, and above all what they leave alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import models
+import pytest
+import torch
+import transformers as tf
+from models import FAMILIES, Family
+from torch import Tensor, nn
+from transformers.models.bart import modeling_bart
+
+import fastvlm
+from fastvlm.nn.linear import is_plain
+from fastvlm.patching.patch import PatchError, is_patched
+
+
+def logits(model: nn.Module, family: str = "bart") -> Tensor:
+    with torch.no_grad():
+        return model(**FAMILIES[family].training(model)).logits
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_state_dict_and_outputs_come_back(family: Family) -> None:
+    model = family.build()
+    batch = family.training(model)
+    before, classes = state(model), [type(m) for m in model.modules()]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        fastvlm.patch(model)
+        assert same_state(state(model), before)
+        model(**batch)
+        fastvlm.unpatch(model)
+        assert same_state(state(model), before)
+        assert [type(m) for m in model.modules()] == classes
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_two_models_do_not_see_each_other() -> None:
+    patched, other = models.bart(), models.bart()
+    forward = modeling_bart.BartAttention.forward
+    expected, classes = logits(other), [type(m) for m in other.modules()]
+    fastvlm.patch(patched)
+    assert modeling_bart.BartAttention.forward is forward
+    assert torch.equal(logits(other), expected)
+    assert [type(m) for m in other.modules()] == classes
+    assert not any(is_patched(m) for m in other.modules())
+
+
+def test_a_shared_config_is_not_touched() -> None:
+    model = models.bart()
+    before = model.config.to_dict()
+    fastvlm.patch(model)
+    assert model.config.to_dict() == before
+
+
+def test_patched_modules_still_are_what_they_were() -> None:
+    model = models.bart()
+    fastvlm.patch(model)
+    layer = model.model.decoder.layers[0]
+    assert isinstance(layer, modeling_bart.BartDecoderLayer)
+    assert isinstance(layer.fc1, nn.Linear)
+    assert type(layer).__name__ == "BartDecoderLayer"
+    assert type(model).__name__ == "BartForConditionalGeneration"
+
+
+def test_patching_twice_is_patching_once() -> None:
+    model = models.bart()
+    first = fastvlm.patch(model)
+    classes = [type(m) for m in model.modules()]
+    second = fastvlm.patch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert second.entries == first.entries
+    fastvlm.unpatch(model)
+    fastvlm.unpatch(model)
+    assert not any(is_patched(m) for m in model.modules())
+
+
+def test_the_block_form_restores_also_after_an_error() -> None:
+    model = models.bart()
+    with pytest.raises(IndexError), fastvlm.patched(model):
+        model.model.decoder.layers[99]
+    assert not any(is_patched(m) for m in model.modules())
+
+
+def test_the_block_form_leaves_an_outer_patch() -> None:
+    model = models.bart()
+    fastvlm.patch(model, only="linear")
+    with fastvlm.patched(model):
+        assert is_patched(model.model.decoder)
+    assert is_patched(model.lm_head)
+    assert not is_patched(model.model.decoder)
+
+
+def test_pickle_and_deepcopy_keep_the_patch() -> None:
+    model = models.bart()
+    fastvlm.patch(model)
+    expected = logits(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert is_patched(again.model.decoder)
+        assert torch.equal(logits(again), expected)
+        fastvlm.unpatch(again)
+        assert not any(is_patched(m) for m in again.modules())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(logits(torch.load(buffer, weights_only=False)), expected)
+
+
+def test_save_pretrained_knows_nothing_of_the_patch(tmp_path: Path) -> None:
+    model = models.bart()
+    expected = logits(model)
+    fastvlm.patch(model)
+    model.save_pretrained(tmp_path)
+    again = tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert type(again) is tf.BartForConditionalGeneration
+    assert again.config.architectures == ["BartForConditionalGeneration"]
+    assert torch.equal(logits(again.eval()), expected)
+
+
+def test_moves_and_casts_go_on_working() -> None:
+    model = models.bart()
+    fastvlm.patch(model)
+    assert logits(model.to(torch.bfloat16)).dtype == torch.bfloat16
+    assert logits(model.float()).dtype == torch.float32
+
+
+def test_only_names_kinds_of_ops() -> None:
+    model = models.bart()
+    report = fastvlm.patch(model, only=["linear"])
+    assert {op for entry in report.patched for op in entry.ops} == {"linear"}
+    assert any("not in only" in (entry.reason or "") for entry in report.skipped)
+    with pytest.raises(ValueError, match=r"only must name some of 'attention'.*got 'atention'"):
+        fastvlm.patch(model, only="atention")
+    with pytest.raises(ValueError, match="only must name"):
+        fastvlm.patch(model, only=[])
+
+
+def test_report_is_a_table_with_the_reasons() -> None:
+    text = str(fastvlm.patch(models.florence2()))
+    assert "modules patched" in text
+    assert "model.language_model.decoder.layers.*.encoder_attn (2x)" in text
+    assert "cross_attention" in text
+    assert "skipped: the vision tower has no kernel of ours yet" in text
+
+
+def test_nothing_to_patch_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(PatchError, match=r"model must contain a Florence-2.*got Sequential"):
+        fastvlm.patch(model)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got"):
+        fastvlm.patch("microsoft/Florence-2-base")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got"):
+        fastvlm.unpatch(None)  # type: ignore[arg-type]
+
+
+def test_strict_makes_a_skip_an_error_and_changes_nothing() -> None:
+    model = models.florence2()
+    before, classes = state(model), [type(m) for m in model.modules()]
+    with pytest.raises(PatchError, match=r"strict is set and modules were skipped.*vision tower"):
+        fastvlm.patch(model, strict=True)
+    assert [type(m) for m in model.modules()] == classes
+    assert same_state(state(model), before)
+    fastvlm.patch(models.bart(), strict=True)
+
+
+def test_an_activation_that_is_not_gelu_is_skipped_with_the_reason() -> None:
+    model = models.bart(activation_function="relu")
+    expected = logits(model)
+    report = fastvlm.patch(model)
+    assert any("is not GELU" in (entry.reason or "") for entry in report.skipped)
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
+def test_a_trainers_own_copy_of_a_class_is_found() -> None:
+    """Structure and the family's name decide, not transformers' class objects."""
+    model = models.bart()
+    expected = logits(model)
+    own = {}
+    for kind in ("BartAttention", "BartEncoderLayer", "BartDecoderLayer"):
+        base = getattr(modeling_bart, kind)
+        body = {k: v for k, v in vars(base).items() if k not in ("__dict__", "__weakref__")}
+        own[base] = type(f"Own{kind}", base.__bases__, body)
+    for module in model.modules():
+        module.__class__ = own.get(type(module), type(module))
+    report = fastvlm.patch(model)
+    kinds = {entry.kind for entry in report.patched}
+    assert {"OwnBartAttention", "OwnBartDecoderLayer", "OwnBartEncoderLayer"} <= kinds
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
+def test_hooks_on_a_layer_go_on_firing() -> None:
+    model = models.bart()
+    fastvlm.patch(model)
+    fired = []
+    fc1 = model.model.decoder.layers[0].fc1
+    assert is_plain(fc1)
+    handle = fc1.register_forward_hook(lambda *args: fired.append(1))
+    assert not is_plain(fc1)
+    logits(model)
+    assert fired == [1]
+    handle.remove()
+    assert is_plain(fc1)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_is_called_not_bypassed(when: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "fc1", "lm_head"], init_lora_weights=False
+    )
+
+    def build(patch: bool) -> nn.Module:
+        model = models.bart()
+        if patch and when == "before":
+            fastvlm.patch(model)
+        torch.manual_seed(3)
+        model = peft.get_peft_model(model, config)
+        if patch and when == "after":
+            fastvlm.patch(model)
+        return model.eval()
+
+    plain, ours = build(False), build(True)
+    batch = FAMILIES["bart"].training(plain)
+    expected, got = plain(**batch), ours(**batch)
+    assert torch.allclose(got.logits, expected.logits, atol=1e-4)
+    expected.loss.backward()
+    got.loss.backward()
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert grads.keys() == wanted.keys()
+    assert any("lm_head" in name for name in grads)
+    for name, grad in wanted.items():
+        assert torch.allclose(grads[name], grad, atol=1e-4), name
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_with_dropout(family: Family, reentrant: bool) -> None:
+    """Recomputed blocks draw the same dropout and see the same layouts."""
+    model = family.build().train()
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.2)
+    batch = family.training(model)
+    fastvlm.patch(model)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        torch.manual_seed(7)
+        model(**batch, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for got, want in zip(gradients(), expected, strict=True):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_dropout_in_training_mode_is_drawn() -> None:
+    model = models.bart(dropout=0.5).train()
+    batch = FAMILIES["bart"].training(model)
+    fastvlm.patch(model)
+    torch.manual_seed(0)
+    first, second = model(**batch).loss, model(**batch).loss
+    torch.manual_seed(0)
+    assert torch.equal(model(**batch).loss, first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_torch_compile_of_a_patched_model() -> None:
+    model = models.bart()
+    batch = FAMILIES["bart"].training(model)
+    fastvlm.patch(model)
+    expected = logits(model)
+    with torch.no_grad():
+        got = torch.compile(model)(**batch).logits
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_unpatch_refuses_a_class_wrapped_since() -> None:
+    model = models.bart()
+    fastvlm.patch(model)
+    layer = model.model.decoder.layers[0]
+    layer.__class__ = type("Wrapped", (type(layer),), {})
+    with pytest.raises(PatchError, match=r"decoder.layers.0 was wrapped after patching by Wrapped"):
+        fastvlm.unpatch(model)
+    assert is_patched(model.lm_head)
