@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from fastvlm.layout import Layout
+
+try:
+    from transformers.cache_utils import DynamicLayer
+except ImportError:
+    # transformers 4: no stack is patched there (patching/rules.py), so no layer is ever made
+    DynamicLayer = object
 
 
 class SharedCrossLayer(DynamicLayer):

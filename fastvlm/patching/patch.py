@@ -18,7 +18,7 @@ from torch import nn
 
 from fastvlm.nn.linear import Linear
 from fastvlm.patching.report import Entry, Report
-from fastvlm.patching.rules import FLOORS, Rule, StackRule, Swap
+from fastvlm.patching.rules import FLOORS, Rule, StackRule, Swap, too_old
 
 
 class PatchError(ValueError):
@@ -197,7 +197,7 @@ def _plan_stack(
             choice = _choose(module, _LINEAR, wanted)
             found.append((name, module, _LINEAR, choice))
     attention = [(n, c) for n, _, r, c in found if r.floors == ("attention",)]
-    chosen = _choose(stack, Rule(("attention",), rule.matches, rule.choose), wanted)
+    chosen = too_old() or _choose(stack, Rule(("attention",), rule.matches, rule.choose), wanted)
     bad = next(((n, c) for n, c in attention if isinstance(c, str)), None)
     if bad is not None and not isinstance(chosen, str):
         chosen = bad[1] if "not in only" in bad[1] else f"{bad[0]} was skipped ({bad[1]})"

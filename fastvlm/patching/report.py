@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from fastvlm.tables import text_table
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -36,22 +38,16 @@ class Report:
         return [entry for entry in self.entries if not entry.patched]
 
     def __str__(self) -> str:
-        rows = [("module", "class", "patched with", "")]
+        rows = []
         for (name, kind, ops, reason), count in self._grouped().items():
             times = f" ({count}x)" if count > 1 else ""
-            status = ", ".join(ops) if reason is None else "-"
-            rows.append((name + times, kind, status, f"skipped: {reason}" if reason else ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
+            status = ", ".join(ops) if reason is None else f"skipped: {reason}"
+            rows.append((name + times, kind, status))
         head = (
             f"fastvlm.patch({self.model}): {len(self.patched)} modules patched, "
             f"{len(self.skipped)} skipped"
         )
-        return "\n".join([head, "", *lines])
+        return f"{head}\n\n" + text_table(("module", "class", "runs on"), rows)
 
     def _grouped(self) -> dict[tuple[str, str, tuple[str, ...], str | None], int]:
         """Layers that differ only in their number are one row."""

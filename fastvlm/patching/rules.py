@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ class StackRule:
     matches: Callable[[nn.Module], bool]
     choose: Callable[[nn.Module], Swap | str]
     rules: tuple[Rule, ...]
+
+
+def too_old() -> str | None:
+    """Why attention stays with transformers in this environment; None where it need not."""
+    version = importlib.metadata.version("transformers")
+    if int(version.split(".")[0]) >= 5:
+        return None
+    return f"attention and its caches need transformers 5, here is {version}"
 
 
 def has(*names: str) -> Callable[[nn.Module], bool]:

@@ -1,0 +1,88 @@
+# make demo | test | test-oldest | lint | types | bench | gpu-check | clean
+#
+# Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# installed only where the environment has no torch yet; for another build of it, e.g.
+# make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.*
+
+# make demo MODEL=florence-community/Florence-2-base IMAGE=photo.jpg OUT=folder
+MODEL  ?=
+IMAGE  ?=
+OUT    ?=
+ARGS   ?=
+
+PY  := $(VENV)/bin/python
+RUN := $(PY) -m
+
+.PHONY: demo test test-oldest lint types bench gpu-check build clean
+.DEFAULT_GOAL := demo
+
+demo: build
+	$(RUN) fastvlm demo $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)") \
+	  $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+test: $(VENV)/.dev build
+	$(RUN) pytest $(ARGS)
+
+# the lowest transformers that is supported, in an environment of its own
+OLDEST := $(VENV)-oldest
+test-oldest: build
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c "import torch" 2>/dev/null || $(OLDEST)/bin/python -m pip install $(TORCH)
+	$(OLDEST)/bin/python -m pip install -q transformers==4.48.1 pytest pytest-benchmark -e .
+	$(OLDEST)/bin/python -m pytest tests/patching/test_oldest.py
+
+lint: $(VENV)/.dev
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	@if command -v clang-format >/dev/null; then \
+	  find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs clang-format --dry-run --Werror; \
+	else echo "clang-format is not installed: csrc is not checked"; fi
+
+types: $(VENV)/.dev
+	$(RUN) mypy
+
+bench: $(VENV)/.dev build
+	$(RUN) fastvlm bench
+	$(RUN) benchmarks.end_to_end
+	$(RUN) benchmarks.report
+
+# pytest says 5 where no test carries the mark: nothing was checked, and this must not read as green
+gpu-check: OUT := $(or $(OUT),benchmarks/results)
+gpu-check: $(VENV)/.dev build
+	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  'make gpu-check: PyTorch sees no CUDA device here, so nothing was checked')"
+	mkdir -p "$(OUT)"
+	$(RUN) fastvlm env | tee "$(OUT)/gpu-env.txt"
+	$(RUN) pytest -m gpu --junitxml="$(OUT)/gpu-tests.xml"
+	$(RUN) pytest benchmarks/micro --benchmark-enable -q --bench-device cuda --bench-out "$(OUT)"
+	$(RUN) benchmarks.end_to_end --device cuda --out "$(OUT)"
+	$(RUN) benchmarks.report "$(OUT)"
+
+# compiles only what is not in the cache yet
+build: $(VENV)/.demo
+	$(RUN) fastvlm build
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(PY)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
+	$(PY) -m pip install "$(TRANSFORMERS)" -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
+	$(PY) -m pip install "$(TRANSFORMERS)" -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +

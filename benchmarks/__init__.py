@@ -1,0 +1,1 @@
+"""Benchmarks of fastvlm against what a user would otherwise run: ``make bench``."""

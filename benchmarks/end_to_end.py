@@ -1,0 +1,75 @@
+"""Florence-2-base captions a photo, greedy and with beams, through transformers and patched.
+
+The demo's own mechanism (`fastvlm.demo.compare`): true shapes, random weights, interleaved runs in
+one process, tokens compared. ``python -m benchmarks.end_to_end --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastvlm import env
+from fastvlm.demo.compare import SIDES, compare
+from fastvlm.demo.workload import load_photo, random_workload
+from fastvlm.tables import text_table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 3], help="default 1 3")
+    parser.add_argument("--new-tokens", type=int, default=64, help="default 64")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
+    parser.add_argument("--small", action="store_true", help="a tiny model, for testing")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    load = env.load_average()
+    photo, name = load_photo(None)
+    cases = []
+    for beams in args.beams:
+        workload = random_workload(
+            photo,
+            beams=beams,
+            new_tokens=args.new_tokens,
+            tiny=args.small,
+            device=args.device,
+        )
+        result = compare(
+            workload,
+            rounds=args.rounds,
+            progress=lambda line, b=beams: print(  # type: ignore[misc]
+                f"{b} beams: {line}", file=sys.stderr, flush=True
+            ),
+        )
+        print(f"\n{workload.facts['model']}, beams: {beams}\n")
+        print(text_table(("", *SIDES, "ratio"), result.rows()))
+        facts = {**workload.facts, "image": name, "beams": beams, "new_tokens": args.new_tokens}
+        cases.append({"workload": facts, **result.figures()})
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"end_to_end-{args.device}{'-small' if args.small else ''}.json"
+    head = {
+        **env.stamp(),
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+        "load_average_before": load,
+    }
+    path.write_text(json.dumps({**head, "cases": cases}, indent=1) + "\n")
+    print(f"\nwritten: {path}")
+    return 0 if all(case["identical_tokens"] for case in cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+// attention: query rows of any number of segments against the keys of the image they read.
+//
+// Rows are grouped by image, so that K and V are read once for all segments, beams and query heads
+// that share them. An image with many rows is done in panels of one key head; with few rows, as in
+// decoding, the keys are cut into blocks that stream through all heads and are combined after.
+#include "softmax.h"
+
+namespace fastvlm {
+namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kFewRows = 16;     // query rows per key head up to which keys are streamed
+constexpr int64_t kPanelRows = 126;  // query rows of one task otherwise
+constexpr int64_t kPanelKeys = 64;
+constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming
+constexpr int64_t kNearKeys = 16;    // of those, so many for all heads before the next
+
+// What is asked of one image, and how the work on it is cut.
+struct Image {
+  int64_t first_row, rows;  // in Plan::order
+  int64_t first_key, keys;
+  bool streamed;
+  int64_t first_task, tasks;  // of its own kind: streaming, or panels
+  int64_t first_part;         // streamed only: its partial results
+};
+
+// The query rows in image order, each with its place in its segment.
+class Plan {
+ public:
+  explicit Plan(const AttentionArgs& a)
+      : group(a.heads / a.kv_heads),
+        order_(a.rows),
+        place_(a.rows),
+        next_(a.images + 1),
+        images_(a.images) {
+    for (int64_t i = 0; i <= a.images; ++i) next_.data()[i] = 0;
+    for (int64_t s = 0; s < a.segments; ++s) {
+      next_.data()[a.image_of[s] + 1] += a.q_offsets[s + 1] - a.q_offsets[s];
+    }
+    for (int64_t i = 0; i < a.images; ++i) {
+      next_.data()[i + 1] += next_.data()[i];
+      plan_image(a, i);
+    }
+    for (int64_t s = 0; s < a.segments; ++s) {
+      int64_t& to = next_.data()[a.image_of[s]];
+      for (int64_t r = a.q_offsets[s]; r < a.q_offsets[s + 1]; ++r, ++to) {
+        order_.data()[to] = r;
+        place_.data()[to] = r - a.q_offsets[s];
+      }
+    }
+  }
+
+  int64_t row(int64_t index) const { return order_.data()[index]; }
+  int64_t place(int64_t index) const { return place_.data()[index]; }
+  // The image whose streaming or panel tasks include this one.
+  const Image& image_of_task(int64_t task, bool streamed) const {
+    int64_t i = 0;
+    while (images_.data()[i].streamed != streamed ||
+           task >= images_.data()[i].first_task + images_.data()[i].tasks) {
+      ++i;
+    }
+    return images_.data()[i];
+  }
+
+  int64_t group;
+  int64_t stream_tasks = 0, panel_tasks = 0, parts = 0;
+
+ private:
+  void plan_image(const AttentionArgs& a, int64_t i) {
+    Image& image = images_.data()[i];
+    image.first_row = next_.data()[i];
+    image.rows = next_.data()[i + 1] - image.first_row;
+    image.first_key = a.kv_offsets[i];
+    image.keys = a.kv_offsets[i + 1] - image.first_key;
+    image.streamed = image.rows * group <= kFewRows;
+    int64_t& tasks = image.streamed ? stream_tasks : panel_tasks;
+    image.first_task = tasks;
+    image.first_part = parts;
+    if (image.rows == 0) {
+      image.tasks = 0;
+    } else if (image.streamed) {
+      // An image without keys still has a block: the one that writes its zeros.
+      image.tasks = larger(1, divide_up(image.keys, kStreamKeys));
+      parts += image.tasks * a.heads * image.rows;
+    } else {
+      image.tasks = a.kv_heads * divide_up(image.rows * group, kPanelRows);
+    }
+    tasks += image.tasks;
+  }
+
+  Scratch<int64_t> order_, place_, next_;
+  Scratch<Image> images_;
+};
+
+template <class T>
+class Attention {
+ public:
+  explicit Attention(const AttentionArgs& args)
+      : a_(args), plan_(args), rule_{args.scale, args.softcap}, padded_(round_up(a_.dim, kLanes)) {}
+
+  void run() {
+    if (plan_.panel_tasks > 0) run_panels();
+    if (plan_.stream_tasks > 0) run_streams();
+  }
+
+ private:
+  // The keys of its image that a row sees.
+  int64_t first_visible(int64_t place) const {
+    return a_.window > 0 ? larger(0, place - a_.window + 1) : 0;
+  }
+  int64_t last_visible(int64_t place, int64_t keys) const {
+    if (a_.causal) return smaller(keys, place + 1);
+    return a_.window > 0 ? smaller(keys, place + a_.window) : keys;
+  }
+
+  const T* query(int64_t row, int64_t head) const {
+    return static_cast<const T*>(a_.q.data) + row * a_.q.row_stride + head * a_.q.head_stride;
+  }
+  void write(int64_t row, int64_t head, const float* sums, Running running) const {
+    const int64_t at = row * a_.heads + head;
+    write_row(sums, running, a_.dim, static_cast<T*>(a_.out) + at * a_.dim);
+    a_.lse[at] = running.largest + std::log(running.total);
+  }
+
+  void run_panels();
+  void panel(const Image& image, int64_t kv_head, int64_t begin, int64_t rows, float* scratch);
+  void run_streams();
+  void stream(const Image& image, int64_t block, float* scratch, float* parts, Running* running);
+
+  const AttentionArgs& a_;
+  Plan plan_;
+  ScoreRule rule_;
+  int64_t padded_;
+};
+
+// to[d][i] = k[i][d] for n keys, zeros up to kPanelKeys.
+template <class T>
+void pack_transposed(const T* k, int64_t stride, int64_t n, int64_t dim, float* to) {
+  for (int64_t i = 0; i < kPanelKeys; i += kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t columns = smaller(kLanes, dim - d);
+      Vec square[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        square[j] = i + j < n ? load_some(k + (i + j) * stride + d, columns) : Vec{};
+      }
+      transpose(square);
+      for (int64_t j = 0; j < columns; ++j) store(to + (d + j) * kPanelKeys + i, square[j]);
+    }
+  }
+}
+
+template <class T>
+void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int64_t rows,
+                         float* scratch) {
+  float* q = scratch;
+  float* sums = q + kPanelRows * padded_;
+  float* k = sums + kPanelRows * padded_;
+  float* v = k + kPanelKeys * padded_;
+  float* scores = v + kPanelKeys * padded_;
+  Running running[kPanelRows];
+  int64_t from = image.keys, to = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t index = image.first_row + (begin + r) / plan_.group;
+    const int64_t head = kv_head * plan_.group + (begin + r) % plan_.group;
+    gather_query(query(plan_.row(index), head), a_.dim, q + r * padded_);
+    for (int64_t d = 0; d < padded_; ++d) sums[r * padded_ + d] = 0.0f;
+    running[r] = kNothingSeen;
+    from = smaller(from, first_visible(plan_.place(index)));
+    to = larger(to, last_visible(plan_.place(index), image.keys));
+  }
+  for (int64_t key = from; key < to; key += kPanelKeys) {
+    const int64_t n = smaller(kPanelKeys, to - key);
+    const int64_t row = image.first_key + key;
+    pack_transposed(static_cast<const T*>(a_.k.data) + row * a_.k.row_stride +
+                        kv_head * a_.k.head_stride,
+                    a_.k.row_stride, n, a_.dim, k);
+    for (int64_t j = 0; j < n; ++j) {
+      gather_query(static_cast<const T*>(a_.v.data) + (row + j) * a_.v.row_stride +
+                       kv_head * a_.v.head_stride,
+                   a_.dim, v + j * padded_);
+    }
+    panel_product(q, padded_, rows, k, kPanelKeys, a_.dim, false, scores, kPanelKeys,
+                  round_up(n, kLanes));
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t place = plan_.place(image.first_row + (begin + r) / plan_.group);
+      softmax_row(scores + r * kPanelKeys, n, first_visible(place) - key,
+                  last_visible(place, image.keys) - key, rule_, running[r], sums + r * padded_,
+                  padded_);
+    }
+    panel_product(scores, kPanelKeys, rows, v, padded_, n, true, sums, padded_, padded_);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t index = image.first_row + (begin + r) / plan_.group;
+    write(plan_.row(index), kv_head * plan_.group + (begin + r) % plan_.group,
+          sums + r * padded_, running[r]);
+  }
+}
+
+template <class T>
+void Attention<T>::run_panels() {
+  const int64_t per_worker =
+      2 * (kPanelRows + kPanelKeys) * padded_ + kPanelRows * kPanelKeys;
+  Scratch<float> scratch(workers() * per_worker);
+  auto task = [&](int64_t index, int64_t worker) {
+    const Image& image = plan_.image_of_task(index, false);
+    const int64_t rows = image.rows * plan_.group;
+    const int64_t panels = image.tasks / a_.kv_heads;
+    const int64_t local = index - image.first_task;
+    // Equal panels, in whole tiles of six rows.
+    const int64_t size = round_up(divide_up(rows, panels), 6);
+    const int64_t begin = smaller(rows, local % panels * size);
+    panel(image, local / panels, begin, smaller(size, rows - begin),
+          scratch.data() + worker * per_worker);
+  };
+  for_each_task(plan_.panel_tasks, task);
+}
+
+// One block of keys for all heads and rows of an image; the sums go to parts[head, row][block].
+template <class T>
+void Attention<T>::stream(const Image& image, int64_t block, float* scratch, float* parts,
+                          Running* running) {
+  const int64_t rows = image.rows * plan_.group;
+  const int64_t n = smaller(kStreamKeys, image.keys - block * kStreamKeys);
+  const int64_t first = block * kStreamKeys;
+  float* q = scratch;
+  float* sums = q + a_.kv_heads * rows * padded_;
+  float* scores = sums + a_.kv_heads * rows * padded_;
+  int64_t k_offsets[kStreamKeys], v_offsets[kStreamKeys];
+  for (int64_t j = 0; j < n; ++j) {
+    k_offsets[j] = (image.first_key + first + j) * a_.k.row_stride;
+    v_offsets[j] = (image.first_key + first + j) * a_.v.row_stride;
+  }
+  // Rows are numbered [key head][row of the image][query head of the key head].
+  auto index_of = [&](int64_t r) { return image.first_row + r % rows / plan_.group; };
+  auto head_of = [&](int64_t r) { return r / rows * plan_.group + r % plan_.group; };
+  for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
+    gather_query(query(plan_.row(index_of(r)), head_of(r)), a_.dim, q + r * padded_);
+    for (int64_t d = 0; d < padded_; ++d) sums[r * padded_ + d] = 0.0f;
+  }
+  for (int64_t j = 0; j < n; j += kNearKeys) {
+    for (int64_t h = 0; h < a_.kv_heads; ++h) {
+      score_rows(q + h * rows * padded_, padded_, rows,
+                 static_cast<const T*>(a_.k.data) + h * a_.k.head_stride, k_offsets + j,
+                 smaller(kNearKeys, n - j), a_.dim, scores + h * rows * kStreamKeys + j,
+                 kStreamKeys);
+    }
+  }
+  for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
+    const int64_t place = plan_.place(index_of(r));
+    Running& state = running[r * image.tasks + block];
+    state = kNothingSeen;
+    softmax_row(scores + r * kStreamKeys, n, first_visible(place) - first,
+                last_visible(place, image.keys) - first, rule_, state, nullptr, 0);
+  }
+  for (int64_t j = 0; j < n; j += kNearKeys) {
+    for (int64_t h = 0; h < a_.kv_heads; ++h) {
+      add_values(scores + h * rows * kStreamKeys + j, kStreamKeys, rows,
+                 static_cast<const T*>(a_.v.data) + h * a_.v.head_stride, v_offsets + j,
+                 smaller(kNearKeys, n - j), a_.dim, sums + h * rows * padded_, padded_);
+    }
+  }
+  for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
+    float* part = parts + (r * image.tasks + block) * padded_;
+    for (int64_t d = 0; d < padded_; d += kLanes) store(part + d, load(sums + r * padded_ + d));
+  }
+}
+
+template <class T>
+void Attention<T>::run_streams() {
+  Scratch<float> parts(plan_.parts * padded_);
+  Scratch<Running> running(plan_.parts);
+  const int64_t most_rows = a_.kv_heads * kFewRows;
+  const int64_t per_worker = most_rows * (2 * padded_ + kStreamKeys);
+  Scratch<float> scratch(workers() * per_worker);
+  auto block = [&](int64_t index, int64_t worker) {
+    const Image& image = plan_.image_of_task(index, true);
+    stream(image, index - image.first_task, scratch.data() + worker * per_worker,
+           parts.data() + image.first_part * padded_, running.data() + image.first_part);
+  };
+  for_each_task(plan_.stream_tasks, block);
+  auto finish = [&](int64_t index, int64_t worker) {
+    const Image& image = plan_.image_of_task(index, true);
+    // The first block's task number stands for the image: heads and rows of it in one go.
+    if (index != image.first_task) return;
+    const int64_t rows = image.rows * plan_.group;
+    float* sums = scratch.data() + worker * per_worker;
+    for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
+      const int64_t part = image.first_part + r * image.tasks;
+      Running result;
+      combine(parts.data() + part * padded_, running.data() + part, image.tasks, padded_, sums,
+              result);
+      write(plan_.row(image.first_row + r % rows / plan_.group),
+            r / rows * plan_.group + r % plan_.group, sums, result);
+    }
+  };
+  for_each_task(plan_.stream_tasks, finish);
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args) {
+  with_type(args.dtype, [&](auto type) { Attention<decltype(type)>(args).run(); });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvlm

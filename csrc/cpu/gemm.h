@@ -1,0 +1,235 @@
+// Register-blocked tiles of the two products the kernels are made of: rows times weight rows, where
+// the weight streams from memory, and a small panel times a panel that lies in cache.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fastvlm {
+namespace CPU_CAPABILITY {
+
+template <class Body>
+void for_each_task(int64_t tasks, Body& body) {
+  run_tasks(
+      tasks,
+      [](void* context, int64_t task, int64_t worker) {
+        (*static_cast<Body*>(context))(task, worker);
+      },
+      &body);
+}
+
+// Scratch memory that goes with its scope.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T))))) {}
+  ~Scratch() { release(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Calls body with a value of the element type.
+template <class Body>
+void with_type(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kHalf:
+      return body(Half{});
+  }
+}
+
+// Writes f(i, vector) for i = 0, kLanes, ... over n elements of to.
+template <class T, class F>
+inline void map_to(T* to, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, f(i, static_cast<int64_t>(kLanes)));
+  if (i < n) store_partial(to + i, f(i, n - i), n - i);
+}
+
+template <class T>
+inline Vec load_some(const T* p, int64_t n) {
+  return n == kLanes ? load(p) : load_partial(p, n);
+}
+
+template <class T>
+inline void to_float(const T* from, int64_t n, float* to) {
+  map_to(to, n, [&](int64_t i, int64_t count) { return load_some(from + i, count); });
+}
+
+// How many weight rows are read side by side for a number of x rows: as many sums as there are
+// registers for.
+constexpr int rows_in_flight(int x_rows) {
+  if (kRegisters == 32) return x_rows <= 2 ? 8 : x_rows == 3 ? 8 : 6;
+  return x_rows <= 2 ? 6 : x_rows == 3 ? 4 : 3;
+}
+
+// out[m][n] (+)= x[m] . w[n] for M rows of x and N rows of w, over k elements.
+template <class T, int N, int M>
+inline void dot_tile(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t k,
+                     bool accumulate, float* out, int64_t out_stride) {
+  Vec sums[M][N] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Vec xs[M];
+    for (int m = 0; m < M; ++m) xs[m] = load(x + m * x_stride + i);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vec wn = load(w + n * w_stride + i);
+      // The rows that come next: their pages and streams change too often for the hardware.
+      __builtin_prefetch(w + (n + N) * w_stride + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sums[m][n] += xs[m] * wn;
+    }
+  }
+  if (i < k) {
+    for (int n = 0; n < N; ++n) {
+      const Vec wn = load_partial(w + n * w_stride + i, k - i);
+      for (int m = 0; m < M; ++m) sums[m][n] += load_partial(x + m * x_stride + i, k - i) * wn;
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      float* o = out + m * out_stride + n;
+      *o = (accumulate ? *o : 0.0f) + sum(sums[m][n]);
+    }
+  }
+}
+
+template <class T, int N>
+inline void dot_rows(int m, const T* w, int64_t w_stride, const float* x, int64_t x_stride,
+                     int64_t k, bool accumulate, float* out, int64_t out_stride) {
+  switch (m) {
+    case 1:
+      return dot_tile<T, N, 1>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 2:
+      return dot_tile<T, N, 2>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 3:
+      return dot_tile<T, N, 3>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    default:
+      return dot_tile<T, N, 4>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+  }
+}
+
+// out[m][n] = x[m] . w[n]. Each group of weight rows comes from memory once and from cache for the
+// further groups of x rows; k is cut so that the group fits the first-level cache.
+template <class T, int N>
+void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const float* x,
+                        int64_t x_stride, int64_t m_rows, int64_t k, float* out,
+                        int64_t out_stride) {
+  const int64_t groups = divide_up(m_rows, 4);
+  const int64_t block = groups == 1 ? larger(k, 1) : 1024;
+  for (int64_t n = 0; n < n_rows; n += N) {
+    for (int64_t begin = 0; begin < k || begin == 0; begin += block) {
+      const int64_t length = smaller(block, k - begin);
+      for (int64_t group = 0, m = 0; group < groups; ++group) {
+        const int64_t end = m_rows * (group + 1) / groups;
+        const int count = static_cast<int>(end - m);
+        const float* xm = x + m * x_stride + begin;
+        float* o = out + m * out_stride + n;
+        if (n + N <= n_rows) {
+          dot_rows<T, N>(count, w + n * w_stride + begin, w_stride, xm, x_stride, length,
+                         begin > 0, o, out_stride);
+        } else {
+          for (int64_t rest = n; rest < n_rows; ++rest, ++o) {
+            dot_rows<T, 1>(count, w + rest * w_stride + begin, w_stride, xm, x_stride, length,
+                           begin > 0, o, out_stride);
+          }
+        }
+        m = end;
+      }
+    }
+  }
+}
+
+template <class T>
+void products(const T* w, int64_t w_stride, int64_t n_rows, const float* x, int64_t x_stride,
+              int64_t m_rows, int64_t k, float* out, int64_t out_stride) {
+  auto run = [&](auto rows) {
+    products_in_flight<T, decltype(rows)::value>(w, w_stride, n_rows, x, x_stride, m_rows, k, out,
+                                                 out_stride);
+  };
+  switch (m_rows) {
+    case 1:
+    case 2:
+      return run(std::integral_constant<int, rows_in_flight(2)>{});
+    case 3:
+      return run(std::integral_constant<int, rows_in_flight(3)>{});
+    default:
+      return run(std::integral_constant<int, rows_in_flight(4)>{});
+  }
+}
+
+// c[M][N vectors] (+)= a[M][k] b[k][N vectors], a element by element, b vector by vector.
+template <int M, int N>
+void panel_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k,
+                bool accumulate, float* c, int64_t c_stride) {
+  Vec sums[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
+    }
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    Vec bs[N];
+    for (int n = 0; n < N; ++n) bs[n] = load(b + i * b_stride + n * kLanes);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const Vec am = broadcast(a[m * a_stride + i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[m][n] += am * bs[n];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
+  }
+}
+
+template <int N>
+inline void panel_rows(int64_t m_rows, const float* a, int64_t a_stride, const float* b,
+                       int64_t b_stride, int64_t k, bool accumulate, float* c, int64_t c_stride) {
+  int64_t m = 0;
+  for (; m + 6 <= m_rows; m += 6) {
+    panel_tile<6, N>(a + m * a_stride, a_stride, b, b_stride, k, accumulate, c + m * c_stride,
+                     c_stride);
+  }
+  for (; m + 2 <= m_rows; m += 2) {
+    panel_tile<2, N>(a + m * a_stride, a_stride, b, b_stride, k, accumulate, c + m * c_stride,
+                     c_stride);
+  }
+  if (m < m_rows) {
+    panel_tile<1, N>(a + m * a_stride, a_stride, b, b_stride, k, accumulate, c + m * c_stride,
+                     c_stride);
+  }
+}
+
+// c[m_rows][cols] (+)= a[m_rows][k] b[k][cols]; cols is a multiple of kLanes.
+inline void panel_product(const float* a, int64_t a_stride, int64_t m_rows, const float* b,
+                          int64_t b_stride, int64_t k, bool accumulate, float* c,
+                          int64_t c_stride, int64_t cols) {
+  constexpr int kWide = kRegisters == 32 ? 4 : 2;
+  int64_t n = 0;
+  for (; n + kWide * kLanes <= cols; n += kWide * kLanes) {
+    panel_rows<kWide>(m_rows, a, a_stride, b + n, b_stride, k, accumulate, c + n, c_stride);
+  }
+  for (; n < cols; n += kLanes) {
+    panel_rows<1>(m_rows, a, a_stride, b + n, b_stride, k, accumulate, c + n, c_stride);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvlm

@@ -1,0 +1,174 @@
+// What both attention kernels share: scores of a few query rows against keys given by their
+// offsets, the weighted sum of values, and the softmax that runs over blocks of keys.
+#pragma once
+
+#include <cmath>
+
+#include "gemm.h"
+
+namespace fastvlm {
+namespace CPU_CAPABILITY {
+
+// A query row's softmax so far: the largest score and the sum of exp(score - largest).
+struct Running {
+  float largest;
+  float total;
+};
+constexpr Running kNothingSeen = {-INFINITY, 0.0f};
+
+struct ScoreRule {
+  float scale;
+  float softcap;
+};
+
+// score[m][i] = q[m] . k[offsets[i]] for i < n; rounds n up to whole vectors by repeating the last
+// key, so that a score row must have room for that. q rows are padded with zeros.
+template <class T>
+void score_rows(const float* q, int64_t q_stride, int64_t m_rows, const T* k,
+                const int64_t* offsets, int64_t n, int64_t dim, float* scores,
+                int64_t scores_stride) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const T* keys[kLanes];
+    for (int j = 0; j < kLanes; ++j) keys[j] = k + offsets[smaller(i + j, n - 1)];
+    for (int64_t m = 0; m < m_rows; ++m) {
+      Vec sums[kLanes] = {};
+      const float* qm = q + m * q_stride;
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) {
+        const Vec qd = load(qm + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) sums[j] += qd * load(keys[j] + d);
+      }
+      if (d < dim) {
+        const Vec qd = load(qm + d);
+        for (int j = 0; j < kLanes; ++j) sums[j] += qd * load_partial(keys[j] + d, dim - d);
+      }
+      store(scores + m * scores_stride + i, sum_each(sums));
+    }
+  }
+}
+
+// sums[M][N vectors] += p[M][n] v[offsets[n]], from column d; the last vector may be partial.
+template <class T, int M, int N>
+inline void value_tile(const float* p, int64_t p_stride, const T* v, const int64_t* offsets,
+                       int64_t n, int64_t columns, float* sums, int64_t sums_stride) {
+  Vec acc[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < N; ++c) acc[m][c] = load(sums + m * sums_stride + c * kLanes);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T* row = v + offsets[i];
+    Vec vs[N];
+    for (int c = 0; c < N; ++c) {
+      vs[c] = N == 1 ? load_some(row, columns) : load(row + c * kLanes);
+    }
+    for (int m = 0; m < M; ++m) {
+      const Vec weight = broadcast(p[m * p_stride + i]);
+      for (int c = 0; c < N; ++c) acc[m][c] += weight * vs[c];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < N; ++c) store(sums + m * sums_stride + c * kLanes, acc[m][c]);
+  }
+}
+
+// sums[m] += sum over i of p[m][i] v[offsets[i]]; sums rows are padded to whole vectors.
+template <class T>
+void add_values(const float* p, int64_t p_stride, int64_t m_rows, const T* v,
+                const int64_t* offsets, int64_t n, int64_t dim, float* sums,
+                int64_t sums_stride) {
+  constexpr int kRows = kRegisters == 32 ? 4 : 2;
+  auto columns = [&](auto width, int64_t d, int64_t count) {
+    constexpr int N = decltype(width)::value;
+    int64_t m = 0;
+    for (; m + kRows <= m_rows; m += kRows) {
+      value_tile<T, kRows, N>(p + m * p_stride, p_stride, v + d, offsets, n, count,
+                              sums + m * sums_stride + d, sums_stride);
+    }
+    for (; m < m_rows; ++m) {
+      value_tile<T, 1, N>(p + m * p_stride, p_stride, v + d, offsets, n, count,
+                          sums + m * sums_stride + d, sums_stride);
+    }
+  };
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
+    columns(std::integral_constant<int, 4>{}, d, 4 * kLanes);
+  }
+  for (; d < dim; d += kLanes) {
+    columns(std::integral_constant<int, 1>{}, d, smaller(kLanes, dim - d));
+  }
+}
+
+// Turns a row of n products into exp(score - largest), in place, and brings `running` and the sum
+// of values gathered under the former largest score up to date. Only keys from `first` up to
+// `last` are visible. Whole vectors are written: keys from n on get weight 0.
+inline void softmax_row(float* scores, int64_t n, int64_t first, int64_t last, ScoreRule rule,
+                        Running& running, float* sums, int64_t sums_size) {
+  const Vec scale = broadcast(rule.softcap > 0 ? rule.scale / rule.softcap : rule.scale);
+  const Vec softcap = broadcast(rule.softcap);
+  const Vec hidden = broadcast(-INFINITY);
+  const Vec from = broadcast(static_cast<float>(first));
+  const Vec to = broadcast(static_cast<float>(smaller(last, n)));
+  const bool all_visible = first <= 0 && last >= n && n % kLanes == 0;
+  Vec largest = broadcast(running.largest);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec s = load(scores + i) * scale;
+    if (rule.softcap > 0) s = tanh(s) * softcap;
+    if (!all_visible) {
+      const Vec index = lane_index() + broadcast(static_cast<float>(i));
+      s = select((index >= from) & (index < to), s, hidden);
+    }
+    largest = at_least(largest, s);
+    store(scores + i, s);
+  }
+  const float now = max(largest);
+  // With nothing visible so far any finite reference keeps exp(-inf - reference) at 0.
+  const Vec reference = broadcast(now == -INFINITY ? 0.0f : now);
+  Vec total{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec p = exp(load(scores + i) - reference);
+    total += p;
+    store(scores + i, p);
+  }
+  if (now != running.largest && running.total != 0.0f) {
+    const Vec factor = exp(broadcast(running.largest) - reference);
+    running.total *= factor[0];
+    for (int64_t d = 0; d < sums_size; d += kLanes) store(sums + d, load(sums + d) * factor);
+  }
+  running.largest = now;
+  running.total += sum(total);
+}
+
+// A row's result over one block of keys, kept until all blocks of the row are there.
+inline void combine(const float* parts, const Running* running, int64_t blocks, int64_t part_size,
+                    float* sums, Running& result) {
+  result = kNothingSeen;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // A NaN is never the larger; it arrives through the total instead.
+    if (running[b].largest > result.largest) result.largest = running[b].largest;
+  }
+  for (int64_t d = 0; d < part_size; ++d) sums[d] = 0.0f;
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (running[b].total == 0.0f) continue;
+    const Vec factor = exp(broadcast(running[b].largest - result.largest));
+    result.total += running[b].total * factor[0];
+    for (int64_t d = 0; d < part_size; d += kLanes) {
+      store(sums + d, load(sums + d) + load(parts + b * part_size + d) * factor);
+    }
+  }
+}
+
+template <class T>
+inline void write_row(const float* sums, Running running, int64_t dim, T* out) {
+  const Vec factor = broadcast(running.total == 0.0f ? 0.0f : 1.0f / running.total);
+  map_to(out, dim, [&](int64_t i, int64_t) { return load(sums + i) * factor; });
+}
+
+template <class T>
+inline void gather_query(const T* q, int64_t dim, float* to) {
+  to_float(q, dim, to);
+  for (int64_t d = dim; d % kLanes != 0; ++d) to[d] = 0.0f;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvlm

@@ -1,0 +1,280 @@
+"""The CPU extension: built ahead of time, or by itself at first use; loaded once.
+
+Nothing here imports another part of fastvlm or builds anything at import, so that setup.py can use
+the builder and ``python -m fastvlm env`` runs when the extension is broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+LIBRARY = "_C_cpu.so"
+
+# one namespace and one set of flags for each instruction set
+_X86 = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        *["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"],
+        *["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    ],
+}
+_KERNELS = ("mlp", "attention", "cached_attention")
+_CAPABILITIES = ("default", "AVX2", "AVX-512")
+
+
+class ExtensionWarning(UserWarning):
+    """The CPU extension cannot be used; the message says why."""
+
+
+class ExtensionBuildError(RuntimeError):
+    """The CPU extension does not build: no compiler, no ninja, or the compiler's last lines."""
+
+
+class _State:
+    lock = threading.Lock()
+    done = False
+    loaded = False
+    reason: str | None = None
+    path: str | None = None
+
+
+def load() -> bool:
+    """Load the extension, building it first where that is needed; True if it can be used.
+
+    Looks for a library built with the package, then for one in the cache, then compiles into the
+    cache. Where that fails, or FASTVLM_CPU=0 is set, gives False, now and at each later call;
+    a failure warns once (ExtensionWarning) with the reason. Never raises.
+    """
+    if _State.done:
+        return _State.loaded
+    with _State.lock:
+        if not _State.done:
+            try:
+                _load()
+            except Exception as error:
+                # whatever breaks here, the reference still serves: say why, once
+                _State.reason = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"fastvlm: the CPU extension cannot be used, the slower reference serves: "
+                    f"{_State.reason}",
+                    ExtensionWarning,
+                    stacklevel=3,
+                )
+            _State.done = True
+    return _State.loaded
+
+
+def available() -> bool:
+    """Whether torch.ops.fastvlm_cpu can be used; loads it first."""
+    return load()
+
+
+def reason() -> str | None:
+    """Why the extension cannot be used; None when it can."""
+    load()
+    return _State.reason
+
+
+def path() -> str | None:
+    """The file that was loaded."""
+    load()
+    return _State.path
+
+
+def capability() -> str | None:
+    """The instruction set in use: "default", "AVX2" or "AVX-512"."""
+    if not load():
+        return None
+    import torch
+
+    return str(torch.ops.fastvlm_cpu.capability())
+
+
+def _load() -> None:
+    if os.environ.get("FASTVLM_CPU") == "0":
+        _State.reason = "refused by FASTVLM_CPU=0"
+        return
+    import torch
+
+    library = Path(__file__).parent / LIBRARY
+    if library.exists() and not _open(library):
+        library = Path("")
+    if not library.is_file():
+        library = cache_dir() / _key() / LIBRARY
+        if not library.exists():
+            print(
+                f"fastvlm: compiling the CPU extension once, into {library.parent}", file=sys.stderr
+            )
+        library = build(library.parent)
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:
+            # damaged since it was built
+            library.unlink(missing_ok=True)
+            library = build(library.parent)
+            torch.ops.load_library(str(library))
+    torch.ops.fastvlm_cpu.capability()  # raises where FASTVLM_CPU_CAPABILITY cannot be had
+    _State.path, _State.loaded = str(library), True
+
+
+def _open(library: Path) -> bool:
+    """Load a library that came with the package; False where this torch cannot."""
+    import torch
+
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        warnings.warn(
+            f"fastvlm: {library} does not load ({error}); compiling another",
+            ExtensionWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def cache_dir() -> Path:
+    """FASTVLM_CACHE_DIR, else XDG_CACHE_HOME/fastvlm, else ~/.cache/fastvlm."""
+    if directory := os.environ.get("FASTVLM_CACHE_DIR"):
+        return Path(directory)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastvlm"
+
+
+def source_dir() -> Path:
+    """csrc, beside the package in a checkout or inside it when installed."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / "csrc", package.parent / "csrc"):
+        if (directory / "bind_cpu.cpp").exists():
+            return directory
+    raise ExtensionBuildError(f"the sources (csrc) are neither in {package} nor beside it")
+
+
+def build(target_dir: Path | str | None = None, verbose: bool = False) -> Path:
+    """Compile the extension into target_dir (default: the cache) unless it is there; its path.
+
+    Safe when several processes start at once: one compiles, the others wait and take the result.
+    Raises ExtensionBuildError.
+    """
+    target = Path(target_dir) if target_dir is not None else cache_dir() / _key()
+    library = target / LIBRARY
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExtensionBuildError(f"cannot write to {target}: {error}") from error
+    with _file_lock(target / ".lock"):
+        if library.exists() and target_dir is None:
+            return library
+        if library.exists() and _stamp(target) == _key():
+            return library
+        with tempfile.TemporaryDirectory(dir=target, prefix="build-") as work:
+            _compile(Path(work), verbose)
+            os.replace(Path(work) / LIBRARY, library)
+        (target / ".key").write_text(_key())
+    return library
+
+
+def _stamp(target: Path) -> str | None:
+    key = target / ".key"
+    return key.read_text() if key.exists() else None
+
+
+@contextlib.contextmanager
+def _file_lock(file: Path) -> Iterator[None]:
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["g++", "c++", "clang++"]:
+        if found := shutil.which(name):
+            return found
+    raise ExtensionBuildError(f"no C++ compiler ({wanted or 'g++, c++ or clang++'} not found)")
+
+
+def _ninja() -> str:
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        candidate = Path(ninja.BIN_DIR) / "ninja"
+        if candidate.exists():
+            return str(candidate)
+    if found := shutil.which("ninja"):
+        return found
+    raise ExtensionBuildError("no ninja (pip install ninja)")
+
+
+def _flags() -> list[str]:
+    return [
+        *["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno"],
+        "-Wno-psabi",  # vector types are passed between inlined functions only
+        "-ffp-contract=fast",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI as of torch 2.10
+        *(["-DFASTVLM_X86"] if _is_x86() else []),
+    ]
+
+
+def _key() -> str:
+    """Names a build: sources, flags, machine, and torch's release (its headers are compiled in)."""
+    import torch
+
+    digest = hashlib.sha256()
+    sources = source_dir()
+    for file in sorted([*sources.glob("*.cpp"), *(sources / "cpu").iterdir()]):
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    digest.update(repr((_flags(), _X86, platform.machine(), torch.__version__)).encode())
+    return f"cpu-torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
+
+
+def _compile(work: Path, verbose: bool) -> None:
+    from torch.utils import cpp_extension
+
+    sources = source_dir()
+    includes = [f"-isystem {p}" for p in cpp_extension.include_paths()]
+    libraries = cpp_extension.library_paths()
+    links = [f"-L{p} -Wl,-rpath,{p}" for p in libraries]
+    lines = [
+        f"cxx = {_compiler()}",
+        f"flags = {' '.join([*_flags(), *includes])}",
+        "rule compile\n  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
+        f"rule link\n  command = $cxx -shared $in -o $out {' '.join(links)} -ltorch_cpu -lc10",
+        f"build bind.o: compile {sources / 'bind_cpu.cpp'}",
+    ]
+    objects = ["bind.o"]
+    for isa, flags in (_X86 if _is_x86() else {"DEFAULT": []}).items():
+        for kernel in _KERNELS:
+            objects.append(f"{kernel}.{isa}.o")
+            lines.append(f"build {objects[-1]}: compile {sources / 'cpu' / kernel}.cpp")
+            lines.append(f"  isa = -DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {' '.join(flags)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}\n")
+    (work / "build.ninja").write_text("\n".join(lines))
+    done = subprocess.run(
+        [_ninja(), *(["-v"] if verbose else [])],
+        cwd=work,
+        stdout=None if verbose else subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout or "").splitlines()[-15:])
+        raise ExtensionBuildError(f"the C++ compiler failed:\n{tail}")

@@ -1,0 +1,63 @@
+"""Builds the CPU extension where torch is importable at build time; needs nothing otherwise.
+
+An isolated build (plain ``pip install .``) has no torch, and must not download it a second time: it
+makes a pure wheel that carries the C++ sources, and the extension compiles itself at first use.
+Nothing here looks at the hardware.
+"""
+
+import importlib.util
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+def _builder():
+    """fastvlm/extension.py by its path: the package itself would import torch."""
+    spec = importlib.util.spec_from_file_location(
+        "fastvlm_extension", ROOT / "fastvlm" / "extension.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WANTED = os.environ.get("FASTVLM_CPU") != "0" and importlib.util.find_spec("torch") is not None
+
+
+class BuildPy(build_py):
+    """The package, its C++ sources, and the library where it can be compiled."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # csrc stands beside the package, and the library belongs in the cache
+        package = Path(self.build_lib) / "fastvlm"
+        shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        if not WANTED:
+            return
+        builder = _builder()
+        try:
+            library = builder.build(Path(self.build_temp_dir()))
+            shutil.copy2(library, package / builder.LIBRARY)
+        except Exception as error:
+            # a broken toolchain must not stop the install: the reference serves, and says why
+            warnings.warn(f"fastvlm: the CPU extension was not compiled: {error}", stacklevel=1)
+
+    def build_temp_dir(self):
+        return self.get_finalized_command("build").build_temp
+
+
+class MaybeBinary(Distribution):
+    """A wheel with a compiled library belongs to a platform, one without belongs to all."""
+
+    def has_ext_modules(self):
+        return WANTED
+
+
+setup(cmdclass={"build_py": BuildPy}, distclass=MaybeBinary)

@@ -1,0 +1,126 @@
+"""`python -m fastvlm env` and `build`: they answer, whatever is broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from fastvlm import env
+from fastvlm.__main__ import main
+from fastvlm.tables import markdown_table, text_table
+
+
+def _stub(**functions: object) -> types.ModuleType:
+    module = types.ModuleType("fastvlm.extension")
+    for name, function in functions.items():
+        setattr(module, name, function)
+    return module
+
+
+def _raise(*_: object) -> None:
+    raise RuntimeError("no compiler\nhere")
+
+
+def test_env_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", "torch", "cpu features", "threads", "gpu", "extension", "on cpu:"):
+        assert word in out
+    assert "cross_attention" in out
+    assert "reference" in out
+
+
+def test_env_in_a_process_without_extension_or_optional_packages() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('transformers', 'tabulate', 'matplotlib', 'PIL')))\n"
+        "from fastvlm.__main__ import main\n"
+        "sys.exit(main(['env']))\n"
+    )
+    environment = {**os.environ, "FASTVLM_CPU": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not loaded: refused by FASTVLM_CPU=0" in done.stdout
+
+
+def test_env_with_an_extension_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastvlm.extension", _stub(available=_raise))
+    text = env.describe()
+    assert "failed: RuntimeError: no compiler" in text
+    assert "cross_attention" in text
+
+
+def test_env_with_a_loaded_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = _stub(available=lambda: True, path=lambda: "/x/lib.so", capability=lambda: "AVX2")
+    monkeypatch.setitem(sys.modules, "fastvlm.extension", stub)
+    assert env.extension() == [
+        ("extension", "loaded"),
+        ("extension file", "/x/lib.so"),
+        ("extension capability", "AVX2"),
+    ]
+
+
+def test_env_without_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastvlm.ops.dispatch", None)
+    text = env.describe()
+    assert "on cpu:\n  failed: ModuleNotFoundError" in text
+
+
+def test_a_reason_of_many_lines_keeps_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = types.ModuleType("dispatch")
+    stub.status = lambda device: [("rope", "reference", "cpu: failed:\nline\nline")]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastvlm.ops.dispatch", stub)
+    assert env.backends("cpu").splitlines()[-1].split() == ["rope", "reference", "cpu:", "failed"]
+
+
+def test_build_prints_the_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = _stub(build=lambda: "/x/lib.so", available=lambda: True)
+    monkeypatch.setitem(sys.modules, "fastvlm.extension", stub)
+    assert main(["build"]) == 0
+    assert capsys.readouterr().out == "/x/lib.so\n"
+
+
+@pytest.mark.parametrize(
+    "stub",
+    [
+        _stub(build=_raise),
+        _stub(build=lambda: "/x/lib.so", available=lambda: False, reason=lambda: "no compiler"),
+    ],
+)
+def test_build_that_fails_says_why(
+    stub: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastvlm.extension", stub)
+    assert main(["build"]) == 1
+    assert "no compiler" in capsys.readouterr().err
+
+
+def test_machine_is_recorded_without_the_hosts_name() -> None:
+    stamp = env.stamp()
+    assert set(stamp) == {"date", "machine", "versions"}
+    assert stamp["machine"]["cpu"]["cores"] >= 1
+    assert os.uname().nodename not in str(stamp["machine"])
+
+
+def test_unknown_command_is_a_usage_error() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["nothing"])
+    assert stopped.value.code == 2
+
+
+def test_tables() -> None:
+    rows = [("a", "1"), ("long", "2")]
+    assert text_table(("n", "v"), rows) == "n     v\n----  -\na     1\nlong  2"
+    assert markdown_table(("n", "v"), rows[:1]) == "| n | v |\n| --- | --- |\n| a | 1 |"
