@@ -44,14 +44,20 @@ def cache_bytes(device: str) -> int:
 def copies_for(case: Case, size: int, device: str) -> int:
     one = case.bytes_moved(size)
     needed = 1 + COLD * cache_bytes(device) // one
-    return max(1, min(needed, MOST_BYTES // one))
+    return max(1, min(max(2, needed), MOST_BYTES // one))
 
 
 class Rotation:
-    """Calls a function with the next copy of its operands each time."""
+    """Calls a function with the next copy of its operands each time.
 
-    def __init__(self, function: Callable[..., Any], copies: Sequence[Operands]) -> None:
-        self.function, self.copies, self.next = function, copies, 0
+    The functions that alternate start at different copies: in step, each would find in the cache
+    what the one before it has just read.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], copies: Sequence[Operands], start: int = 0
+    ) -> None:
+        self.function, self.copies, self.next = function, copies, start
 
     def __call__(self) -> Any:
         self.next = (self.next + 1) % len(self.copies)

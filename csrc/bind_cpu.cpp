@@ -6,7 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <cstdlib>
 #include <new>
 #include <optional>
@@ -48,10 +50,10 @@ struct Kernels {
   decltype(&DEFAULT::cached_attention) cached_attention;
 };
 
-#define FASTVLM_KERNELS(CAPABILITY)                                                      \
-  Kernels {                                                                              \
-    #CAPABILITY, &CAPABILITY::linear, &CAPABILITY::gelu_mlp, &CAPABILITY::geglu_mlp,     \
-        &CAPABILITY::attention, &CAPABILITY::cached_attention                            \
+#define FASTVLM_KERNELS(CAPABILITY)                                                  \
+  Kernels {                                                                          \
+    #CAPABILITY, &CAPABILITY::linear, &CAPABILITY::gelu_mlp, &CAPABILITY::geglu_mlp, \
+        &CAPABILITY::attention, &CAPABILITY::cached_attention                        \
   }
 
 // The best copy first; `wanted` (empty for any) names one of them.
@@ -207,8 +209,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   check_offsets(args.kv_offsets, args.images, k.size(0), "kv_offsets");
   STD_TORCH_CHECK(args.q_offsets[args.segments] == args.rows, "q_offsets: must end at ", args.rows);
   for (int64_t s = 0; s < args.segments; ++s) {
-    STD_TORCH_CHECK(args.image_of[s] >= 0 && args.image_of[s] < args.images,
-                    "image_of: no image ", args.image_of[s]);
+    STD_TORCH_CHECK(args.image_of[s] >= 0 && args.image_of[s] < args.images, "image_of: no image ",
+                    args.image_of[s]);
   }
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
@@ -249,8 +251,9 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   args.lengths = indices(lengths, "lengths", 1);
   STD_TORCH_CHECK(lengths.size(0) == args.rows, "lengths: expected one per row of q");
   for (int64_t r = 0; r < args.rows; ++r) {
-    STD_TORCH_CHECK(args.lengths[r] >= 0 && args.lengths[r] <= positions, "lengths: ",
-                    args.lengths[r], " is not within the cache's ", positions, " positions");
+    STD_TORCH_CHECK(args.lengths[r] >= 0 && args.lengths[r] <= positions,
+                    "lengths: ", args.lengths[r], " is not within the cache's ", positions,
+                    " positions");
   }
   if (ancestry.has_value()) {
     args.ancestry = indices(*ancestry, "ancestry", 2);
@@ -281,8 +284,7 @@ std::string capability() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY(fastvlm_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def(
-      "gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
+  m.def("gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
   m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor kv_offsets, "

@@ -1,8 +1,37 @@
-"""fastvlm: fused kernels for encoder-decoder vision-language models."""
+"""fastvlm: fused kernels for encoder-decoder vision-language models.
 
-from fastvlm import nn, ops
-from fastvlm.layout import Layout
-from fastvlm.ops.dispatch import use
-from fastvlm.patching.patch import PatchError, patch, patched, unpatch
+Names are imported when they are first used, so that ``python -m fastvlm env`` can say what is wrong
+where a part of the package cannot be imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvlm import nn, ops
+    from fastvlm.layout import Layout
+    from fastvlm.ops.dispatch import use
+    from fastvlm.patching.patch import PatchError, patch, patched, unpatch
 
 __all__ = ["Layout", "PatchError", "nn", "ops", "patch", "patched", "unpatch", "use"]
+
+_HOME = {
+    "Layout": "fastvlm.layout",
+    "use": "fastvlm.ops.dispatch",
+    **dict.fromkeys(("PatchError", "patch", "patched", "unpatch"), "fastvlm.patching.patch"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "ops"):
+        return import_module(f"fastvlm.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastvlm' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -52,7 +53,11 @@ def _build() -> int:
     except Exception as error:
         print(f"fastvlm build: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    if not extension.available():
+    if os.environ.get("FASTVLM_CPU") == "0":
+        print(
+            "fastvlm build: compiled, but FASTVLM_CPU=0 keeps it from being used", file=sys.stderr
+        )
+    elif not extension.available():
         print(f"fastvlm build: {path} does not load: {extension.reason()}", file=sys.stderr)
         return 1
     print(path)

@@ -72,6 +72,8 @@ def test_rotation_uses_every_copy() -> None:
         turn()
     assert sorted(seen[:3]) == [0, 1, 2]
     assert seen[3] == seen[0]
+    measure.Rotation(seen.append, [(0,), (1,), (2,)], start=1)()
+    assert seen[-1] != seen[0]
 
 
 def test_record_compares_with_the_best_baseline(monkeypatch: pytest.MonkeyPatch) -> None:

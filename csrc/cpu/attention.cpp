@@ -19,9 +19,9 @@ constexpr int64_t kNearKeys = 16;    // of those, so many for all heads before t
 struct Image {
   int64_t first_row, rows;  // in Plan::order
   int64_t first_key, keys;
-  bool streamed;
-  int64_t first_task, tasks;  // of its own kind: streaming, or panels
-  int64_t first_part;         // streamed only: its partial results
+  int64_t first_stream, first_panel;  // the first task of each kind that is its own or comes after
+  int64_t tasks;
+  int64_t first_part;  // its partial results, when streamed
 };
 
 // The query rows in image order, each with its place in its segment.
@@ -32,7 +32,8 @@ class Plan {
         order_(a.rows),
         place_(a.rows),
         next_(a.images + 1),
-        images_(a.images) {
+        images_(a.images),
+        count_(a.images) {
     for (int64_t i = 0; i <= a.images; ++i) next_.data()[i] = 0;
     for (int64_t s = 0; s < a.segments; ++s) {
       next_.data()[a.image_of[s] + 1] += a.q_offsets[s + 1] - a.q_offsets[s];
@@ -52,14 +53,14 @@ class Plan {
 
   int64_t row(int64_t index) const { return order_.data()[index]; }
   int64_t place(int64_t index) const { return place_.data()[index]; }
-  // The image whose streaming or panel tasks include this one.
-  const Image& image_of_task(int64_t task, bool streamed) const {
-    int64_t i = 0;
-    while (images_.data()[i].streamed != streamed ||
-           task >= images_.data()[i].first_task + images_.data()[i].tasks) {
-      ++i;
+  // The last image whose tasks start no later: images without tasks of this kind come before it.
+  const Image& image_of_task(int64_t task, int64_t Image::* first_task) const {
+    int64_t low = 0, high = count_;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (images_.data()[middle].*first_task <= task ? low : high) = middle;
     }
-    return images_.data()[i];
+    return images_.data()[low];
   }
 
   int64_t group;
@@ -72,24 +73,25 @@ class Plan {
     image.rows = next_.data()[i + 1] - image.first_row;
     image.first_key = a.kv_offsets[i];
     image.keys = a.kv_offsets[i + 1] - image.first_key;
-    image.streamed = image.rows * group <= kFewRows;
-    int64_t& tasks = image.streamed ? stream_tasks : panel_tasks;
-    image.first_task = tasks;
+    image.first_stream = stream_tasks;
+    image.first_panel = panel_tasks;
     image.first_part = parts;
     if (image.rows == 0) {
       image.tasks = 0;
-    } else if (image.streamed) {
+    } else if (image.rows * group <= kFewRows) {
       // An image without keys still has a block: the one that writes its zeros.
       image.tasks = larger(1, divide_up(image.keys, kStreamKeys));
+      stream_tasks += image.tasks;
       parts += image.tasks * a.heads * image.rows;
     } else {
       image.tasks = a.kv_heads * divide_up(image.rows * group, kPanelRows);
+      panel_tasks += image.tasks;
     }
-    tasks += image.tasks;
   }
 
   Scratch<int64_t> order_, place_, next_;
   Scratch<Image> images_;
+  int64_t count_;
 };
 
 template <class T>
@@ -171,9 +173,9 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
   for (int64_t key = from; key < to; key += kPanelKeys) {
     const int64_t n = smaller(kPanelKeys, to - key);
     const int64_t row = image.first_key + key;
-    pack_transposed(static_cast<const T*>(a_.k.data) + row * a_.k.row_stride +
-                        kv_head * a_.k.head_stride,
-                    a_.k.row_stride, n, a_.dim, k);
+    pack_transposed(
+        static_cast<const T*>(a_.k.data) + row * a_.k.row_stride + kv_head * a_.k.head_stride,
+        a_.k.row_stride, n, a_.dim, k);
     for (int64_t j = 0; j < n; ++j) {
       gather_query(static_cast<const T*>(a_.v.data) + (row + j) * a_.v.row_stride +
                        kv_head * a_.v.head_stride,
@@ -191,21 +193,20 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = image.first_row + (begin + r) / plan_.group;
-    write(plan_.row(index), kv_head * plan_.group + (begin + r) % plan_.group,
-          sums + r * padded_, running[r]);
+    write(plan_.row(index), kv_head * plan_.group + (begin + r) % plan_.group, sums + r * padded_,
+          running[r]);
   }
 }
 
 template <class T>
 void Attention<T>::run_panels() {
-  const int64_t per_worker =
-      2 * (kPanelRows + kPanelKeys) * padded_ + kPanelRows * kPanelKeys;
+  const int64_t per_worker = 2 * (kPanelRows + kPanelKeys) * padded_ + kPanelRows * kPanelKeys;
   Scratch<float> scratch(workers() * per_worker);
   auto task = [&](int64_t index, int64_t worker) {
-    const Image& image = plan_.image_of_task(index, false);
+    const Image& image = plan_.image_of_task(index, &Image::first_panel);
     const int64_t rows = image.rows * plan_.group;
     const int64_t panels = image.tasks / a_.kv_heads;
-    const int64_t local = index - image.first_task;
+    const int64_t local = index - image.first_panel;
     // Equal panels, in whole tiles of six rows.
     const int64_t size = round_up(divide_up(rows, panels), 6);
     const int64_t begin = smaller(rows, local % panels * size);
@@ -273,15 +274,15 @@ void Attention<T>::run_streams() {
   const int64_t per_worker = most_rows * (2 * padded_ + kStreamKeys);
   Scratch<float> scratch(workers() * per_worker);
   auto block = [&](int64_t index, int64_t worker) {
-    const Image& image = plan_.image_of_task(index, true);
-    stream(image, index - image.first_task, scratch.data() + worker * per_worker,
+    const Image& image = plan_.image_of_task(index, &Image::first_stream);
+    stream(image, index - image.first_stream, scratch.data() + worker * per_worker,
            parts.data() + image.first_part * padded_, running.data() + image.first_part);
   };
   for_each_task(plan_.stream_tasks, block);
   auto finish = [&](int64_t index, int64_t worker) {
-    const Image& image = plan_.image_of_task(index, true);
+    const Image& image = plan_.image_of_task(index, &Image::first_stream);
     // The first block's task number stands for the image: heads and rows of it in one go.
-    if (index != image.first_task) return;
+    if (index != image.first_stream) return;
     const int64_t rows = image.rows * plan_.group;
     float* sums = scratch.data() + worker * per_worker;
     for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {

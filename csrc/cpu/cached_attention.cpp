@@ -26,8 +26,8 @@ class CachedAttention {
       const int64_t head = index / blocks_ % a_.kv_heads * group_;
       const int64_t row = index / blocks_ / a_.kv_heads;
       const int64_t part = (row * a_.heads + head) * blocks_ + block;
-      attend(row, head, block, scratch.data() + worker * per_worker,
-             parts.data() + part * padded_, running.data() + part);
+      attend(row, head, block, scratch.data() + worker * per_worker, parts.data() + part * padded_,
+             running.data() + part);
     };
     for_each_task(a_.rows * a_.kv_heads * blocks_, task);
     auto finish = [&](int64_t row, int64_t worker) {
@@ -102,8 +102,7 @@ class CachedAttention {
 void cached_attention(const CachedAttentionArgs& args) {
   int64_t positions = 0;
   for (int64_t r = 0; r < args.rows; ++r) positions = larger(positions, args.lengths[r]);
-  with_type(args.dtype,
-            [&](auto type) { CachedAttention<decltype(type)>(args, positions).run(); });
+  with_type(args.dtype, [&](auto type) { CachedAttention<decltype(type)>(args, positions).run(); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -37,8 +37,8 @@ class Scratch {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Calls body with a value of the element type.
 template <class Body>
@@ -102,10 +102,21 @@ inline void dot_tile(const T* w, int64_t w_stride, const float* x, int64_t x_str
       for (int m = 0; m < M; ++m) sums[m][n] += load_partial(x + m * x_stride + i, k - i) * wn;
     }
   }
+  float totals[round_up(M * N, kLanes)];
+#pragma GCC unroll 8
+  for (int first = 0; first < M * N; first += kLanes) {
+    Vec group[kLanes];
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      const int at = first + j;
+      group[j] = at < M * N ? sums[at / N % M][at % N] : Vec{};
+    }
+    store(totals + first, sum_each(group));
+  }
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
       float* o = out + m * out_stride + n;
-      *o = (accumulate ? *o : 0.0f) + sum(sums[m][n]);
+      *o = (accumulate ? *o : 0.0f) + totals[m * N + n];
     }
   }
 }
@@ -125,6 +136,9 @@ inline void dot_rows(int m, const T* w, int64_t w_stride, const float* x, int64_
   }
 }
 
+// Elements of k in one go where weight rows are used again: they stay in the first-level cache.
+constexpr int64_t kDotBlock = kRegisters == 32 ? 512 : 1024;
+
 // out[m][n] = x[m] . w[n]. Each group of weight rows comes from memory once and from cache for the
 // further groups of x rows; k is cut so that the group fits the first-level cache.
 template <class T, int N>
@@ -132,7 +146,7 @@ void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const floa
                         int64_t x_stride, int64_t m_rows, int64_t k, float* out,
                         int64_t out_stride) {
   const int64_t groups = divide_up(m_rows, 4);
-  const int64_t block = groups == 1 ? larger(k, 1) : 1024;
+  const int64_t block = groups == 1 ? larger(k, 1) : kDotBlock;
   for (int64_t n = 0; n < n_rows; n += N) {
     for (int64_t begin = 0; begin < k || begin == 0; begin += block) {
       const int64_t length = smaller(block, k - begin);
@@ -142,8 +156,8 @@ void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const floa
         const float* xm = x + m * x_stride + begin;
         float* o = out + m * out_stride + n;
         if (n + N <= n_rows) {
-          dot_rows<T, N>(count, w + n * w_stride + begin, w_stride, xm, x_stride, length,
-                         begin > 0, o, out_stride);
+          dot_rows<T, N>(count, w + n * w_stride + begin, w_stride, xm, x_stride, length, begin > 0,
+                         o, out_stride);
         } else {
           for (int64_t rest = n; rest < n_rows; ++rest, ++o) {
             dot_rows<T, 1>(count, w + rest * w_stride + begin, w_stride, xm, x_stride, length,
@@ -219,8 +233,8 @@ inline void panel_rows(int64_t m_rows, const float* a, int64_t a_stride, const f
 
 // c[m_rows][cols] (+)= a[m_rows][k] b[k][cols]; cols is a multiple of kLanes.
 inline void panel_product(const float* a, int64_t a_stride, int64_t m_rows, const float* b,
-                          int64_t b_stride, int64_t k, bool accumulate, float* c,
-                          int64_t c_stride, int64_t cols) {
+                          int64_t b_stride, int64_t k, bool accumulate, float* c, int64_t c_stride,
+                          int64_t cols) {
   constexpr int kWide = kRegisters == 32 ? 4 : 2;
   int64_t n = 0;
   for (; n + kWide * kLanes <= cols; n += kWide * kLanes) {

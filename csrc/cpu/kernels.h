@@ -36,7 +36,7 @@ struct AttentionArgs {
   float scale, softcap;
   bool causal;
   int64_t window;
-  void* out;  // [rows, heads, dim]
+  void* out;   // [rows, heads, dim]
   float* lse;  // [rows, heads]
 };
 
@@ -72,15 +72,15 @@ int64_t workers();
 void* allocate(int64_t bytes);
 void release(void* memory);
 
-#define FASTVLM_DECLARE_KERNELS(CAPABILITY)                                                       \
-  namespace CAPABILITY {                                                                          \
-  void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, void* out);              \
-  void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,            \
-                const Matrix& b2, bool tanh, void* out);                                          \
-  void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down,       \
-                 bool tanh, void* out);                                                           \
-  void attention(const AttentionArgs& args);                                                      \
-  void cached_attention(const CachedAttentionArgs& args);                                         \
+#define FASTVLM_DECLARE_KERNELS(CAPABILITY)                                                 \
+  namespace CAPABILITY {                                                                    \
+  void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, void* out);        \
+  void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,      \
+                const Matrix& b2, bool tanh, void* out);                                    \
+  void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, \
+                 bool tanh, void* out);                                                     \
+  void attention(const AttentionArgs& args);                                                \
+  void cached_attention(const CachedAttentionArgs& args);                                   \
   }
 
 FASTVLM_DECLARE_KERNELS(DEFAULT)

@@ -17,8 +17,7 @@ const void* element(const void* data, DType dtype, int64_t index) {
 class FloatRows {
  public:
   explicit FloatRows(const Matrix& x)
-      : x_(x),
-        copy_(x.dtype == DType::kFloat ? 0 : smaller(x.rows, kRowBlock) * x.cols) {}
+      : x_(x), copy_(x.dtype == DType::kFloat ? 0 : smaller(x.rows, kRowBlock) * x.cols) {}
 
   const float* block(int64_t begin, int64_t rows) {
     const void* first = element(x_.data, x_.dtype, begin * x_.stride);
@@ -26,8 +25,7 @@ class FloatRows {
     with_type(x_.dtype, [&](auto type) {
       using T = decltype(type);
       for (int64_t r = 0; r < rows; ++r) {
-        to_float(static_cast<const T*>(first) + r * x_.stride, x_.cols,
-                 copy_.data() + r * x_.cols);
+        to_float(static_cast<const T*>(first) + r * x_.stride, x_.cols, copy_.data() + r * x_.cols);
       }
     });
     return copy_.data();
@@ -129,8 +127,8 @@ void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix&
   }
 }
 
-void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down,
-               bool tanh, void* out) {
+void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, bool tanh,
+               void* out) {
   const Matrix no_bias{};
   FloatRows input(x);
   Scratch<float> hidden(smaller(x.rows, kRowBlock) * gate.rows);

@@ -75,8 +75,7 @@ inline void value_tile(const float* p, int64_t p_stride, const T* v, const int64
 // sums[m] += sum over i of p[m][i] v[offsets[i]]; sums rows are padded to whole vectors.
 template <class T>
 void add_values(const float* p, int64_t p_stride, int64_t m_rows, const T* v,
-                const int64_t* offsets, int64_t n, int64_t dim, float* sums,
-                int64_t sums_stride) {
+                const int64_t* offsets, int64_t n, int64_t dim, float* sums, int64_t sums_stride) {
   constexpr int kRows = kRegisters == 32 ? 4 : 2;
   auto columns = [&](auto width, int64_t d, int64_t count) {
     constexpr int N = decltype(width)::value;

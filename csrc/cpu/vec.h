@@ -116,21 +116,21 @@ inline HVec narrow(Vec x, Half) {
 
 inline Vec load(const float* p) {
   Vec x;
-  std::memcpy(&x, p, sizeof x);
+  std::memcpy(&x, p, sizeof(x));
   return x;
 }
-inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
 
 template <class T>
 inline Vec load(const T* p) {
   HVec bits;
-  std::memcpy(&bits, p, sizeof bits);
+  std::memcpy(&bits, p, sizeof(bits));
   return widen(bits, T{});
 }
 template <class T>
 inline void store(T* p, Vec x) {
   const HVec bits = narrow(x, T{});
-  std::memcpy(p, &bits, sizeof bits);
+  std::memcpy(p, &bits, sizeof(bits));
 }
 
 // The first n < kLanes elements, zeros behind; nothing past them is touched.
@@ -239,7 +239,8 @@ inline Vec tanh(Vec x) {
 }
 
 // The normal distribution's upper tail at |x|, erfc(|x| / sqrt 2) / 2 = exp(-x^2 / 2) t Q(t) with
-// t = 1 / (1 + |x| / 4): one polynomial, fitted to a relative error of 1e-8, serves all of the line.
+// t = 1 / (1 + |x| / 4): one polynomial, fitted to a relative error of 1e-8, serves all of the
+// line.
 inline Vec normal_tail(Vec x) {
   const Vec t = broadcast(1.0f) / (broadcast(1.0f) + abs(x) * broadcast(0.25f));
   Vec q = broadcast(0.0165063292f);

@@ -53,6 +53,11 @@ class _Block:
             raw = raw.masked_fill(hidden, float("-inf"))
         self.scores = raw
 
+    def probabilities(self) -> Tensor:
+        """[Hkv, G, R, K]; zeros in a row that sees no key."""
+        p = torch.softmax(self.scores, -1)
+        return torch.where(torch.isneginf(self.scores), 0, p)
+
     def keep(self, seed: Tensor | None, dropout_p: float, heads: int) -> Tensor | None:
         """Dropout scale [Hkv, G, R, K]; counter = (row * heads + head) * 2^32 + key in image."""
         if seed is None or dropout_p == 0.0:
@@ -116,7 +121,7 @@ def attention(
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
     for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
         row_lse = torch.logsumexp(block.scores, -1)  # [Hkv, G, R]
-        p = torch.exp(block.scores - row_lse.unsqueeze(-1))
+        p = block.probabilities()
         keep = block.keep(seed, dropout_p, q.shape[1])
         if keep is not None:
             p = p * keep
@@ -146,20 +151,19 @@ def attention_backward(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV, those that needs[i] asks for; recomputes the probabilities from logsumexp.
+    """dQ, dK, dV, those that needs[i] asks for; the probabilities are recomputed.
 
-    dK and dV of an image are sums over all its readers, in one product: deterministic.
+    out and lse are there for kernels, which get by with them instead of whole rows. dK and dV
+    of an image are sums over all its readers, in one product: deterministic.
     """
     dtype = compute_dtype(q)
     dq, dk, dv = (
         torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
     )
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)  # [Tq, H]
     for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
         rows, keys = block.rows, block.keys
-        row_lse = lse[rows].transpose(0, 1).unflatten(0, (kv_heads, group)).unsqueeze(-1)
-        p = torch.exp(block.scores - row_lse)
+        p = block.probabilities()
         g = grad_out[rows].to(dtype).unflatten(1, (kv_heads, group))  # [R, Hkv, G, D]
         keep = block.keep(seed, dropout_p, q.shape[1])
         if needs[2]:
@@ -170,8 +174,7 @@ def attention_backward(
         dp = torch.einsum("rhgd,khd->hgrk", g, v[keys].to(dtype))
         if keep is not None:
             dp = dp * keep
-        row_delta = delta[rows].transpose(0, 1).unflatten(0, (kv_heads, group)).unsqueeze(-1)
-        ds = p * (dp - row_delta)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         if block.cap_slope is not None:
             ds = ds * block.cap_slope
         ds = ds * scale

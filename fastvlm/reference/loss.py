@@ -2,6 +2,7 @@
 
 Peak extra memory is one block of ``[rows, BLOCK]``, whatever the vocabulary (the idea of
 cut-cross-entropy, arXiv 2411.09009). Rows whose label is ``ignore_index`` are left out first.
+Logits are float32 (float64 for float64 inputs), never rounded to a 16-bit dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _blocks(
     """Slices of the vocabulary, their (capped) logits in wide precision, and the cap's slope."""
     for start in range(0, weight.shape[0], BLOCK):
         block = slice(start, min(start + BLOCK, weight.shape[0]))
-        logits = _wide(h @ weight[block].t())
+        logits = _wide(h) @ _wide(weight[block]).t()
         if bias is not None:
             logits = logits + _wide(bias[block])
         slope = None
@@ -91,11 +92,10 @@ def linear_cross_entropy_backward(
         d = d * grad
         if slope is not None:
             d = d * slope
-        narrow = d.to(h.dtype)
         if needs[0]:
-            dx += _wide(narrow @ weight[block])
+            dx += d @ _wide(weight[block])
         if needs[1]:
-            dw[block] = (narrow.t() @ x).to(weight.dtype)
+            dw[block] = (d.t() @ _wide(x)).to(weight.dtype)
         if needs[2] and bias is not None:
             db[block] = d.sum(0).to(bias.dtype)
     dh = h.new_empty(0)
@@ -118,7 +118,6 @@ def linear_topk(
     indices = torch.empty((h.shape[0], 0), dtype=torch.int64, device=h.device)
     for block, logits, _ in _blocks(h, weight, bias, softcap):
         lse = torch.logaddexp(lse, torch.logsumexp(logits, -1))
-        # a stable sort of all would order ties; only the best k of a block can matter
         top, at = _stable_topk(logits, min(k, logits.shape[1]))
         values = torch.cat((values, top), 1)
         indices = torch.cat((indices, at + block.start), 1)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import error_rule
+import pytest
+import torch
+from torch import Tensor
+
+
+def _leaf(x: Any, dtype: torch.dtype | None) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    copy = x.detach().clone() if dtype is None else x.detach().to(dtype)
+    return copy.requires_grad_(x.requires_grad)
+
+
+def _run(
+    function: Callable[..., Any], inputs: list[Any], dtype: torch.dtype | None, grads: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    leaves = [_leaf(x, dtype) for x in inputs]
+    out = function(*leaves)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    wants = [o for o in outs if o.requires_grad]
+    if wants:
+        if not grads:
+            grads.extend(torch.randn(o.shape).to(o.dtype) for o in wants)
+        torch.autograd.backward(wants, [g.to(o.dtype) for g, o in zip(grads, wants)])
+    return [o.detach() for o in outs], [getattr(x, "grad", None) for x in leaves]
+
+
+@pytest.fixture
+def follows_the_error_rule(poison: None) -> Callable[..., None]:
+    """Forward and backward of an op against plain PyTorch in the same dtype and in float64.
+
+    ours and plain take the same inputs; a gradient is checked for each input that requires one.
+    """
+
+    def check(ours: Callable[..., Any], plain: Callable[..., Any], inputs: list[Any]) -> None:
+        before = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+        grads: list[Tensor] = []
+        got, got_grads = _run(ours, inputs, None, grads)
+        theirs, their_grads = _run(plain, inputs, None, grads)
+        exact, exact_grads = _run(plain, inputs, torch.float64, grads)
+        for i, (a, b, c) in enumerate(zip(got, theirs, exact, strict=True)):
+            error_rule.check(f"output {i}", a, b, c, error_rule.FORWARD)
+        for i, (a, b, c) in enumerate(zip(got_grads, their_grads, exact_grads)):
+            assert (a is None) == (c is None), f"gradient of input {i}"
+            if a is not None and b is not None and c is not None:
+                error_rule.check(f"gradient of input {i}", a, b, c, error_rule.BACKWARD)
+        for x, was in zip(inputs, before):
+            assert not isinstance(x, Tensor) or torch.equal(x, was), "an input was modified"
+
+    return check

@@ -1,0 +1,132 @@
+"""linear_cross_entropy and linear_topk against full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvlm import ops
+from fastvlm.reference import loss as reference
+
+# rows, width, vocabulary; one beyond a block of the reference
+SHAPES = {"small": (5, 17, 63), "odd": (17, 64, 577), "blocks": (3, 8, 2 * reference.BLOCK + 3)}
+
+
+def labels_for(rows: int, vocabulary: int, ignored: float) -> torch.Tensor:
+    labels = torch.randint(0, vocabulary, (rows,))
+    labels[0] = vocabulary - 1
+    return labels.masked_fill(torch.rand(rows) < ignored, -100) if ignored else labels
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["nocap", "cap"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_linear_cross_entropy(
+    shape: str,
+    ignored: float,
+    bias: bool,
+    softcap: float | None,
+    on: Any,
+    randn: Any,
+    follows_the_error_rule: Any,
+) -> None:
+    rows, width, vocabulary = SHAPES[shape]
+    labels = labels_for(rows, vocabulary, ignored)
+    labels[-1] = 0  # at least one counts
+    inputs = [
+        randn(rows, width, grad=True),
+        randn(vocabulary, width, grad=True),
+        randn(vocabulary, grad=True) if bias else None,
+    ]
+    for reduction in ("mean", "sum", "none"):
+        settings = {"softcap": softcap, "reduction": reduction}
+        follows_the_error_rule(
+            lambda h, w, b, s=settings: on(ops.linear_cross_entropy, h, w, labels, bias=b, **s),
+            lambda h, w, b, s=settings: plain.linear_cross_entropy(h, w, labels, bias=b, **s),
+            inputs,
+        )
+
+
+def test_no_row_counts() -> None:
+    h, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    labels = torch.full((3,), -100)
+    assert ops.linear_cross_entropy(h, weight, labels).isnan()
+    loss = ops.linear_cross_entropy(h, weight, labels, reduction="sum")
+    loss.backward()
+    assert loss == 0
+    assert h.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0
+    empty = ops.linear_cross_entropy(h[:0], weight, labels[:0], reduction="none")
+    assert empty.shape == (0,)
+
+
+def test_another_ignore_index() -> None:
+    h, weight, labels = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([1, 7, 7, 2])
+    want = F.cross_entropy(h @ weight.t(), labels, ignore_index=7)
+    assert torch.allclose(ops.linear_cross_entropy(h, weight, labels, ignore_index=7), want)
+
+
+def test_groups() -> None:
+    """The loss of each (task, language), from the same pass, differentiable like the loss."""
+    h = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(31, 8, dtype=torch.float64)
+    labels = torch.randint(0, 31, (9,)).masked_fill(torch.arange(9) % 4 == 3, -100)
+    groups = torch.tensor([0, 2, 2, 0, 3, 3, 3, 2, 0])
+    loss, sums, counts = ops.linear_cross_entropy(h, weight, labels, groups=groups, num_groups=5)
+    each = F.cross_entropy(h @ weight.t(), labels, reduction="none")
+    for group in range(5):
+        assert torch.allclose(sums[group], each[groups == group].sum())
+        assert counts[group] == ((groups == group) & (labels >= 0)).sum()
+    assert torch.allclose(loss, sums.sum() / counts.sum())
+    (sums * torch.arange(5)).sum().backward()
+    want = torch.autograd.grad((each * groups).sum(), h)[0]
+    assert torch.allclose(h.grad, want)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["nocap", "cap"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_linear_topk(
+    shape: str, bias: bool, softcap: float | None, on: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    rows, width, vocabulary = SHAPES[shape]
+    inputs = [randn(rows, width), randn(vocabulary, width), randn(vocabulary) if bias else None]
+    k = min(9, vocabulary)
+
+    def logits(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        scores = F.linear(h, weight, b)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        return scores if scores.dtype == torch.float64 else scores.float()
+
+    def theirs(*x: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits(*x)
+        return scores.log_softmax(-1).topk(k).values, scores.logsumexp(-1)
+
+    got = on(ops.linear_topk, inputs[0], inputs[1], k, bias=inputs[2], softcap=softcap)
+    follows_the_error_rule(lambda *x: (got[0], got[2]), theirs, inputs)
+    picked = logits(*inputs).log_softmax(-1).gather(1, got[1])
+    assert torch.allclose(picked, got[0], atol=0.2 if inputs[0].dtype != torch.float32 else 1e-5)
+    assert all(len(set(row.tolist())) == k for row in got[1])
+
+
+def test_ties_come_in_order_and_k_may_be_the_vocabulary() -> None:
+    h, weight = torch.ones(1, 2), torch.zeros(reference.BLOCK + 5, 2)
+    weight[[7, 3, reference.BLOCK + 1]] = 1.0
+    _, indices, _ = ops.linear_topk(h, weight, 4)
+    assert indices.tolist() == [[3, 7, reference.BLOCK + 1, 0]]
+    values, indices, _ = ops.linear_topk(h, weight[:9], 9)
+    assert sorted(indices[0].tolist()) == list(range(9))
+    assert torch.allclose(values.exp().sum(), torch.tensor(1.0))
+
+
+def test_topk_has_no_gradient_and_says_so() -> None:
+    h, weight = torch.randn(2, 4, requires_grad=True), torch.randn(9, 4)
+    with pytest.raises(RuntimeError, match="linear_topk has no gradient"):
+        ops.linear_topk(h, weight, 3)
+    with torch.no_grad():
+        ops.linear_topk(h, weight, 3)

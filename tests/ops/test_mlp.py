@@ -1,0 +1,138 @@
+"""linear, gelu_mlp and geglu_mlp against plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvlm import ops
+
+# rows, input, hidden, output
+SHAPES = {
+    "one": (1, 17, 63, 5),
+    "three": (3, 100, 333, 77),
+    "seven": (7, 768, 100, 768),
+    "sixteen": (16, 64, 65, 1),
+    "many": (17, 63, 100, 64),
+    "empty": (0, 17, 3, 5),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_linear(
+    shape: str, grad: bool, bias: bool, on: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    m, k, _, n = SHAPES[shape]
+    inputs = [randn(m, k, grad=grad), randn(n, k, scale=k**-0.5, grad=grad)]
+    inputs.append(randn(n, grad=grad) if bias else None)
+    follows_the_error_rule(lambda *x: on(ops.linear, *x), F.linear, inputs)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_gelu_mlp(
+    shape: str,
+    grad: bool,
+    bias: bool,
+    approximate: str,
+    on: Any,
+    randn: Any,
+    follows_the_error_rule: Any,
+) -> None:
+    m, k, f, n = SHAPES[shape]
+    inputs = [
+        randn(m, k, grad=grad),
+        randn(f, k, scale=k**-0.5, grad=grad),
+        randn(f, grad=grad) if bias else None,
+        randn(n, f, scale=f**-0.5, grad=grad),
+        randn(n, grad=grad) if bias else None,
+    ]
+    follows_the_error_rule(
+        lambda *x: on(ops.gelu_mlp, *x, approximate=approximate),
+        lambda *x: plain.gelu_mlp(*x, approximate),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_geglu_mlp(
+    shape: str, grad: bool, approximate: str, on: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    m, k, f, n = SHAPES[shape]
+    inputs = [randn(m, k, grad=grad)]
+    inputs += [randn(f, k, scale=k**-0.5, grad=grad) for _ in range(2)]
+    inputs += [randn(n, f, scale=f**-0.5, grad=grad)]
+    follows_the_error_rule(
+        lambda *x: on(ops.geglu_mlp, *x, approximate=approximate),
+        lambda *x: plain.geglu_mlp(*x, approximate),
+        inputs,
+    )
+
+
+def test_strides_and_leading_dimensions(on: Any, randn: Any, follows_the_error_rule: Any) -> None:
+    wide = randn(2, 3, 80)
+    for x in (wide[..., :40], wide[..., ::2], randn(40, 2, 3).permute(1, 2, 0)):
+        weight = randn(7, 40)
+        follows_the_error_rule(lambda x, w: on(ops.linear, x, w), F.linear, [x, weight])
+    transposed = randn(40, 7).t()
+    follows_the_error_rule(
+        lambda x, w: on(ops.linear, x, w), F.linear, [wide[..., :40], transposed]
+    )
+
+
+@pytest.mark.parametrize("kind", ["erf", "tanh"])
+def test_gelu_over_its_whole_range(kind: str, on: Any) -> None:
+    """Far from 0, near 0 and in between: the identity as weights shows the activation alone."""
+    approximate = "none" if kind == "erf" else "tanh"
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-20, 1, 95)])
+    one = torch.ones(1, 1)
+    columns = x.view(-1, 16).t().contiguous().t()
+    ours = torch.cat([on(ops.gelu_mlp, c[:, None], one, None, one, None, approximate=approximate)
+                      for c in columns])  # fmt: skip
+    exact = F.gelu(x.double(), approximate=approximate)
+    theirs = F.gelu(x, approximate=approximate)
+    error = (ours[:, 0].double() - exact).abs()
+    allowed = (theirs.double() - exact).abs().max()
+    assert error.max() <= 2 * allowed + torch.finfo(torch.float32).eps
+    assert error[x.abs() < 1e-6].max() <= 1e-12
+
+
+class TestDropout:
+    P = 0.4
+
+    def hidden(self, rows: int, p: float) -> torch.Tensor:
+        """With w2 the identity, the output is the dropped activation itself."""
+        x, w1 = torch.full((rows, 1), 3.0), torch.ones(50, 1)
+        return ops.gelu_mlp(x, w1, None, torch.eye(50), None, dropout_p=p)
+
+    def test_rate_scale_and_generator(self) -> None:
+        full = self.hidden(200, 0.0)
+        torch.manual_seed(1)
+        dropped, other = self.hidden(200, self.P), self.hidden(200, self.P)
+        gone = (dropped == 0).double().mean().item()
+        assert abs(gone - self.P) < 5 * (self.P * (1 - self.P) / dropped.numel()) ** 0.5
+        kept = dropped != 0
+        assert torch.allclose(dropped[kept], full[kept] / (1 - self.P))
+        torch.manual_seed(1)
+        assert torch.equal(self.hidden(200, self.P), dropped)
+        assert not torch.equal(other, dropped)
+
+    def test_forward_and_backward_use_one_mask(self) -> None:
+        shapes = [(3, 4), (6, 4), (6,), (2, 6), (2,)]
+        inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+        def fixed(*x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            return ops.gelu_mlp(*x, dropout_p=self.P)
+
+        assert torch.autograd.gradcheck(fixed, inputs)

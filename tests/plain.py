@@ -1,0 +1,129 @@
+"""Every op once more, in the plainest PyTorch there is: what the tests hold fastvlm against.
+
+Written from the formulas, not from fastvlm.reference, and differentiable by autograd. In float64
+these are the exact results; in the dtype under test, what PyTorch makes of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: list[int],
+    kv_lengths: list[int],
+    image_of: list[int],
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One segment at a time: scores, cap, mask, softmax, weighted sum."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    images = list(zip(k.split(kv_lengths), v.split(kv_lengths)))
+    out = []
+    for rows, image in zip(q.split(q_lengths), image_of):
+        keys, values = (x.repeat_interleave(group, 1) for x in images[image])
+        if keys.shape[0] == 0:
+            out.append(rows * 0)
+            continue
+        scores = torch.matmul(rows.transpose(0, 1), keys.permute(1, 2, 0)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(rows.shape[0])[:, None] - torch.arange(keys.shape[0])
+        if causal:
+            scores = scores.masked_fill(distance < 0, float("-inf"))
+        if window is not None:
+            scores = scores.masked_fill(distance.abs() >= window, float("-inf"))
+        out.append(torch.matmul(scores.softmax(-1), values.transpose(0, 1)).transpose(0, 1))
+    unread = 0 * (k.sum() + v.sum())  # an image that nobody reads has a gradient too: zero
+    return (torch.cat(out) if out else q * 0) + unread
+
+
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: list[int],
+    ancestry: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One row at a time, the positions it sees gathered from the rows that hold them."""
+    out = []
+    for r in range(q.shape[0]):
+        seen = []
+        for t in range(lengths[r]):
+            row = r if ancestry is None else int(ancestry[r, t])
+            if row >= 0 and (window is None or t >= lengths[r] - window):
+                seen.append((row, t))
+        keys = torch.stack([k_cache[s] for s in seen]) if seen else k_cache[0, :0]
+        values = torch.stack([v_cache[s] for s in seen]) if seen else v_cache[0, :0]
+        out.append(attention(q[r : r + 1], keys, values, [1], [len(seen)], [0], softcap=softcap))
+    return torch.cat(out)
+
+
+def gelu_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
+) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+
+
+def geglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, approximate: str) -> Tensor:
+    hidden = F.gelu(F.linear(x, w_gate), approximate=approximate) * F.linear(x, w_up)
+    return F.linear(hidden, w_down)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 1.0) -> Tensor:
+    """As transformers' Gemma2RMSNorm: float32 inside, rounded once."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
+
+
+def residual_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    next_weight: Tensor | None,
+) -> tuple[Tensor, ...]:
+    branch = rms_norm(x, weight)
+    h = residual + (branch if gate is None else torch.tanh(gate) * branch)
+    return (h,) if next_weight is None else (h, rms_norm(h, next_weight))
+
+
+def residual_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(residual + x, x.shape[-1:], weight, bias)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        half = torch.cat((-second, first), -1)
+        return x * cos[:, None] + half * sin[:, None]
+
+    return turn(q), turn(k)
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    logits = F.linear(h, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits, labels, reduction=reduction)
