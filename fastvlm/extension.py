@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,6 @@ _X86 = {
     ],
 }
 _KERNELS = ("mlp", "attention", "cached_attention")
-_CAPABILITIES = ("default", "AVX2", "AVX-512")
 
 
 class ExtensionWarning(UserWarning):
@@ -95,7 +96,7 @@ def path() -> str | None:
 
 
 def capability() -> str | None:
-    """The instruction set in use: "default", "AVX2" or "AVX-512"."""
+    """The instruction set in use, "DEFAULT", "AVX2" or "AVX512"; None without the extension."""
     if not load():
         return None
     import torch
@@ -204,10 +205,12 @@ def _is_x86() -> bool:
 
 
 def _compiler() -> str:
+    """The compiler's command line: CXX may hold a wrapper or options too."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["g++", "c++", "clang++"]:
-        if found := shutil.which(name):
-            return found
+        program, *options = shlex.split(name)
+        if found := shutil.which(program):
+            return shlex.join([found, *options])
     raise ExtensionBuildError(f"no C++ compiler ({wanted or 'g++, c++ or clang++'} not found)")
 
 
@@ -246,25 +249,30 @@ def _key() -> str:
     return f"cpu-torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
 
 
+def _ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def _compile(work: Path, verbose: bool) -> None:
     from torch.utils import cpp_extension
 
     sources = source_dir()
-    includes = [f"-isystem {p}" for p in cpp_extension.include_paths()]
-    libraries = cpp_extension.library_paths()
-    links = [f"-L{p} -Wl,-rpath,{p}" for p in libraries]
+    includes = [f"-isystem {shlex.quote(p)}" for p in cpp_extension.include_paths()]
+    # no rpath: torch is loaded before the library, which may be installed elsewhere
+    links = [f"-L{shlex.quote(p)}" for p in cpp_extension.library_paths()]
     lines = [
         f"cxx = {_compiler()}",
         f"flags = {' '.join([*_flags(), *includes])}",
         "rule compile\n  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
         f"rule link\n  command = $cxx -shared $in -o $out {' '.join(links)} -ltorch_cpu -lc10",
-        f"build bind.o: compile {sources / 'bind_cpu.cpp'}",
+        f"build bind.o: compile {_ninja_path(sources / 'bind_cpu.cpp')}",
     ]
     objects = ["bind.o"]
     for isa, flags in (_X86 if _is_x86() else {"DEFAULT": []}).items():
         for kernel in _KERNELS:
             objects.append(f"{kernel}.{isa}.o")
-            lines.append(f"build {objects[-1]}: compile {sources / 'cpu' / kernel}.cpp")
+            source = _ninja_path(sources / "cpu" / f"{kernel}.cpp")
+            lines.append(f"build {objects[-1]}: compile {source}")
             lines.append(f"  isa = -DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {' '.join(flags)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}\n")
     (work / "build.ninja").write_text("\n".join(lines))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,7 +238,7 @@ class Layout:
         target = torch.device(device)
         if target == self.device:
             return self
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(target)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

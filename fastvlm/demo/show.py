@@ -26,7 +26,7 @@ def _warn_of_noise(load: float | None, result: Comparison) -> None:
     spread = max(result.spread(side) for side in SIDES)
     if spread > 1.25:
         _progress(
-            f"NOISY: runs of one side differ by a factor of {spread:.1f} (load average before: {load}); "
+            f"NOISY: runs of one side differ by a factor of {spread:.1f} (load before: {load}); "
             "repeat on an idle machine before quoting these times"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,7 @@ class GegluMLP(nn.Module):
         return down(dropout(hidden) if dropout is not None else hidden)
 
 
-def gelu_mlp(
-    x: Tensor, fc1: nn.Module, fc2: nn.Module, approximate: str, dropout_p: float
-) -> Tensor:
+def gelu_mlp(x: Tensor, fc1: Any, fc2: Any, approximate: str, dropout_p: float) -> Tensor:
     """fc2(dropout(gelu(fc1 x))) in one op where both layers may be bypassed, called otherwise."""
     if is_plain(fc1) and is_plain(fc2):
         return ops.gelu_mlp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from fastvlm import ops
@@ -69,7 +69,7 @@ def self_attend(
 
 
 def cross_attend(
-    module: nn.Module,
+    module: Any,
     q: Tensor,
     encoder_states: Tensor,
     layouts: Layouts,

@@ -13,11 +13,11 @@ from fastvlm import ops
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
 from fastvlm.patching.attention import cross_attend, heads, self_attend
 from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Rule, StackRule, Swap, has, takes
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 
 
-class BartAttention(nn.Module):
+class BartAttention(Host):
     """Self- or cross-attention; transformers' own forward where no layouts were handed down."""
 
     def forward(
@@ -65,7 +65,7 @@ class BartAttention(nn.Module):
         return self.out_proj(out), None
 
 
-class _Layer(nn.Module):
+class _Layer(Host):
     """The MLP and the residual tails that encoder and decoder layers share."""
 
     pre_norm = False
@@ -174,14 +174,14 @@ class BartDecoder(DecoderStack):
         return self._run(call, use_cache, kwargs)
 
 
-def _attention(module: nn.Module) -> Swap | str:
+def _attention(module: Any) -> Swap | str:
     if not takes(module, "key_value_states", "past_key_values"):
         return "its forward has other arguments than transformers 5 (past_key_values as a Cache)"
     attended = ("cached_attention",) if module.is_decoder else ()
     return Swap(BartAttention, ("self_attention", "cross_attention", *attended))
 
 
-def _pre_norm(layer: nn.Module) -> bool | None:
+def _pre_norm(layer: Any) -> bool | None:
     """Whether the layer normalizes before its branches; None where nothing tells."""
     explicit = getattr(layer, "normalize_before", None)
     if explicit is not None:
@@ -192,7 +192,7 @@ def _pre_norm(layer: nn.Module) -> bool | None:
     return False if "Bart" in names or "Florence2" in names else None
 
 
-def _layer(module: nn.Module) -> Swap | str:
+def _layer(module: Any) -> Swap | str:
     kind = gelu_kind(module.activation_fn)
     if kind is None:
         return f"its activation {type(module.activation_fn).__name__} is not GELU"
@@ -205,6 +205,7 @@ def _layer(module: nn.Module) -> Swap | str:
     if any(not norm.elementwise_affine or norm.bias is None for norm in norms):
         return "a LayerNorm without weight and bias"
     decoder = hasattr(module, "encoder_attn")
+    mixin: type[_Layer]
     if pre_norm:
         mixin = PreNormDecoderLayer if decoder else PreNormEncoderLayer
     else:
@@ -228,7 +229,7 @@ _STACK = ("layers", "embed_tokens", "embed_positions", "layernorm_embedding")
 
 
 def _first_layer_has(name: str, wanted: bool) -> Any:
-    def test(module: nn.Module) -> bool:
+    def test(module: Any) -> bool:
         if not has(*_STACK)(module) or len(module.layers) == 0:
             return False
         return hasattr(module.layers[0], name) == wanted and hasattr(module.layers[0], "fc1")

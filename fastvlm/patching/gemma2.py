@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from fastvlm import ops
@@ -13,13 +13,13 @@ from fastvlm.nn.mlp import GegluMLP, gelu_kind
 from fastvlm.nn.norm import RMSNorm
 from fastvlm.patching.attention import heads, self_attend
 from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Rule, StackRule, Swap, has, takes
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack
 
 MASKLESS = {"full_attention": None, "sliding_attention": None}
 
 
-class GemmaAttention(nn.Module):
+class GemmaAttention(Host):
     """Self-attention; transformers' own forward where no layouts were handed down."""
 
     def forward(
@@ -71,7 +71,7 @@ class VarianceEpsilonRMSNorm(RMSNorm):
 
     @property
     def eps(self) -> float:  # type: ignore[override]
-        return self.variance_epsilon
+        return float(self.__dict__["variance_epsilon"])
 
 
 class GemmaDecoder(DecoderStack):
@@ -95,21 +95,21 @@ class GemmaDecoder(DecoderStack):
         return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
 
 
-def choose_attention(module: nn.Module) -> Swap | str:
+def choose_attention(module: Any) -> Swap | str:
     if not takes(module, "position_embeddings", "past_key_values"):
         return "its forward has other arguments than transformers 5"
     cached = ("cached_attention",) if module.is_causal else ()
     return Swap(GemmaAttention, ("rope", "self_attention", *cached))
 
 
-def choose_mlp(module: nn.Module) -> Swap | str:
+def choose_mlp(module: Any) -> Swap | str:
     kind = gelu_kind(module.act_fn)
     if kind is None:
         return f"its activation {type(module.act_fn).__name__} is not GELU"
     return Swap(GegluMLP, ("geglu_mlp",), (("approximate", kind),))
 
 
-def choose_norm(module: nn.Module) -> Swap | str:
+def choose_norm(module: Any) -> Swap | str:
     """(1 + w) or w: told apart by running the module once on a few numbers."""
     named_eps = hasattr(module, "eps")
     eps = module.eps if named_eps else module.variance_epsilon
@@ -127,7 +127,7 @@ def choose_norm(module: nn.Module) -> Swap | str:
     return "it computes neither (1 + w) nor w times x / rms(x)"
 
 
-def is_rms_norm(module: nn.Module) -> bool:
+def is_rms_norm(module: Any) -> bool:
     named = any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
     has_eps = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
     return named and has_eps and isinstance(getattr(module, "weight", None), Tensor)
@@ -144,7 +144,7 @@ RULES = (
 )
 
 
-def _is_stack(module: nn.Module) -> bool:
+def _is_stack(module: Any) -> bool:
     if not has("layers", "norm", "rotary_emb", "embed_tokens")(module) or not len(module.layers):
         return False
     return hasattr(module.layers[0], "post_feedforward_layernorm") and not hasattr(
@@ -152,7 +152,7 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _choose_stack(module: nn.Module) -> Swap | str:
+def _choose_stack(module: Any) -> Swap | str:
     if not takes(module, "past_key_values", "position_ids", "inputs_embeds"):
         return "its forward has other arguments than transformers 5"
     return Swap(GemmaDecoder, ("Layout",))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvlm.layout import Layout
 
@@ -37,7 +37,7 @@ class Layouts:
     fused_self: bool = True
 
 
-def wants_attentions(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+def wants_attentions(module: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether the caller asks for attention probabilities, which no fused kernel materialises."""
     asked = kwargs.get("output_attentions")
     return bool(getattr(module.config, "output_attentions", False) if asked is None else asked)

@@ -35,7 +35,7 @@ class _Change:
 
 
 @cache
-def _swapped(base: type[nn.Module], swap: Swap) -> type[nn.Module]:
+def _swapped(base: Any, swap: Swap) -> Any:
     """The subclass of base with swap's forward; by all names the same class as base."""
     return type(base)(
         base.__name__,
@@ -52,7 +52,7 @@ def _swapped(base: type[nn.Module], swap: Swap) -> type[nn.Module]:
     )
 
 
-def _rebuild(base: type[nn.Module], swap: Swap) -> nn.Module:
+def _rebuild(base: Any, swap: Swap) -> Any:
     cls = _swapped(base, swap)
     return cls.__new__(cls)
 
@@ -101,7 +101,8 @@ def patch(
         raise PatchError(f"fastvlm.patch: strict is set and modules were skipped: {skipped}")
     for change in changes:
         if change.swap is not None and not is_patched(change.module):
-            change.module.__class__ = _swapped(type(change.module), change.swap)
+            base: Any = type(change.module)
+            change.module.__class__ = _swapped(base, change.swap)
     return report
 
 
@@ -209,9 +210,7 @@ def _plan_stack(
     return isinstance(chosen, Swap) and getattr(chosen.mixin, "has_cross_attention", False)
 
 
-def _plan_outside(
-    name: str, module: nn.Module, wanted: frozenset[str], shares: bool, add: Any
-) -> None:
+def _plan_outside(name: str, module: Any, wanted: frozenset[str], shares: bool, add: Any) -> None:
     """The head, and the class that generates."""
     from fastvlm.patching.stacks import SharedEncoderStates
 
@@ -219,16 +218,13 @@ def _plan_outside(
     if head is not None and (type(head) is nn.Linear or _is_patched_linear(head)):
         at = next(n for n, m in module.named_modules(prefix=name) if m is head)
         add(_change(at, head, ("linear",), _choose(head, _LINEAR, wanted)))
-    generates = hasattr(module, "lm_head") and hasattr(module, "_expand_inputs_for_generation")
+    # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
+    generates = hasattr(type(module), "_expand_inputs_for_generation") and hasattr(
+        module, "lm_head"
+    )
     if shares and "attention" in wanted and generates and module.config.is_encoder_decoder:
-        add(
-            _change(
-                name,
-                module,
-                ("attention",),
-                Swap(SharedEncoderStates, ("one copy of the encoder states",)),
-            )
-        )
+        swap = Swap(SharedEncoderStates, ("one copy of the encoder states",))
+        add(_change(name, module, ("attention",), swap))
 
 
 def _is_patched_linear(module: nn.Module) -> bool:

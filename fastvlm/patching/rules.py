@@ -6,9 +6,19 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+
+    class Host(nn.Module):
+        """A class whose forward takes over from another's: it finds that one's attributes."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Host = nn.Module
 
 FLOORS = ("attention", "mlp", "norm", "linear")
 

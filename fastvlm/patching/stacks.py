@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from fastvlm.decoding import cache as shared
@@ -25,6 +25,7 @@ from fastvlm.patching.layouts import (
     wants_attentions,
     zero_padding,
 )
+from fastvlm.patching.rules import Host
 
 
 def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -34,7 +35,7 @@ def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, 
     return given.shape[0], given.shape[1], given.device
 
 
-class EncoderStack(nn.Module):
+class EncoderStack(Host):
     """A bidirectional text encoder."""
 
     def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
@@ -83,7 +84,7 @@ class Call:
     encoder_mask: Any
 
 
-class DecoderStack(nn.Module):
+class DecoderStack(Host):
     """A causal decoder with its own cache and, where there is an encoder, cross-attention."""
 
     has_cross_attention = False
@@ -212,7 +213,7 @@ class DecoderStack(nn.Module):
         return states, mask
 
 
-class SharedEncoderStates(nn.Module):
+class SharedEncoderStates(Host):
     """generate() without a copy of the encoder's states for each beam or returned sequence."""
 
     def _expand_inputs_for_generation(
@@ -222,17 +223,16 @@ class SharedEncoderStates(nn.Module):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
         states = model_kwargs.get("encoder_outputs")
         if not is_encoder_decoder or expand_size == 1 or states is None:
-            return super()._expand_inputs_for_generation(
-                expand_size, is_encoder_decoder, input_ids, **model_kwargs
-            )
+            return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         kept = {
             name: model_kwargs.pop(name)
             for name in ("encoder_outputs", "attention_mask")
             if name in model_kwargs
         }
-        input_ids, expanded = super()._expand_inputs_for_generation(
+        input_ids, expanded = expand(
             expand_size, True, input_ids, encoder_outputs={}, **model_kwargs
         )
         expanded.update(kept)

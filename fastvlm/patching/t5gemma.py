@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm.patching import gemma2
 from fastvlm.patching.attention import cross_attend, heads
 from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Rule, StackRule, Swap, has, takes
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 
 
-class T5GemmaCrossAttention(nn.Module):
+class T5GemmaCrossAttention(Host):
     """Cross-attention; transformers' own forward where no layouts were handed down."""
 
     def forward(
@@ -96,13 +96,13 @@ class T5GemmaDecoder(_DefaultMask, DecoderStack):
         return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
 
 
-def _choose_cross(module: nn.Module) -> Swap | str:
+def _choose_cross(module: Any) -> Swap | str:
     if not takes(module, "encoder_hidden_states", "past_key_values"):
         return "its forward has other arguments than transformers 5"
     return Swap(T5GemmaCrossAttention, ("cross_attention",))
 
 
-def _is_cross(module: nn.Module) -> bool:
+def _is_cross(module: Any) -> bool:
     projections = has("q_proj", "k_proj", "v_proj", "o_proj", "num_key_value_groups")(module)
     return projections and takes(module, "encoder_hidden_states")
 
@@ -111,7 +111,7 @@ RULES = (Rule(("attention",), _is_cross, _choose_cross), *gemma2.RULES)
 
 
 def _stack(decoder: bool) -> Any:
-    def test(module: nn.Module) -> bool:
+    def test(module: Any) -> bool:
         named = has("layers", "norm", "rotary_emb", "embed_tokens", "dropout")(module)
         if not named or not len(module.layers):
             return False
