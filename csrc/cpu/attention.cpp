@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kFewRows = 16;     // query rows per key head up to which keys are streamed
 constexpr int64_t kPanelRows = 126;  // query rows of one task otherwise
 constexpr int64_t kPanelKeys = 64;
+constexpr int64_t kPanelDepth = 64;  // of the head dimension, summed in one go
 constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming
 constexpr int64_t kNearKeys = 16;    // of those, so many for all heads before the next
 
@@ -181,8 +182,11 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
                        kv_head * a_.v.head_stride,
                    a_.dim, v + j * padded_);
     }
-    panel_product(q, padded_, rows, k, kPanelKeys, a_.dim, false, scores, kPanelKeys,
-                  round_up(n, kLanes));
+    for (int64_t d = 0; d < a_.dim; d += kPanelDepth) {
+      panel_product(q + d, padded_, rows, k + d * kPanelKeys, kPanelKeys,
+                    smaller(kPanelDepth, a_.dim - d), d > 0, scores, kPanelKeys,
+                    round_up(n, kLanes));
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t place = plan_.place(image.first_row + (begin + r) / plan_.group);
       softmax_row(scores + r * kPanelKeys, n, first_visible(place) - key,

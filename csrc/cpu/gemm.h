@@ -44,12 +44,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 template <class Body>
 void with_type(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::kFloat:
-      return body(float{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kHalf:
-      return body(Half{});
+    case DType::kFloat: return body(float{});
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kHalf: return body(Half{});
   }
 }
 
@@ -125,14 +122,10 @@ template <class T, int N>
 inline void dot_rows(int m, const T* w, int64_t w_stride, const float* x, int64_t x_stride,
                      int64_t k, bool accumulate, float* out, int64_t out_stride) {
   switch (m) {
-    case 1:
-      return dot_tile<T, N, 1>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    case 2:
-      return dot_tile<T, N, 2>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    case 3:
-      return dot_tile<T, N, 3>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    default:
-      return dot_tile<T, N, 4>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 1: return dot_tile<T, N, 1>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 2: return dot_tile<T, N, 2>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 3: return dot_tile<T, N, 3>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    default: return dot_tile<T, N, 4>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
   }
 }
 
@@ -179,25 +172,18 @@ void products(const T* w, int64_t w_stride, int64_t n_rows, const float* x, int6
   };
   switch (m_rows) {
     case 1:
-    case 2:
-      return run(std::integral_constant<int, rows_in_flight(2)>{});
-    case 3:
-      return run(std::integral_constant<int, rows_in_flight(3)>{});
-    default:
-      return run(std::integral_constant<int, rows_in_flight(4)>{});
+    case 2: return run(std::integral_constant<int, rows_in_flight(2)>{});
+    case 3: return run(std::integral_constant<int, rows_in_flight(3)>{});
+    default: return run(std::integral_constant<int, rows_in_flight(4)>{});
   }
 }
 
-// c[M][N vectors] (+)= a[M][k] b[k][N vectors], a element by element, b vector by vector.
+// c[M][N vectors] (+)= a[M][k] b[k][N vectors], a element by element, b vector by vector. What is
+// added to c is summed apart from it first: short sums of short sums round less than one long one.
 template <int M, int N>
 void panel_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k,
                 bool accumulate, float* c, int64_t c_stride) {
-  Vec sums[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
-    }
-  }
+  Vec sums[M][N] = {};
   for (int64_t i = 0; i < k; ++i) {
     Vec bs[N];
     for (int n = 0; n < N; ++n) bs[n] = load(b + i * b_stride + n * kLanes);
@@ -209,7 +195,10 @@ void panel_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
+    for (int n = 0; n < N; ++n) {
+      float* to = c + m * c_stride + n * kLanes;
+      store(to, accumulate ? load(to) + sums[m][n] : sums[m][n]);
+    }
   }
 }
 

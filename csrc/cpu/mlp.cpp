@@ -6,7 +6,7 @@ namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kRowBlock = 64;  // rows of x that stay in the second-level cache meanwhile
-constexpr int64_t kChunk = 48;     // weight rows of one task; a multiple of every rows_in_flight
+constexpr int64_t kChunk = 96;     // weight rows of one task; a multiple of every rows_in_flight
 
 const void* element(const void* data, DType dtype, int64_t index) {
   const int64_t size = dtype == DType::kFloat ? 4 : 2;

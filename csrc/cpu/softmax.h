@@ -52,10 +52,7 @@ void score_rows(const float* q, int64_t q_stride, int64_t m_rows, const T* k,
 template <class T, int M, int N>
 inline void value_tile(const float* p, int64_t p_stride, const T* v, const int64_t* offsets,
                        int64_t n, int64_t columns, float* sums, int64_t sums_stride) {
-  Vec acc[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < N; ++c) acc[m][c] = load(sums + m * sums_stride + c * kLanes);
-  }
+  Vec acc[M][N] = {};
   for (int64_t i = 0; i < n; ++i) {
     const T* row = v + offsets[i];
     Vec vs[N];
@@ -68,7 +65,10 @@ inline void value_tile(const float* p, int64_t p_stride, const T* v, const int64
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < N; ++c) store(sums + m * sums_stride + c * kLanes, acc[m][c]);
+    for (int c = 0; c < N; ++c) {
+      float* to = sums + m * sums_stride + c * kLanes;
+      store(to, load(to) + acc[m][c]);
+    }
   }
 }
 

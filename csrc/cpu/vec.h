@@ -206,7 +206,7 @@ inline float max(Vec x) {
   return x[0];
 }
 
-// About 1 ulp; 0 below -87.3, where float would become subnormal; saturates above 88.3.
+// About 1 ulp; 0 below -87.3, where float would become subnormal; infinite above 88.3.
 inline Vec exp(Vec x) {
   const Vec magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
   const Vec y = at_most(x, broadcast(88.3f));
@@ -221,7 +221,8 @@ inline Vec exp(Vec x) {
   p = p * r + broadcast(5.0000001201e-1f);
   p = p * (r * r) + r + broadcast(1.0f);
   const Vec scaled = (Vec)((UVec)p + ((UVec)shifted << 23));
-  return select(x < broadcast(-87.3f), Vec{}, scaled);
+  const Vec finite = select(x > broadcast(88.3f), broadcast(__builtin_inff()), scaled);
+  return select(x < broadcast(-87.3f), Vec{}, finite);
 }
 
 inline Vec tanh(Vec x) {

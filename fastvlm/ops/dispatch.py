@@ -61,36 +61,38 @@ def define(
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvlm::{name}", fake, lib=_LIBRARY)
-    OPS[name] = Op(name, reference)
+    op = OPS[name] = Op(name, reference)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, _chooser(op, _candidates(device)), device)
     return getattr(torch.ops.fastvlm, name).default
 
 
 def register(name: str, kernel: Kernel) -> None:
     """Put a backend's kernel under an op that is already defined."""
-    op = OPS[name]
-    device = DEVICE_OF[kernel.backend]
-    fresh = not any(DEVICE_OF[other] == device for other in op.kernels)
-    op.kernels[kernel.backend] = kernel
-    if fresh:
-        candidates = [backend for backend in DEVICE_OF if DEVICE_OF[backend] == device]
-        _LIBRARY.impl(name, _chooser(op, candidates), device)
+    OPS[name].kernels[kernel.backend] = kernel
+
+
+def _candidates(device: str) -> list[str]:
+    """Backends for a dispatch key, the preferred one first."""
+    return [backend for backend in DEVICE_OF if DEVICE_OF[backend] == device]
 
 
 def _chooser(op: Op, candidates: list[str]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         reasons = []
+        forced = _forced if _forced in candidates else None
         if _forced != "reference":
             for backend in candidates:
                 kernel = op.kernels.get(backend)
-                if kernel is None or _forced not in (None, backend):
+                if kernel is None or forced not in (None, backend):
                     continue
                 reason = kernel.unavailable() or kernel.unsupported(*args)
                 if reason is None:
                     return kernel.run(*args)
                 reasons.append(f"{backend}: {reason}")
-        if _forced in candidates:
+        if forced is not None:
             why = "; ".join(reasons) or "it has no kernel for this op"
-            raise BackendError(f"fastvlm.{op.name} cannot run on backend {_forced!r}: {why}")
+            raise BackendError(f"fastvlm.{op.name} cannot run on backend {forced!r}: {why}")
         return op.reference(*args)
 
     return run
@@ -118,7 +120,7 @@ def use(backend: str) -> Iterator[None]:
 def status(device: str) -> list[tuple[str, str, str]]:
     """For each public op: (name, backend that serves it on this device type, why not a better)."""
     wanted = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    candidates = [backend for backend in DEVICE_OF if DEVICE_OF[backend] == wanted]
+    candidates = _candidates(wanted)
     rows = []
     for op in OPS.values():
         reasons, chosen = [], "reference"

@@ -1,0 +1,123 @@
+"""Which backend serves a call: the default, a forced one, and the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastvlm
+from fastvlm import ops
+from fastvlm.cpu.common import unavailable
+from fastvlm.ops import dispatch
+from fastvlm.ops.dispatch import BackendError, Kernel
+
+# what the CPU extension must serve when it is there: a kernel that stops serving is a failure
+EXPECTED_CPU = {
+    "linear": ["fp32", "bf16", "fp16"],
+    "gelu_mlp": ["fp32", "bf16", "fp16"],
+    "geglu_mlp": ["fp32", "bf16", "fp16"],
+    "cross_attention": ["fp32", "bf16", "fp16"],
+    "self_attention": ["fp32", "bf16", "fp16"],
+    "cached_attention": ["fp32", "bf16", "fp16"],
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
+    x = torch.randn(rows, 16).to(dtype)
+    w = torch.randn(16, 16).to(dtype)
+    heads = torch.randn(rows, 2, 8).to(dtype)
+    layout = fastvlm.Layout.from_lengths([rows])
+    cache = torch.randn(rows, 4, 2, 8).to(dtype)
+    return {
+        "linear": lambda: ops.linear(x, w),
+        "gelu_mlp": lambda: ops.gelu_mlp(x, w, None, w, None),
+        "geglu_mlp": lambda: ops.geglu_mlp(x, w, w, w),
+        "cross_attention": lambda: ops.cross_attention(heads, heads, heads, layout),
+        "self_attention": lambda: ops.self_attention(heads, heads, heads, layout),
+        "cached_attention": lambda: ops.cached_attention(
+            heads, cache, cache, torch.full((rows,), 4)
+        ),
+    }[op]()
+
+
+@pytest.mark.parametrize("op", list(EXPECTED_CPU))
+def test_the_cpu_kernels_serve_what_they_promise(op: str) -> None:
+    if unavailable():
+        pytest.skip(f"no CPU extension: {unavailable()}")
+    for name in EXPECTED_CPU[op]:
+        with fastvlm.use("cpu"):
+            call(op, DTYPES[name])
+
+
+@pytest.mark.parametrize("op", list(EXPECTED_CPU))
+def test_what_they_do_not_serve_goes_to_the_reference(op: str) -> None:
+    if unavailable():
+        pytest.skip(f"no CPU extension: {unavailable()}")
+    call(op, torch.float64)
+    with fastvlm.use("cpu"), pytest.raises(BackendError, match=rf"fastvlm.{op} .*cpu: .*float64"):
+        call(op, torch.float64)
+
+
+def test_many_rows_are_left_to_pytorch_with_the_reason() -> None:
+    if unavailable():
+        pytest.skip(f"no CPU extension: {unavailable()}")
+    with fastvlm.use("cpu"), pytest.raises(BackendError, match="17 rows: PyTorch's own product"):
+        call("linear", torch.float32, rows=17)
+
+
+def test_use_nests_and_restores() -> None:
+    with fastvlm.use("reference"):
+        with fastvlm.use("cpu"):
+            assert dispatch._forced == "cpu"
+        assert dispatch._forced == "reference"
+    assert dispatch._forced is None
+    with pytest.raises(ZeroDivisionError), fastvlm.use("reference"):
+        1 / 0  # noqa: B018
+    assert dispatch._forced is None
+
+
+def test_unknown_and_missing_backends() -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of 'reference'.*got 'gpu'"):
+        fastvlm.use("gpu").__enter__()
+    with fastvlm.use("cpu"), pytest.raises(BackendError, match=r"rms_norm cannot run on .*'cpu'"):
+        ops.rms_norm(torch.randn(2, 4), torch.randn(4))
+
+
+@pytest.fixture
+def scratch() -> Iterator[str]:
+    """An op of the test's own: y = x + 1, and -1 where its kernel ran."""
+    name = "scratch_for_tests"
+    if name not in dispatch.OPS:
+        dispatch.define(name, "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like)
+    dispatch.OPS[name].kernels.clear()
+    yield name
+    dispatch.OPS[name].kernels.clear()
+
+
+def test_a_kernel_is_chosen_refused_and_explained(scratch: str) -> None:
+    state: dict[str, str | None] = {"machine": None, "call": None}
+    kernel = Kernel("cpu", lambda x: -x, lambda: state["machine"], lambda x: state["call"])
+    dispatch.register(scratch, kernel)
+    op, x = getattr(torch.ops.fastvlm, scratch), torch.ones(1)
+    assert op(x) == -1
+    for key in state:
+        state[key] = f"{key} says no"
+        assert op(x) == 2
+        with fastvlm.use("cpu"), pytest.raises(BackendError, match=f"cpu: {key} says no"):
+            op(x)
+        state[key] = None
+    with fastvlm.use("reference"):
+        assert op(x) == 2
+
+
+def test_status_names_backend_and_reason() -> None:
+    rows = {name: (backend, why) for name, backend, why in dispatch.status("cpu")}
+    assert rows["rms_norm"][0] == "reference"
+    assert "no cpu kernel yet" in rows["rms_norm"][1]
+    if not unavailable():
+        assert rows["linear"] == ("cpu", "")
+    assert all(backend == "reference" for _, backend, _ in dispatch.status("cuda"))

@@ -1,0 +1,185 @@
+"""Building and loading the CPU extension, each case in a process and a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlm import extension
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from fastvlm import extension
+    first, second = extension.load(), extension.load()
+names = [f"{w.category.__name__}: {w.message}" for w in caught]
+mine = [n for n in names if n.startswith("ExtensionWarning")]
+print(first, second, len(mine), extension.path(), "|", extension.reason(), "|", *mine)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to copy from, so that only the tests about building build."""
+    try:
+        return extension.build(tmp_path_factory.mktemp("built"))
+    except extension.ExtensionBuildError as error:
+        pytest.skip(f"cannot build here: {error}")
+
+
+@pytest.fixture(autouse=True)
+def prebuilt_refused() -> None:
+    if (Path(extension.__file__).parent / extension.LIBRARY).exists():
+        pytest.skip("the package holds a library, so none is looked for in the cache")
+
+
+def start(cache: Path, script: str = SCRIPT, **environment: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FASTVLM_")}
+    env |= {"FASTVLM_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def cached(cache: Path) -> Path:
+    return cache / extension._key() / extension.LIBRARY
+
+
+def put(built: Path, cache: Path) -> Path:
+    library = cached(cache)
+    shutil.copytree(built.parent, library.parent)
+    return library
+
+
+@pytest.mark.slow
+def test_three_processes_build_once(built: Path, tmp_path: Path) -> None:
+    """A wrapper around the compiler counts the links: one library, loaded by all three."""
+    log, wrapper = tmp_path / "links", tmp_path / "counting cxx"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*) echo link >> "{log}";; esac\n'
+        f'exec {extension._compiler()} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    cache = tmp_path / "a cache: with $igns"
+    running = [start(cache, CXX=f"'{wrapper}'") for _ in range(3)]
+    for process in running:
+        out, err = finish(process)
+        assert out.startswith(f"True True 0 {cached(cache)}"), out + err
+        assert "compiling" in err or log.exists()
+    assert log.read_text().splitlines() == ["link"]
+    leftovers = [p for p in cached(cache).parent.iterdir() if p.name.startswith("build-")]
+    assert not leftovers
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"CXX": "no-such-compiler"}, "no-such-compiler"), ({"PATH": "/nonexistent"}, "no C++")],
+)
+def test_no_compiler(environment: dict[str, str], message: str, tmp_path: Path) -> None:
+    environment = {"CXX": "", **environment}
+    out, _ = finish(start(tmp_path, **environment))
+    assert out.startswith("False False 1 None"), out
+    assert message in out
+
+
+def test_compiler_that_fails(tmp_path: Path) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho the last line of a compiler\nexit 1\n")
+    compiler.chmod(0o755)
+    out, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert out.startswith("False False 1 None"), out
+    assert "the last line of a compiler" in out
+
+
+def test_cached_library_needs_no_compiler(built: Path, tmp_path: Path) -> None:
+    library = put(built, tmp_path)
+    out, err = finish(start(tmp_path, CXX="no-such-compiler"))
+    assert out.startswith(f"True True 0 {library} | None"), out
+    assert "compiling" not in err
+
+
+def test_damaged_library_without_a_compiler(built: Path, tmp_path: Path) -> None:
+    put(built, tmp_path).write_bytes(b"not a library")
+    out, _ = finish(start(tmp_path, CXX="no-such-compiler"))
+    assert out.startswith("False False 1 None"), out
+
+
+@pytest.mark.slow
+def test_damaged_library_is_built_again(built: Path, tmp_path: Path) -> None:
+    library = put(built, tmp_path)
+    library.write_bytes(library.read_bytes()[:1000])
+    out, _ = finish(start(tmp_path))
+    assert out.startswith(f"True True 0 {library} | None"), out
+
+
+def test_refused(built: Path, tmp_path: Path) -> None:
+    put(built, tmp_path)
+    out, err = finish(start(tmp_path, FASTVLM_CPU="0"))
+    assert out.startswith("False False 0 None"), out
+    assert "FASTVLM_CPU=0" in out
+    assert "compiling" not in err
+
+
+def test_unknown_capability(built: Path, tmp_path: Path) -> None:
+    put(built, tmp_path)
+    out, _ = finish(start(tmp_path, FASTVLM_CPU_CAPABILITY="avx9000"))
+    assert out.startswith("False False 1 None"), out
+    assert "AVX9000" in out
+
+
+def test_capabilities_agree(built: Path, tmp_path: Path) -> None:
+    put(built, tmp_path)
+    script = """
+import torch
+from fastvlm import extension
+assert extension.load()
+x, w, b = (torch.load({inputs!r})[k] for k in "xwb")
+y = torch.ops.fastvlm_cpu.gelu_mlp(x, w, b, w.T.contiguous(), None, False)
+torch.save(y, {inputs!r} + "." + extension.capability())
+print(extension.capability())
+"""
+    inputs = tmp_path / "inputs.pt"
+    torch.save(
+        {"x": torch.randn(5, 333), "w": torch.randn(111, 333) / 18, "b": torch.randn(111)}, inputs
+    )
+    results = {}
+    for name in ("default", "avx2", "avx512"):
+        process = start(tmp_path, script.format(inputs=str(inputs)), FASTVLM_CPU_CAPABILITY=name)
+        out, err = process.communicate(timeout=120)
+        if process.returncode == 0:
+            assert out.strip() == name.upper()
+            results[name] = torch.load(f"{inputs}.{name.upper()}")
+    assert "default" in results, err
+    for name, result in results.items():
+        torch.testing.assert_close(result, results["default"], msg=name)
+
+
+def test_import_neither_builds_nor_imports_the_package(tmp_path: Path) -> None:
+    script = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("by_path", {extension.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print([name for name in sys.modules if name.split(".")[0] in ("fastvlm", "torch")])
+"""
+    out, _ = finish(start(tmp_path, script))
+    assert out.strip() == "[]"
+    assert not list(tmp_path.iterdir())
