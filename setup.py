@@ -39,9 +39,10 @@ class BuildPy(build_py):
             return  # csrc stands beside the package, and the library belongs in the cache
         package = Path(self.build_lib) / "fastvlm"
         shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        builder = _builder()
+        (package / builder.LIBRARY).unlink(missing_ok=True)  # of an earlier build
         if not WANTED:
             return
-        builder = _builder()
         try:
             library = builder.build(Path(self.build_temp_dir()))
             shutil.copy2(library, package / builder.LIBRARY)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARY = "_C_cpu.so"
+STAMP = ".stamp"  # beside a library: what it was built from, and its digest
 
 # one namespace and one set of flags for each instruction set
 _X86 = {
@@ -115,18 +116,12 @@ def _load() -> None:
         library = Path("")
     if not library.is_file():
         library = cache_dir() / _key() / LIBRARY
-        if not library.exists():
+        if not _intact(library):
             print(
                 f"fastvlm: compiling the CPU extension once, into {library.parent}", file=sys.stderr
             )
         library = build(library.parent)
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:
-            # damaged since it was built
-            library.unlink(missing_ok=True)
-            library = build(library.parent)
-            torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))
     torch.ops.fastvlm_cpu.capability()  # raises where FASTVLM_CPU_CAPABILITY cannot be had
     _State.path, _State.loaded = str(library), True
 
@@ -177,20 +172,23 @@ def build(target_dir: Path | str | None = None, verbose: bool = False) -> Path:
     except OSError as error:
         raise ExtensionBuildError(f"cannot write to {target}: {error}") from error
     with _file_lock(target / ".lock"):
-        if library.exists() and target_dir is None:
-            return library
-        if library.exists() and _stamp(target) == _key():
+        if _intact(library):
             return library
         with tempfile.TemporaryDirectory(dir=target, prefix="build-") as work:
             _compile(Path(work), verbose)
             os.replace(Path(work) / LIBRARY, library)
-        (target / ".key").write_text(_key())
+        (target / STAMP).write_text(_stamp(library))
     return library
 
 
-def _stamp(target: Path) -> str | None:
-    key = target / ".key"
-    return key.read_text() if key.exists() else None
+def _stamp(library: Path) -> str:
+    return f"{_key()} {hashlib.sha256(library.read_bytes()).hexdigest()}"
+
+
+def _intact(library: Path) -> bool:
+    """Whether this is what the sources gave, to the last byte: loading half a file kills Python."""
+    stamp = library.parent / STAMP
+    return library.exists() and stamp.exists() and stamp.read_text() == _stamp(library)
 
 
 @contextlib.contextmanager

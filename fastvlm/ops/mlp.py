@@ -103,11 +103,16 @@ class _GegluMlp(torch.autograd.Function):
         return (*wanted(grads, needs), None)
 
 
-def _check_weights(op: str, x: Tensor, **weights: tuple[Tensor | None, list[int | None]]) -> None:
+def _features(op: str, x: Tensor) -> int:
+    """The width of x, once it is known to have one."""
     checks.is_tensor(op, x=x)
     checks.is_float(op, "x", x)
     if x.dim() == 0:
         raise checks.fail(op, "x", "of shape [..., features]", x)
+    return x.shape[-1]
+
+
+def _check_weights(op: str, **weights: tuple[Tensor | None, list[int | None]]) -> None:
     for name, (weight, shape) in weights.items():
         if weight is None:
             continue
@@ -134,7 +139,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "linear"
-    _check_weights(op, x, weight=(weight, [None, x.shape[-1]]), bias=(bias, [_width(weight, 0)]))
+    features = _features(op, x)
+    _check_weights(op, weight=(weight, [None, features]), bias=(bias, [_width(weight, 0)]))
     if needs_grad(x, weight, bias):
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
@@ -165,11 +171,10 @@ def gelu_mlp(
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "gelu_mlp"
-    hidden = _width(w1, 0)
+    features, hidden = _features(op, x), _width(w1, 0)
     _check_weights(
         op,
-        x,
-        w1=(w1, [None, x.shape[-1]]),
+        w1=(w1, [None, features]),
         b1=(b1, [hidden]),
         w2=(w2, [None, hidden]),
         b2=(b2, [_width(w2, 0)]),
@@ -208,12 +213,11 @@ def geglu_mlp(
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "geglu_mlp"
-    hidden = _width(w_gate, 0)
+    features, hidden = _features(op, x), _width(w_gate, 0)
     _check_weights(
         op,
-        x,
-        w_gate=(w_gate, [None, x.shape[-1]]),
-        w_up=(w_up, [hidden, x.shape[-1]]),
+        w_gate=(w_gate, [None, features]),
+        w_up=(w_up, [hidden, features]),
         w_down=(w_down, [None, hidden]),
     )
     checks.choice(op, "approximate", approximate, _GELU)

@@ -99,6 +99,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: cached(ancestry=torch.zeros(3, 5)), ValueError, "ancestry must be int32 or int64"),
     (lambda: cached(k=t(3, 5, 3, 8), v=t(3, 5, 3, 8)), ValueError, "k_cache must be of a number"),
     (lambda: ops.linear("x", t(2, 2)), TypeError, "linear: x must be a torch.Tensor"),
+    (lambda: ops.linear(torch.tensor(1.0), t(2, 2)), ValueError, r"x must be of shape \[..., fea"),
     (lambda: ops.linear(t(3, 5), t(4, 6)), ValueError, r"weight must be of shape \[any, 5\]"),
     (lambda: ops.linear(t(3, 5), t(4, 5), t(3)), ValueError, r"bias must be of shape \[4\]"),
     (lambda: ops.linear(t(3, 5), t(4, 5).to(BF16)), ValueError, "weight must be of the dtype of x"),
