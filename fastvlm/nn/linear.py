@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastvlm import ops
 
+_DENSE = (Tensor, nn.Parameter)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -22,17 +23,19 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) not in _DENSE or type(self.weight) not in _DENSE:
+            return super().forward(input)  # a DTensor, or another kind that PyTorch dispatches
         return ops.linear(input, self.weight, self.bias)
 
 
-def is_plain(module: object) -> bool:
+def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
-    False for an adapter (PEFT), a quantized or parametrized layer, a hook, a DTensor: then the
-    module must be called.
+    kinds: the exact classes that qualify (default: the linear layers). False for an adapter
+    (PEFT), a quantized or parametrized layer, a hook, a DTensor: then the module must be called.
     """
     cls = type(module)
-    if vars(cls).get("_fastvlm_base", cls) not in (nn.Linear, Linear):
+    if vars(cls).get("_fastvlm_base", cls) not in (kinds or (nn.Linear, Linear)):
         return False
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm import ops
+from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
 from fastvlm.patching.attention import cross_attend, heads, self_attend
 from fastvlm.patching.layouts import KEYWORD
@@ -76,8 +77,9 @@ class _Layer(Host):
 
     def _branch_out(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         p = self.dropout if self.training else 0.0
-        if self.pre_norm:
-            return residual + (F.dropout(x, p) if p > 0 else x)
+        if self.pre_norm or not is_plain(norm, nn.LayerNorm):
+            x = residual + (F.dropout(x, p) if p > 0 else x)
+            return x if self.pre_norm else norm(x)
         return ops.residual_layer_norm(
             x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=p
         )

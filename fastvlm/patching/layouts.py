@@ -52,6 +52,20 @@ def ones(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=device)
 
 
+def window_needs_columns(module: Any, mask: Tensor | None) -> bool:
+    """Whether a sliding window counts padded columns that packing would take out.
+
+    Padding at either end shifts all distances alike; padding between tokens does not, and matters
+    where the window is shorter than the text.
+    """
+    window = getattr(module.config, "sliding_window", None)
+    if mask is None or window is None or window >= mask.shape[1]:
+        return False
+    tokens = mask != 0
+    starts = tokens[:, 0].long() + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
+    return bool((starts > 1).any())
+
+
 def visible_positions(mask: Tensor | None) -> Tensor | None:
     """The ancestry of `cached_attention` for rows that read their own cache row, -1 for padding."""
     if mask is None:

@@ -9,6 +9,7 @@ touched, and the way back is to give the module its class again.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -162,6 +163,8 @@ def _entry(change: _Change) -> Entry:
 
 def _plan(model: nn.Module, wanted: frozenset[str]) -> list[_Change]:
     # imported here: fastvlm's ops stand without transformers
+    if importlib.util.find_spec("transformers") is None:
+        raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
     from fastvlm.patching.families import STACKS, left_alone
 
     changes: list[_Change] = []

@@ -23,6 +23,7 @@ from fastvlm.patching.layouts import (
     ones,
     visible_positions,
     wants_attentions,
+    window_needs_columns,
     zero_padding,
 )
 from fastvlm.patching.rules import Host
@@ -61,6 +62,8 @@ class EncoderStack(Host):
                 input_ids, attention_mask, *args, inputs_embeds=inputs_embeds, **kwargs
             )
         mask = self.default_mask(input_ids) if attention_mask is None else attention_mask
+        if window_needs_columns(self, mask):
+            return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         layout = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
         kwargs[KEYWORD] = Layouts(rows=layout)
         output = super().forward(
@@ -123,6 +126,8 @@ class DecoderStack(Host):
             mask = self.default_mask(call.input_ids)
         if mask is not None and mask.shape != (batch, filled + length):
             return None
+        if filled == 0 and window_needs_columns(self, mask):
+            return None
         cross = self._cross(call, mask, batch, length, filled, device)
         if filled == 0:
             rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
@@ -161,12 +166,16 @@ class DecoderStack(Host):
         if call.past is not None:
             known = call.past.cross_attention_cache.__dict__.setdefault("fastvlm_layouts", {})
         key = (batch, length)
-        if filled > 0 and key in known:
+        if filled == 0:
+            known.clear()  # a new prefill, perhaps of a cache that was reset
+        elif key in known:
             return known[key]
         images, tokens = call.encoder_states.shape[:2]
         kv_mask = call.encoder_mask
         kv_mask = ones(images, tokens, device) if kv_mask is None else kv_mask
-        known[key] = layout = Layout.from_padded(mask, kv_mask)
+        layout = Layout.from_padded(mask, kv_mask)
+        if filled > 0:
+            known[key] = layout
         return layout
 
     def _run(self, call: Call, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:

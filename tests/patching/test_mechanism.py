@@ -300,3 +300,48 @@ def test_unpatch_refuses_a_class_wrapped_since() -> None:
     with pytest.raises(PatchError, match=r"decoder.layers.0 was wrapped after patching by Wrapped"):
         fastvlm.unpatch(model)
     assert is_patched(model.lm_head)
+
+
+def test_a_hook_on_a_layer_norm_goes_on_firing() -> None:
+    model = models.bart()
+    expected = logits(model)
+    fastvlm.patch(model)
+    fired = []
+    norm = model.model.decoder.layers[0].encoder_attn_layer_norm
+    norm.register_forward_hook(lambda *args: fired.append(1))
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert fired == [1]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "t5gemma"])
+def test_padding_between_tokens_under_a_sliding_window(name: str) -> None:
+    """The window counts padded columns in transformers: such a batch stays there."""
+    model = FAMILIES[name].build()
+    batch = FAMILIES[name].training(model)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    batch["attention_mask"][:, 2:5] = 0
+    with torch.no_grad():
+        expected = model(**batch).logits
+        fastvlm.patch(model)
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-4)
+
+
+def test_a_cache_that_was_reset_reads_the_new_images() -> None:
+    model = models.bart()
+    fastvlm.patch(model)
+    cache = model.model.decoder.new_cache()
+    ids = torch.full((2, 1), 7)
+    other = {"encoder_outputs": (torch.randn(2, 4, 32),), "decoder_input_ids": ids}
+
+    def step(cache: object, states: Tensor) -> Tensor:
+        given = {"encoder_outputs": (states,), "past_key_values": cache}
+        with torch.no_grad():
+            model(**given, decoder_input_ids=torch.full((2, 3), 7))
+            return model(**given, decoder_input_ids=ids).logits
+
+    with torch.no_grad():
+        model(**other, past_key_values=cache)
+        model(**other, past_key_values=cache)
+    cache.reset()
+    states = torch.randn(2, 6, 32)
+    assert torch.equal(step(cache, states), step(model.model.decoder.new_cache(), states))
