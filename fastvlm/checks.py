@@ -64,13 +64,21 @@ def softcap_value(op: str, softcap: float | None) -> float:
     """0.0 stands for no softcap inside the schemas."""
     if softcap is None:
         return 0.0
-    if not softcap > 0:
+    if not isinstance(softcap, (int, float)) or not softcap > 0:
         raise fail(op, "softcap", "a number above 0, or None for no cap", softcap)
     return float(softcap)
 
 
+def scale_value(op: str, scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return float(max(head_dim, 1) ** -0.5)
+    if not isinstance(scale, (int, float)):
+        raise fail(op, "scale", "a number, or None for head_dim ** -0.5", scale)
+    return float(scale)
+
+
 def probability(op: str, argument: str, p: float) -> float:
-    if not 0.0 <= p < 1.0:
+    if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
         raise fail(op, argument, "in [0, 1)", p)
     return float(p)
 

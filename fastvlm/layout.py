@@ -66,6 +66,7 @@ class Layout:
     reader_offsets: int32 [I + 1]. In image order, the query rows that read image i are
         reader_offsets[i] : reader_offsets[i + 1].
     max_q, max_kv: longest segment and longest image. num_tokens, num_kv_tokens: Tq and Tk.
+    reads_itself: segment s reads image s, of its own length: what self-attention needs.
     q_padding, kv_padding: the padded grids the rows came from; None for a batch packed from birth.
 
     Zero-length segments, images that nobody reads and one segment per image are all valid.
@@ -81,6 +82,7 @@ class Layout:
     max_kv: int
     num_tokens: int
     num_kv_tokens: int
+    reads_itself: bool
     q_padding: Padding | None = None
     kv_padding: Padding | None = None
 
@@ -287,12 +289,14 @@ def _ints(argument: str, values: Sequence[int] | Tensor) -> list[int]:
         if values.dim() != 1 or values.dtype.is_floating_point:
             raise _fail(argument, "a 1-D tensor of integers", values)
         return values.tolist()
-    if not all(isinstance(v, int) for v in values):
-        raise _fail(argument, "a sequence of integers", list(values))
+    if not isinstance(values, Sequence) or not all(isinstance(v, int) for v in values):
+        raise _fail(argument, "a sequence of integers", values)
     return list(values)
 
 
 def _lengths(argument: str, offsets: Tensor) -> list[int]:
+    if not isinstance(offsets, Tensor):
+        raise _fail(argument, "a tensor of offsets (cu_seqlens)", offsets)
     values = _ints(argument, offsets)
     if not values or values[0] != 0:
         raise _fail(argument, "offsets that start at 0", values[:4])
@@ -343,6 +347,7 @@ def _build(q: list[int], kv: list[int], images: list[int], device: torch.device)
         max_kv=max(kv, default=0),
         num_tokens=sum(q),
         num_kv_tokens=sum(kv),
+        reads_itself=q == kv and images == list(range(len(q))),
     )
 
 

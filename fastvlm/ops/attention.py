@@ -93,11 +93,10 @@ def _run(
     layout: Layout,
     causal: bool,
     window: int,
-    scale: float | None,
+    scale: float,
     softcap: float,
     dropout_p: float,
 ) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = autocast(q, k, v)
     seed = seed_for(q, dropout_p)
     offsets = (layout.q_offsets, layout.kv_offsets, layout.image_of)
@@ -168,7 +167,8 @@ def cross_attention(
     _check("cross_attention", q, k, v, layout)
     cap = checks.softcap_value("cross_attention", softcap)
     dropout_p = checks.probability("cross_attention", "dropout_p", dropout_p)
-    return _run(_CROSS, q, k, v, layout, False, 0, scale, cap, dropout_p)
+    factor = checks.scale_value("cross_attention", scale, q.shape[-1])
+    return _run(_CROSS, q, k, v, layout, False, 0, factor, cap, dropout_p)
 
 
 def self_attention(
@@ -195,12 +195,13 @@ def self_attention(
     Returns [T, H, D] in q's dtype.
     """
     _check("self_attention", q, k, v, layout)
-    if layout.num_images != layout.num_segments or layout.num_tokens != layout.num_kv_tokens:
+    if not layout.reads_itself:
         raise checks.fail("self_attention", "layout", "one whose segments read themselves", layout)
     cap = checks.softcap_value("self_attention", softcap)
     dropout_p = checks.probability("self_attention", "dropout_p", dropout_p)
     w = _check_window("self_attention", window)
-    return _run(_SELF, q, k, v, layout, bool(causal), w, scale, cap, dropout_p)
+    factor = checks.scale_value("self_attention", scale, q.shape[-1])
+    return _run(_SELF, q, k, v, layout, bool(causal), w, factor, cap, dropout_p)
 
 
 def cached_attention(
@@ -245,6 +246,7 @@ def cached_attention(
     for name, tensor in (("lengths", lengths), ("ancestry", ancestry)):
         if tensor is None:
             continue
+        checks.is_tensor(op, **{name: tensor})
         if tensor.dtype not in (torch.int32, torch.int64):
             raise checks.fail(op, name, "int32 or int64", tensor)
         if tensor.device != q.device:
@@ -256,7 +258,7 @@ def cached_attention(
         raise checks.fail(op, "k_cache", f"of {q.shape[0]} rows or more, as q", k_cache)
     settings = (
         _check_window(op, window),
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        checks.scale_value(op, scale, q.shape[-1]),
         checks.softcap_value(op, softcap),
     )
     arguments = (q, k_cache, v_cache, lengths.to(torch.int32), ancestry, *settings)

@@ -119,6 +119,15 @@ def linear_cross_entropy(
     cap = checks.softcap_value(op, softcap)
     if (groups is None) != (num_groups is None):
         raise checks.fail(op, "num_groups", "given together with groups", num_groups)
+    if groups is not None:
+        checks.is_tensor(op, groups=groups)
+        checks.has_shape(op, "groups", groups, [h.shape[0]])
+        if groups.dtype != torch.int64:
+            raise checks.fail(op, "groups", "int64", groups)
+        if groups.device != h.device:
+            raise checks.fail(op, "groups", f"on the device of h ({h.device})", groups)
+        if not isinstance(num_groups, int) or num_groups < 1:
+            raise checks.fail(op, "num_groups", "a whole number, 1 or more", num_groups)
     h, weight, bias = autocast(h, weight, bias)
     checks.same_kind(op, "h", h, weight=weight, bias=bias)
     if needs_grad(h, weight, bias):
@@ -133,11 +142,6 @@ def linear_cross_entropy(
             loss = loss / counted.sum()
     if groups is None or num_groups is None:
         return loss
-    checks.has_shape(op, "groups", groups, [h.shape[0]])
-    if groups.dtype != torch.int64:
-        raise checks.fail(op, "groups", "int64", groups)
-    if not isinstance(num_groups, int) or num_groups < 1:
-        raise checks.fail(op, "num_groups", "a whole number, 1 or more", num_groups)
     sums = nll.new_zeros(num_groups).index_add(0, groups, nll)
     counts = torch.zeros(num_groups, dtype=torch.int64, device=h.device)
     return loss, sums, counts.index_add(0, groups, counted.long())

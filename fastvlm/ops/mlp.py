@@ -114,9 +114,10 @@ def _features(op: str, x: Tensor) -> int:
 
 def _check_weights(op: str, **weights: tuple[Tensor | None, list[int | None]]) -> None:
     for name, (weight, shape) in weights.items():
-        if weight is None:
-            continue
+        if weight is None and name.startswith("b"):
+            continue  # a bias may be missing
         checks.is_tensor(op, **{name: weight})
+        assert weight is not None
         checks.has_shape(op, name, weight, shape)
 
 
@@ -142,6 +143,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     features = _features(op, x)
     _check_weights(op, weight=(weight, [None, features]), bias=(bias, [_width(weight, 0)]))
     if needs_grad(x, weight, bias):
+        if not torch.is_autocast_enabled(x.device.type):
+            checks.same_kind(op, "x", x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     checks.same_kind(op, "x", x, weight=weight, bias=bias)

@@ -209,6 +209,8 @@ def residual_rms_norm(
         checks.is_float(op, "gate", gate)
         if gate.numel() != 1:
             raise checks.fail(op, "gate", "one number, of shape [] or [1]", gate)
+        if gate.device != x.device:
+            raise checks.fail(op, "gate", f"on the device of x ({x.device})", gate)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     wants = needs_grad(x, residual, weight, gate, next_weight)
     run = _ResidualRmsNorm.apply if wants else _RESIDUAL_RMS_NORM
