@@ -76,6 +76,7 @@ def test_offsets_against_brute_force(case: tuple[list[int], list[int], list[int]
     assert (layout.max_q, layout.max_kv) == (max(q, default=0), max(kv))
     assert (layout.num_tokens, layout.num_kv_tokens) == (sum(q), sum(kv))
     assert (layout.num_segments, layout.num_images) == (len(q), len(kv))
+    assert layout.reads_itself == (q == kv and image_of == list(range(len(q))))
     # rows in image order: each image's readers are neighbours, in the order they came
     image_of_row = [i for n, i in zip(q, image_of) for _ in range(n)]
     order = layout.rows_by_image
@@ -142,10 +143,44 @@ def test_pickle_copy_and_device() -> None:
     assert "segments=2, tokens=3" in repr(layout)
 
 
+def test_from_offsets_is_from_lengths() -> None:
+    layout = Layout.from_offsets(
+        torch.tensor([0, 2, 2, 5]), torch.tensor([0, 4, 7]), torch.tensor([1, 0, 1])
+    )
+    same = Layout.from_lengths([2, 0, 3], [4, 3], [1, 0, 1])
+    for name in ("q_offsets", "kv_offsets", "image_of", "positions", "reader_offsets"):
+        assert torch.equal(getattr(layout, name), getattr(same, name))
+    assert Layout.from_offsets(torch.tensor([0, 3, 4])).reads_itself
+
+
+def test_too_many_rows_are_refused_before_memory_is_asked_for() -> None:
+    """A table of 2^62 positions could not be had: the refusal comes first."""
+    for make in (
+        lambda: Layout.from_lengths([2**62]),
+        lambda: Layout.from_offsets(torch.tensor([0, 2**62])),
+        lambda: Layout.for_beams(1, 1, [2**62]),
+    ):
+        with pytest.raises(ValueError, match="must be at most 2147483647 rows in all"):
+            make()
+
+
 REFUSED = {
     "negative": (lambda: Layout.from_lengths([3, -1]), "q_lengths must be 0 or more"),
     "float": (lambda: Layout.from_lengths(torch.ones(2)), "q_lengths must be a 1-D tensor of int"),
     "not-whole": (lambda: Layout.from_lengths([1.5]), "q_lengths must be a sequence of integers"),
+    "one-number": (lambda: Layout.from_lengths(3), "q_lengths must be a sequence of integers"),
+    "2-d": (
+        lambda: Layout.from_lengths(torch.ones(2, 2).long()),
+        "q_lengths must be a 1-D tensor of integers",
+    ),
+    "list-of-offsets": (
+        lambda: Layout.from_offsets([0, 3]),
+        "q_offsets must be a tensor of offsets",
+    ),
+    "list-of-kv-offsets": (
+        lambda: Layout.from_offsets(torch.tensor([0, 3]), [0, 3]),
+        "kv_offsets must be a tensor of offsets",
+    ),
     "no-image-of": (lambda: Layout.from_lengths([1, 2], [3]), "image_of must be given when 2 seg"),
     "no-kv": (lambda: Layout.from_lengths([1], None, [0]), "kv_lengths must be given"),
     "too-many-images": (

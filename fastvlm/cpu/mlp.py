@@ -11,10 +11,11 @@ from torch import Tensor
 from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
 from fastvlm.ops.dispatch import Kernel
 
-# where PyTorch's blocked product overtakes one that packs nothing
-MAX_ROWS = 16
-# with bfloat16 instructions in the CPU, PyTorch (oneDNN) is ahead from 9 rows on
-MAX_ROWS_NATIVE_BF16 = 8
+# measured up to 128 rows (AVX-512 and AVX2): a weight that is not packed still wins there; half of
+# that, for CPUs that were not measured
+MAX_ROWS = 64
+# with bfloat16 instructions in the CPU, PyTorch (oneDNN) is ahead from about 8 rows on
+MAX_ROWS_NATIVE_BF16 = 4
 
 
 @cache

@@ -15,8 +15,9 @@ from fastvlm.ops.dispatch import define
 from fastvlm.reference import attention as reference
 
 _SHAPE = (
-    "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? seed, int max_q, int max_kv, "
-    "bool causal, int window, float scale, float softcap, float dropout_p"
+    # SymInt: as int the longest segment would be a constant of a compiled graph, one graph for each
+    "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? seed, SymInt max_q, "
+    "SymInt max_kv, bool causal, int window, float scale, float softcap, float dropout_p"
 )
 
 

@@ -19,7 +19,7 @@ _GELU = ("none", "tanh")
 
 def _empty_grads(tensors: list[Tensor | None], x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(t) if need and t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
         for t, need in zip(tensors, needs)
     )
 
@@ -134,7 +134,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. One dtype. Returns [..., N].
 
-    On the CPU up to 16 rows stream the weight from memory once; more rows, and calls that want
+    On the CPU up to 64 rows stream the weight from memory once; more rows, and calls that want
     gradients, are PyTorch's own product (differentiable to any order).
 
     Raises TypeError or ValueError; the message names the argument.

@@ -14,7 +14,7 @@ from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
 from fastvlm.patching.attention import cross_attend, heads, self_attend
 from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Host, Rule, StackRule, Swap, has, takes
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 
 
@@ -179,6 +179,8 @@ class BartDecoder(DecoderStack):
 def _attention(module: Any) -> Swap | str:
     if not takes(module, "key_value_states", "past_key_values"):
         return "its forward has other arguments than transformers 5 (past_key_values as a Cache)"
+    if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "out_proj"):
+        return extra
     attended = ("cached_attention",) if module.is_decoder else ()
     return Swap(BartAttention, ("self_attention", "cross_attention", *attended))
 
@@ -198,6 +200,8 @@ def _layer(module: Any) -> Swap | str:
     kind = gelu_kind(module.activation_fn)
     if kind is None:
         return f"its activation {type(module.activation_fn).__name__} is not GELU"
+    if extra := extra_parts(module, *_LAYER, "encoder_attn", "encoder_attn_layer_norm"):
+        return extra
     pre_norm = _pre_norm(module)
     if pre_norm is None:
         return f"{type(module).__name__} does not tell whether it normalizes before or after"

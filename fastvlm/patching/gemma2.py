@@ -13,7 +13,7 @@ from fastvlm.nn.mlp import GegluMLP, gelu_kind
 from fastvlm.nn.norm import RMSNorm
 from fastvlm.patching.attention import heads, self_attend
 from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Host, Rule, StackRule, Swap, has, takes
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack
 
 MASKLESS = {"full_attention": None, "sliding_attention": None}
@@ -98,6 +98,8 @@ class GemmaDecoder(DecoderStack):
 def choose_attention(module: Any) -> Swap | str:
     if not takes(module, "position_embeddings", "past_key_values"):
         return "its forward has other arguments than transformers 5"
+    if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "o_proj"):
+        return extra
     cached = ("cached_attention",) if module.is_causal else ()
     return Swap(GemmaAttention, ("rope", "self_attention", *cached))
 
@@ -106,6 +108,8 @@ def choose_mlp(module: Any) -> Swap | str:
     kind = gelu_kind(module.act_fn)
     if kind is None:
         return f"its activation {type(module.act_fn).__name__} is not GELU"
+    if extra := extra_parts(module, "gate_proj", "up_proj", "down_proj", "act_fn", "dropout"):
+        return extra
     return Swap(GegluMLP, ("geglu_mlp",), (("approximate", kind),))
 
 

@@ -70,6 +70,18 @@ def has(*names: str) -> Callable[[nn.Module], bool]:
     return lambda module: all(hasattr(module, name) for name in names)
 
 
+def extra_parts(module: nn.Module, *known: str) -> str | None:
+    """A reason to leave a module alone: it has submodules or parameters that we know nothing of.
+
+    Classes that grew from the ones we know keep their attributes and add to what they compute
+    (Gemma-3 normalizes q and k).
+    """
+    own = [name for name, _ in module.named_children()]
+    own += [name for name, _ in module.named_parameters(recurse=False)]
+    extra = sorted(set(own) - set(known))
+    return f"it has parts of its own: {', '.join(extra)}" if extra else None
+
+
 def takes(module: nn.Module, *names: str) -> bool:
     """Whether module.forward has parameters of these names."""
     return set(names) <= set(inspect.signature(type(module).forward).parameters)

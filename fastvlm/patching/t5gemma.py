@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from fastvlm.patching import gemma2
 from fastvlm.patching.attention import cross_attend, heads
 from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Host, Rule, StackRule, Swap, has, takes
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 
 
@@ -99,6 +99,8 @@ class T5GemmaDecoder(_DefaultMask, DecoderStack):
 def _choose_cross(module: Any) -> Swap | str:
     if not takes(module, "encoder_hidden_states", "past_key_values"):
         return "its forward has other arguments than transformers 5"
+    if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "o_proj"):
+        return extra
     return Swap(T5GemmaCrossAttention, ("cross_attention",))
 
 

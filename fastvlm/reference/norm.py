@@ -21,6 +21,16 @@ def _none(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In row order whatever strides came in: that is what the fakes of the schemas promise."""
+    return x.to(dtype).contiguous()
+
+
+def _own(x: Tensor, other: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As _dense, and never the other tensor itself: an op's results share no memory."""
+    return _dense(x.clone() if x is other else x, dtype)
+
+
 def _rms(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x already wide; wide result."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (offset + _wide(weight))
@@ -39,7 +49,7 @@ def _rms_backward(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x [M, N], weight [N] -> x / rms(x) * (offset + weight)."""
-    return _rms(_wide(x), weight, eps, offset).to(x.dtype)
+    return _dense(_rms(_wide(x), weight, eps, offset), x.dtype)
 
 
 def rms_norm_backward(
@@ -48,7 +58,7 @@ def rms_norm_backward(
     """dx and dweight, those that needs[i] asks for."""
     dx, dw = _rms_backward(_wide(grad_out), _wide(x), weight, eps, offset)
     return (
-        dx.to(x.dtype) if needs[0] else _none(x),
+        _dense(dx, x.dtype) if needs[0] else _none(x),
         dw.to(weight.dtype) if needs[1] else _none(weight),
     )
 
@@ -69,7 +79,7 @@ def residual_rms_norm(
     branch = _rms(_wide(x), weight, eps, offset)
     if gate is not None:
         branch = torch.tanh(_wide(gate)).reshape(()) * branch
-    h = (_wide(residual) + branch).to(x.dtype)
+    h = _dense(_wide(residual) + branch, x.dtype)
     y = _none(x) if next_weight is None else rms_norm(h, next_weight, eps, offset)
     return h, y
 
@@ -105,8 +115,8 @@ def residual_rms_norm_backward(
         dbranch = dh * t
     dx, dw = _rms_backward(dbranch, _wide(x), weight, eps, offset)
     return (
-        dx.to(x.dtype) if needs[0] else _none(x),
-        dh.to(x.dtype) if needs[1] else _none(x),
+        _dense(dx, x.dtype) if needs[0] else _none(x),
+        _own(dh, grad_h, x.dtype) if needs[1] else _none(x),
         dw.to(weight.dtype) if needs[2] else _none(weight),
         dgate,
         dnext,
@@ -150,8 +160,8 @@ def residual_layer_norm_backward(
     if seed is not None and dropout_p > 0:
         dx = dz * elementwise(seed, dz, dropout_p, dz.dtype)
     return (
-        dx.to(x.dtype) if needs[0] else _none(x),
-        dz.to(x.dtype) if needs[1] else _none(x),
+        _dense(dx, x.dtype) if needs[0] else _none(x),
+        _own(dz, dx, x.dtype) if needs[1] else _none(x),
         (grad * normed).sum(0).to(weight.dtype) if needs[2] else _none(weight),
         grad.sum(0).to(weight.dtype) if needs[3] else _none(weight),
     )

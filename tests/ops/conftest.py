@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 
+@pytest.fixture(autouse=True)
+def poisoned(poison: None) -> None:
+    """Every test of an op runs on poisoned memory."""
+
+
 def _leaf(x: Any, dtype: torch.dtype | None) -> Any:
+    """A leaf with the values and strides of x."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
-    copy = x.detach().clone() if dtype is None else x.detach().to(dtype)
+    copy = x.detach() if dtype is None else x.detach().to(dtype)
     return copy.requires_grad_(x.requires_grad)
 
 
@@ -26,12 +32,16 @@ def _run(
     if wants:
         if not grads:
             grads.extend(torch.randn(o.shape).to(o.dtype) for o in wants)
-        torch.autograd.backward(wants, [g.to(o.dtype) for g, o in zip(grads, wants)])
+        given = [g.to(o.dtype, copy=True) for g, o in zip(grads, wants)]
+        torch.autograd.backward(wants, given)
+        assert all(torch.equal(g, was.to(g.dtype)) for g, was in zip(given, grads)), (
+            "a gradient was modified on its way in"
+        )
     return [o.detach() for o in outs], [getattr(x, "grad", None) for x in leaves]
 
 
 @pytest.fixture
-def follows_the_error_rule(poison: None) -> Callable[..., None]:
+def follows_the_error_rule() -> Callable[..., None]:
     """Forward and backward of an op against plain PyTorch in the same dtype and in float64.
 
     ours and plain take the same inputs; a gradient is checked for each input that requires one.
@@ -45,7 +55,7 @@ def follows_the_error_rule(poison: None) -> Callable[..., None]:
         exact, exact_grads = _run(plain, inputs, torch.float64, grads)
         for i, (a, b, c) in enumerate(zip(got, theirs, exact, strict=True)):
             error_rule.check(f"output {i}", a, b, c, error_rule.FORWARD)
-        for i, (a, b, c) in enumerate(zip(got_grads, their_grads, exact_grads)):
+        for i, (a, b, c) in enumerate(zip(got_grads, their_grads, exact_grads, strict=True)):
             assert (a is None) == (c is None), f"gradient of input {i}"
             if a is not None and b is not None and c is not None:
                 error_rule.check(f"gradient of input {i}", a, b, c, error_rule.BACKWARD)

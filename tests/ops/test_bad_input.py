@@ -17,6 +17,8 @@ def t(*shape: int, **kwargs: Any) -> Tensor:
 
 
 OWN = Layout.from_lengths([3])
+LONGER = Layout.from_lengths([1, 2], [2, 1])
+SWAPPED = Layout.from_lengths([1, 1, 1], [1, 1, 1], [0, 2, 1])
 SHARED = Layout.from_lengths([1, 2], [3], [0, 0])
 LABELS = torch.zeros(3, dtype=torch.int64)
 LENGTHS = torch.ones(3, dtype=torch.int32)
@@ -84,7 +86,13 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: cross(softcap=float("nan")), ValueError, "softcap must be a number above 0"),
     (lambda: cross(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
     (lambda: cross(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\); got -0.1"),
+    (lambda: cross(softcap="5"), ValueError, "softcap must be a number above 0.*got '5'"),
+    (lambda: cross(dropout_p=None), ValueError, r"dropout_p must be in \[0, 1\); got None"),
+    (lambda: cross(scale="1"), ValueError, r"cross_attention: scale must be a number.*got '1'"),
+    (lambda: own(scale=t(1)), ValueError, "self_attention: scale must be a number.*got a float32"),
     (lambda: own(layout=SHARED), ValueError, "layout must be one whose segments read themselves"),
+    (lambda: own(layout=LONGER), ValueError, "layout must be one whose segments read themselves"),
+    (lambda: own(layout=SWAPPED), ValueError, "layout must be one whose segments read themselves"),
     (lambda: own(window=0), ValueError, "window must be a whole number above 0, or None; got 0"),
     (lambda: own(window=1.5), ValueError, "window must be a whole number above 0"),
     (lambda: own(softcap=0), ValueError, "self_attention: softcap must be"),
@@ -97,12 +105,31 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: cached(k=t(2, 5, 2, 8), v=t(2, 5, 2, 8)), ValueError, "k_cache must be of 3 rows or"),
     (lambda: cached(ancestry=torch.zeros(3, 4).int()), ValueError, r"ancestry must be .*\[3, 5\]"),
     (lambda: cached(ancestry=torch.zeros(3, 5)), ValueError, "ancestry must be int32 or int64"),
+    (lambda: cached(ancestry=[[0]]), TypeError, r"ancestry must be a torch.Tensor; got \[\[0\]\]"),
+    (lambda: cached(scale="1"), ValueError, "cached_attention: scale must be a number"),
+    (lambda: cached(window=0), ValueError, "cached_attention: window must be a whole number"),
+    (lambda: cached(softcap=0.0), ValueError, "cached_attention: softcap must be a number"),
+    (lambda: cached(q=t(3, 8)), ValueError, r"q must be of shape \[rows, heads, head_dim\]"),
+    (lambda: cached(q=X3[0].half()), ValueError, r"k_cache must be of the dtype of q \(float16\)"),
     (lambda: cached(k=t(3, 5, 3, 8), v=t(3, 5, 3, 8)), ValueError, "k_cache must be of a number"),
     (lambda: ops.linear("x", t(2, 2)), TypeError, "linear: x must be a torch.Tensor"),
     (lambda: ops.linear(torch.tensor(1.0), t(2, 2)), ValueError, r"x must be of shape \[..., fea"),
     (lambda: ops.linear(t(3, 5), t(4, 6)), ValueError, r"weight must be of shape \[any, 5\]"),
     (lambda: ops.linear(t(3, 5), t(4, 5), t(3)), ValueError, r"bias must be of shape \[4\]"),
     (lambda: ops.linear(t(3, 5), t(4, 5).to(BF16)), ValueError, "weight must be of the dtype of x"),
+    (lambda: ops.linear(t(3, 5), None), TypeError, "weight must be a torch.Tensor; got None"),
+    (
+        lambda: ops.linear(t(3, 5, requires_grad=True), t(4, 5).to(BF16)),
+        ValueError,
+        "linear: weight must be of the dtype of x",
+    ),
+    (
+        lambda: ops.linear(t(3, 5, requires_grad=True), t(4, 5, device="meta")),
+        ValueError,
+        "linear: weight must be on the device of x",
+    ),
+    (lambda: gelu(w1=[1]), TypeError, r"gelu_mlp: w1 must be a torch.Tensor; got \[1\]"),
+    (lambda: gelu(w2=t(4, 6, device="meta")), ValueError, "w2 must be on the device of x"),
     (lambda: gelu(w1=t(6, 4)), ValueError, r"gelu_mlp: w1 must be of shape \[any, 5\]"),
     (lambda: gelu(b1=t(5)), ValueError, r"b1 must be of shape \[6\]; got .* \[5\]"),
     (lambda: gelu(w2=t(4, 7)), ValueError, r"w2 must be of shape \[any, 6\]"),
@@ -119,6 +146,8 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: tail(residual=t(2, 5)), ValueError, r"residual must be of shape \[3, 5\]"),
     (lambda: tail(residual=3), TypeError, "residual must be a torch.Tensor; got 3"),
     (lambda: tail(gate=t(2)), ValueError, r"gate must be one number, of shape \[\] or \[1\]"),
+    (lambda: tail(gate=t(1, device="meta")), ValueError, "gate must be on the device of x"),
+    (lambda: tail(gate=0.5), TypeError, "gate must be a torch.Tensor; got 0.5"),
     (lambda: tail(next_weight=t(4)), ValueError, r"next_weight must be of shape \[5\]"),
     (
         lambda: ops.residual_layer_norm(t(3, 5), t(3, 5), t(5), t(4)),
@@ -146,6 +175,19 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: entropy(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum'"),
     (lambda: entropy(groups=LABELS), ValueError, "num_groups must be given together with groups"),
     (lambda: entropy(groups=LABELS.int(), num_groups=2), ValueError, "groups must be int64"),
+    (lambda: entropy(groups=[0, 1, 0], num_groups=2), TypeError, "groups must be a torch.Tensor"),
+    (lambda: entropy(groups=LABELS[:2], num_groups=2), ValueError, r"groups must be of shape \[3"),
+    (
+        lambda: entropy(groups=LABELS.to("meta"), num_groups=2),
+        ValueError,
+        "groups must be on the device of h",
+    ),
+    (lambda: entropy(labels=[0, 1, 2]), TypeError, "labels must be a torch.Tensor; got"),
+    (lambda: entropy(labels=LABELS.to("meta")), ValueError, "labels must be on the device of h"),
+    (lambda: entropy(weight=t(9, 5).half()), ValueError, "weight must be of the dtype of h"),
+    (lambda: entropy(bias=t(9, device="meta")), ValueError, "bias must be on the device of h"),
+    (lambda: topk(bias=t(9).half()), ValueError, "linear_topk: bias must be of the dtype of h"),
+    (lambda: topk(2.0), ValueError, r"k must be in \[1, 9\].*got 2.0"),
     (lambda: entropy(groups=LABELS, num_groups=0), ValueError, "num_groups must be a whole number"),
     (lambda: topk(0), ValueError, r"k must be in \[1, 9\] \(the vocabulary\); got 0"),
     (lambda: topk(10), ValueError, r"k must be in \[1, 9\]"),

@@ -109,8 +109,10 @@ def test_linear_topk(
 
     got = on(ops.linear_topk, inputs[0], inputs[1], k, bias=inputs[2], softcap=softcap)
     follows_the_error_rule(lambda *x: (got[0], got[2]), theirs, inputs)
-    picked = logits(*inputs).log_softmax(-1).gather(1, got[1])
-    assert torch.allclose(picked, got[0], atol=0.2 if inputs[0].dtype != torch.float32 else 1e-5)
+    # the tokens that were picked have the values that were returned, and each is picked once
+    follows_the_error_rule(
+        lambda *x: got[0], lambda *x: logits(*x).log_softmax(-1).gather(1, got[1]), inputs
+    )
     assert all(len(set(row.tolist())) == k for row in got[1])
 
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 from fastvlm import ops
 
-# rows, input, hidden, output
+# rows, input, hidden, output; the last but one is too many for the CPU kernels
 SHAPES = {
     "one": (1, 17, 63, 5),
     "three": (3, 100, 333, 77),
     "seven": (7, 768, 100, 768),
     "sixteen": (16, 64, 65, 1),
-    "many": (17, 63, 100, 64),
+    "beams": (33, 63, 100, 64),
+    "many": (65, 63, 100, 64),
     "empty": (0, 17, 3, 5),
 }
 
@@ -104,7 +105,9 @@ def test_gelu_over_its_whole_range(kind: str, on: Any) -> None:
     error = (ours[:, 0].double() - exact).abs()
     allowed = (theirs.double() - exact).abs().max()
     assert error.max() <= 2 * allowed + torch.finfo(torch.float32).eps
-    assert error[x.abs() < 1e-6].max() <= 1e-12
+    # next to 0 it is x / 2, to a few roundings of its own size and not of the largest value's
+    near = x.abs() < 1e-6
+    assert (error[near] <= 4 * torch.finfo(torch.float32).eps * exact[near].abs()).all()
 
 
 class TestDropout:
