@@ -64,9 +64,9 @@ gpu-check: $(VENV)/.dev build
 	$(RUN) benchmarks.end_to_end --device cuda --out "$(OUT)"
 	$(RUN) benchmarks.report "$(OUT)"
 
-# compiles only what is not in the cache yet
+# compiles only what is not in the cache yet; a machine without a compiler goes on without kernels
 build: $(VENV)/.demo
-	$(RUN) fastvlm build
+	@$(RUN) fastvlm build || echo "make: going on without the CPU kernels; plain PyTorch serves"
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
