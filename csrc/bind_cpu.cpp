@@ -82,14 +82,10 @@ const Kernels& kernels() {
 
 DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kHalf;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
 
