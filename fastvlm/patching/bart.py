@@ -181,8 +181,10 @@ def _attention(module: Any) -> Swap | str:
         return "its forward has other arguments than transformers 5 (past_key_values as a Cache)"
     if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "out_proj"):
         return extra
-    attended = ("cached_attention",) if module.is_decoder else ()
-    return Swap(BartAttention, ("self_attention", "cross_attention", *attended))
+    if module.is_decoder and not module.is_causal:
+        return Swap(BartAttention, ("cross_attention",))
+    cached = ("cached_attention",) if module.is_decoder else ()
+    return Swap(BartAttention, ("self_attention", *cached))
 
 
 def _pre_norm(layer: Any) -> bool | None:

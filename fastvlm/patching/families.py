@@ -10,10 +10,17 @@ from fastvlm.patching.rules import StackRule
 # T5Gemma before Gemma-2: its stacks have all that Gemma-2's have, and more
 STACKS: tuple[StackRule, ...] = (*bart.STACKS, *t5gemma.STACKS, *gemma2.STACKS)
 
+PREFIX_MASK = "PaliGemma gives it the masks of a prefix, which self_attention does not know"
 LEFT_ALONE = {
     "vision_tower": "the vision tower has no kernel of ours yet",
     "multi_modal_projector": "runs once per image",
 }
+
+
+def prefix_decoders(model: nn.Module) -> set[nn.Module]:
+    """Decoder-only stacks that an image-text model calls with masks of its own (PaliGemma)."""
+    owners = [m for m in model.modules() if hasattr(m, "multi_modal_projector")]
+    return {m.language_model for m in owners if isinstance(m.language_model, nn.Module)} - {model}
 
 
 def left_alone(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

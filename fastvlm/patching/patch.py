@@ -165,7 +165,7 @@ def _plan(model: nn.Module, wanted: frozenset[str]) -> list[_Change]:
     # imported here: fastvlm's ops stand without transformers
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
-    from fastvlm.patching.families import STACKS, left_alone
+    from fastvlm.patching.families import PREFIX_MASK, STACKS, left_alone, prefix_decoders
 
     changes: list[_Change] = []
     seen: set[int] = set()
@@ -175,11 +175,12 @@ def _plan(model: nn.Module, wanted: frozenset[str]) -> list[_Change]:
             seen.add(id(change.module))
             changes.append(change)
 
-    shares = False
+    shares, prefixed = False, prefix_decoders(model)
     for name, module in model.named_modules():
         stack = next((s for s in STACKS if s.matches(module)), None)
         if stack is not None:
-            shares |= _plan_stack(name, module, stack, wanted, add)
+            refused = too_old() or (PREFIX_MASK if module in prefixed else None)
+            shares |= _plan_stack(name, module, stack, wanted, refused, add)
     if changes:
         for name, module in model.named_modules():
             _plan_outside(name, module, wanted, shares, add)
@@ -189,9 +190,17 @@ def _plan(model: nn.Module, wanted: frozenset[str]) -> list[_Change]:
 
 
 def _plan_stack(
-    prefix: str, stack: nn.Module, rule: StackRule, wanted: frozenset[str], add: Any
+    prefix: str,
+    stack: nn.Module,
+    rule: StackRule,
+    wanted: frozenset[str],
+    refused: str | None,
+    add: Any,
 ) -> bool:
-    """The changes in one stack; True if it is patched and shares encoder states among readers."""
+    """The changes in one stack; True if it is patched and shares encoder states among readers.
+
+    refused: a reason why its attention stays with transformers, whatever the rules say.
+    """
     found = []
     for name, module in stack.named_modules(prefix=prefix):
         inner = next((r for r in rule.rules if module is not stack and r.matches(module)), None)
@@ -201,7 +210,7 @@ def _plan_stack(
             choice = _choose(module, _LINEAR, wanted)
             found.append((name, module, _LINEAR, choice))
     attention = [(n, c) for n, _, r, c in found if r.floors == ("attention",)]
-    chosen = too_old() or _choose(stack, Rule(("attention",), rule.matches, rule.choose), wanted)
+    chosen = refused or _choose(stack, Rule(("attention",), rule.matches, rule.choose), wanted)
     bad = next(((n, c) for n, c in attention if isinstance(c, str)), None)
     if bad is not None and not isinstance(chosen, str):
         chosen = bad[1] if "not in only" in bad[1] else f"{bad[0]} was skipped ({bad[1]})"

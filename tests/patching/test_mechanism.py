@@ -267,3 +267,11 @@ def test_a_relative_that_computes_more_is_left_alone_there() -> None:
     reasons = [entry.reason or "" for entry in report.skipped]
     assert any("parts of its own: k_norm, q_norm" in reason for reason in reasons)
     assert any(entry.ops == ("geglu_mlp",) for entry in report.patched)
+
+
+def test_paligemma_keeps_its_attention_and_the_report_says_so() -> None:
+    report = fastvlm.patch(models.paligemma2())
+    reasons = {entry.module: entry.reason for entry in report.skipped}
+    assert "masks of a prefix" in (reasons["model.language_model"] or "")
+    assert "was skipped" in (reasons["model.language_model.layers.0.self_attn"] or "")
+    assert "geglu_mlp" in {op for entry in report.patched for op in entry.ops}
