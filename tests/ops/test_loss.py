@@ -22,6 +22,7 @@ def labels_for(rows: int, vocabulary: int, ignored: float) -> torch.Tensor:
     return labels.masked_fill(torch.rand(rows) < ignored, -100) if ignored else labels
 
 
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["flat", "confident"])
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["nocap", "cap"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("ignored", [0.0, 0.6])
@@ -31,6 +32,7 @@ def test_linear_cross_entropy(
     ignored: float,
     bias: bool,
     softcap: float | None,
+    scale: float,
     on: Any,
     randn: Any,
     follows_the_error_rule: Any,
@@ -39,7 +41,7 @@ def test_linear_cross_entropy(
     labels = labels_for(rows, vocabulary, ignored)
     labels[-1] = 0  # at least one counts
     inputs = [
-        randn(rows, width, grad=True),
+        randn(rows, width, scale=scale, grad=True),
         randn(vocabulary, width, grad=True),
         randn(vocabulary, grad=True) if bias else None,
     ]
@@ -65,6 +67,20 @@ def test_no_row_counts() -> None:
     assert empty.shape == (0,)
 
 
+def test_a_vocabulary_that_begins_with_a_block_of_masked_tokens() -> None:
+    """A bias of -inf takes tokens out; the sums start with nothing in them."""
+    h, weight = torch.randn(3, 4), torch.randn(reference.BLOCK + 9, 4)
+    bias = torch.zeros(reference.BLOCK + 9)
+    bias[: reference.BLOCK] = float("-inf")
+    logits, labels = h @ weight[reference.BLOCK :].t(), torch.tensor([0, 8, 3])
+    loss = ops.linear_cross_entropy(h, weight, labels + reference.BLOCK, bias=bias)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    values, indices, lse = ops.linear_topk(h, weight, 2, bias=bias)
+    torch.testing.assert_close(values, logits.log_softmax(-1).topk(2).values)
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    assert indices.min() >= reference.BLOCK
+
+
 def test_another_ignore_index() -> None:
     h, weight, labels = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([1, 7, 7, 2])
     want = F.cross_entropy(h @ weight.t(), labels, ignore_index=7)
@@ -88,14 +104,25 @@ def test_groups() -> None:
     assert torch.allclose(h.grad, want)
 
 
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["flat", "confident"])
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["nocap", "cap"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_linear_topk(
-    shape: str, bias: bool, softcap: float | None, on: Any, randn: Any, follows_the_error_rule: Any
+    shape: str,
+    bias: bool,
+    softcap: float | None,
+    scale: float,
+    on: Any,
+    randn: Any,
+    follows_the_error_rule: Any,
 ) -> None:
     rows, width, vocabulary = SHAPES[shape]
-    inputs = [randn(rows, width), randn(vocabulary, width), randn(vocabulary) if bias else None]
+    inputs = [
+        randn(rows, width, scale=scale),
+        randn(vocabulary, width),
+        randn(vocabulary) if bias else None,
+    ]
     k = min(9, vocabulary)
 
     def logits(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
