@@ -11,10 +11,10 @@ from torch import Tensor
 from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
 from fastvlm.ops.dispatch import Kernel
 
-# measured up to 128 rows (AVX-512 and AVX2): a weight that is not packed still wins there; half of
-# that, for CPUs that were not measured
+# benchmarks/results shows 32 rows well ahead of PyTorch; where the two meet depends on the CPU, and
+# past twice that PyTorch's packed product is the safe choice
 MAX_ROWS = 64
-# with bfloat16 instructions in the CPU, PyTorch (oneDNN) is ahead from about 8 rows on
+# with bfloat16 instructions in the CPU, PyTorch's product (oneDNN) catches up after a few rows
 MAX_ROWS_NATIVE_BF16 = 4
 
 
@@ -27,7 +27,7 @@ def _too_many_rows(x: Tensor) -> str | None:
     native = x.dtype == torch.bfloat16 and _native_bf16()
     most = MAX_ROWS_NATIVE_BF16 if native else MAX_ROWS
     if x.shape[0] > most:
-        return f"{x.shape[0]} rows: PyTorch's own product is faster above {most}"
+        return f"{x.shape[0]} rows: PyTorch's own product serves above {most}"
     return None
 
 
