@@ -34,7 +34,6 @@ _X86 = {
         *["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
     ],
 }
-_KERNELS = ("mlp", "attention", "cached_attention")
 
 
 class ExtensionWarning(UserWarning):
@@ -240,8 +239,8 @@ def _key() -> str:
 
     digest = hashlib.sha256()
     sources = source_dir()
-    for file in sorted([*sources.glob("*.cpp"), *(sources / "cpu").iterdir()]):
-        digest.update(file.name.encode())
+    for file in sorted([*sources.glob("*.cpp"), *sources.glob("*cpu/*")]):
+        digest.update(str(file.relative_to(sources)).encode())
         digest.update(file.read_bytes())
     digest.update(repr((_flags(), _X86, platform.machine(), torch.__version__)).encode())
     return f"cpu-torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
@@ -263,14 +262,15 @@ def _compile(work: Path, verbose: bool) -> None:
         f"flags = {' '.join([*_flags(), *includes])}",
         "rule compile\n  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
         f"rule link\n  command = $cxx -shared $in -o $out {' '.join(links)} -ltorch_cpu -lc10",
-        f"build bind.o: compile {_ninja_path(sources / 'bind_cpu.cpp')}",
     ]
-    objects = ["bind.o"]
+    objects = []
+    for file in [sources / "bind_cpu.cpp", *sorted((sources / "bind_cpu").glob("*.cpp"))]:
+        objects.append(f"{file.parent.name}.{file.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {_ninja_path(file)}")
     for isa, flags in (_X86 if _is_x86() else {"DEFAULT": []}).items():
-        for kernel in _KERNELS:
-            objects.append(f"{kernel}.{isa}.o")
-            source = _ninja_path(sources / "cpu" / f"{kernel}.cpp")
-            lines.append(f"build {objects[-1]}: compile {source}")
+        for file in sorted((sources / "cpu").glob("*.cpp")):
+            objects.append(f"{file.stem}.{isa}.o")
+            lines.append(f"build {objects[-1]}: compile {_ninja_path(file)}")
             lines.append(f"  isa = -DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {' '.join(flags)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}\n")
     (work / "build.ninja").write_text("\n".join(lines))

@@ -1,4 +1,5 @@
 // cached_attention: one new token per row against the positions of its own ancestry in a cache.
+#include "attention.h"
 #include "softmax.h"
 
 namespace fastvlm {

@@ -1,9 +1,13 @@
-// What the kernels take and who runs their tasks: the only names shared between bind_cpu.cpp and
-// the copies of the kernels compiled for each CPU capability. Nothing of torch, and no inline
-// function: an inline function compiled for AVX-512 could be the copy the linker keeps for all.
+// What every kernel takes and who runs its tasks: with the declarations in attention.h, mlp.h and
+// their like the only names shared between the bindings and the copies of the kernels compiled for
+// each CPU capability. Nothing of torch, and no inline function: an inline function compiled for
+// AVX-512 could be the copy the linker keeps for all.
 #pragma once
 
 #include <cstdint>
+
+// The capabilities a kernel is compiled for; each is a namespace.
+#define FASTVLM_FOR_EACH_CAPABILITY(DECLARE) DECLARE(DEFAULT) DECLARE(AVX2) DECLARE(AVX512)
 
 namespace fastvlm {
 
@@ -18,50 +22,6 @@ struct Matrix {
   int64_t stride;
 };
 
-// [rows, heads, dim], the last dimension contiguous.
-struct Heads {
-  const void* data;
-  int64_t row_stride;
-  int64_t head_stride;
-};
-
-struct AttentionArgs {
-  DType dtype;
-  Heads q, k, v;
-  int64_t rows, heads, kv_heads, dim;
-  const int32_t* q_offsets;   // [segments + 1]
-  const int32_t* kv_offsets;  // [images + 1]
-  const int32_t* image_of;    // [segments]
-  int64_t segments, images;
-  float scale, softcap;
-  bool causal;
-  int64_t window;
-  void* out;   // [rows, heads, dim]
-  float* lse;  // [rows, heads]
-};
-
-// A cache is [cache rows, positions, kv heads, dim].
-struct Cache {
-  const void* data;
-  int64_t row_stride;
-  int64_t position_stride;
-  int64_t head_stride;
-};
-
-struct CachedAttentionArgs {
-  DType dtype;
-  Heads q;
-  Cache k, v;
-  int64_t rows, heads, kv_heads, dim, cache_rows;
-  const int32_t* lengths;   // [rows]
-  const int32_t* ancestry;  // [rows, positions] or null
-  int64_t ancestry_row_stride, ancestry_position_stride;
-  float scale, softcap;
-  int64_t window;
-  void* out;
-  int* bad_ancestor;  // set to 1 where ancestry names a row the cache does not have
-};
-
 // Calls body(context, task, worker) once for each task; tasks are taken in order by whichever
 // worker is free. workers() bounds the worker number.
 using TaskBody = void (*)(void* context, int64_t task, int64_t worker);
@@ -71,20 +31,5 @@ int64_t workers();
 // Aligned to a cache line; throws std::bad_alloc.
 void* allocate(int64_t bytes);
 void release(void* memory);
-
-#define FASTVLM_DECLARE_KERNELS(CAPABILITY)                                                 \
-  namespace CAPABILITY {                                                                    \
-  void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, void* out);        \
-  void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,      \
-                const Matrix& b2, bool tanh, void* out);                                    \
-  void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, \
-                 bool tanh, void* out);                                                     \
-  void attention(const AttentionArgs& args);                                                \
-  void cached_attention(const CachedAttentionArgs& args);                                   \
-  }
-
-FASTVLM_DECLARE_KERNELS(DEFAULT)
-FASTVLM_DECLARE_KERNELS(AVX2)
-FASTVLM_DECLARE_KERNELS(AVX512)
 
 }  // namespace fastvlm

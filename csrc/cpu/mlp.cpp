@@ -1,4 +1,6 @@
 // linear, gelu_mlp and geglu_mlp: a few rows of x against weights that are read once.
+#include "mlp.h"
+
 #include "gemm.h"
 
 namespace fastvlm {

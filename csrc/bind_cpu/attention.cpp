@@ -1,0 +1,139 @@
+// attention and cached_attention as torch ops.
+#include "../cpu/attention.h"
+
+#include "bind.h"
+
+namespace fastvlm {
+namespace {
+
+Heads heads_of(const Tensor& t, const char* name, DType dtype) {
+  check(t, name, 3);
+  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, ": expected q's dtype");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
+
+void check_heads(int64_t heads, int64_t kv_heads, int64_t dim, int64_t kv_dim) {
+  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "q has ", heads,
+                  " heads, k has ", kv_heads);
+  STD_TORCH_CHECK(dim == kv_dim, "q has head dimension ", dim, ", k has ", kv_dim);
+}
+
+void check_offsets(const int32_t* offsets, int64_t count, int64_t total, const char* name) {
+  STD_TORCH_CHECK(offsets[0] == 0 && offsets[count] <= total, name, ": must start at 0 and end by ",
+                  total);
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(offsets[i] <= offsets[i + 1], name, ": must not decrease");
+  }
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& q_offsets, const Tensor& kv_offsets,
+                                     const Tensor& image_of, double scale, double softcap,
+                                     bool causal, int64_t window) {
+  AttentionArgs args{};
+  args.dtype = dtype_of(q, "q");
+  args.q = heads_of(q, "q", args.dtype);
+  args.k = heads_of(k, "k", args.dtype);
+  args.v = heads_of(v, "v", args.dtype);
+  args.rows = q.size(0);
+  args.heads = q.size(1);
+  args.kv_heads = k.size(1);
+  args.dim = q.size(2);
+  check_heads(args.heads, args.kv_heads, args.dim, k.size(2));
+  STD_TORCH_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
+                  "v: expected the shape of k");
+  args.q_offsets = indices(q_offsets, "q_offsets", 1);
+  args.kv_offsets = indices(kv_offsets, "kv_offsets", 1);
+  args.image_of = indices(image_of, "image_of", 1);
+  args.segments = q_offsets.size(0) - 1;
+  args.images = kv_offsets.size(0) - 1;
+  STD_TORCH_CHECK(args.segments >= 0 && args.images >= 0 && image_of.size(0) == args.segments,
+                  "q_offsets, kv_offsets, image_of: expected S + 1, I + 1 and S elements");
+  check_offsets(args.q_offsets, args.segments, args.rows, "q_offsets");
+  check_offsets(args.kv_offsets, args.images, k.size(0), "kv_offsets");
+  STD_TORCH_CHECK(args.q_offsets[args.segments] == args.rows, "q_offsets: must end at ", args.rows);
+  for (int64_t s = 0; s < args.segments; ++s) {
+    STD_TORCH_CHECK(args.image_of[s] >= 0 && args.image_of[s] < args.images, "image_of: no image ",
+                    args.image_of[s]);
+  }
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.causal = causal;
+  args.window = window;
+  Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});
+  Tensor lse = torch::stable::new_empty(q, {args.rows, args.heads}, ScalarType::Float);
+  args.out = out.mutable_data_ptr();
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (args.rows > 0 && args.heads > 0) FASTVLM_KERNEL(attention)(args);
+  return {out, lse};
+}
+
+Cache cache_of(const Tensor& t, const char* name, DType dtype) {
+  check(t, name, 4);
+  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, ": expected q's dtype");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& lengths, const std::optional<Tensor>& ancestry, double scale,
+                        double softcap, int64_t window) {
+  CachedAttentionArgs args{};
+  args.dtype = dtype_of(q, "q");
+  args.q = heads_of(q, "q", args.dtype);
+  args.k = cache_of(k_cache, "k_cache", args.dtype);
+  args.v = cache_of(v_cache, "v_cache", args.dtype);
+  args.rows = q.size(0);
+  args.heads = q.size(1);
+  args.dim = q.size(2);
+  args.cache_rows = k_cache.size(0);
+  args.kv_heads = k_cache.size(2);
+  const int64_t positions = k_cache.size(1);
+  check_heads(args.heads, args.kv_heads, args.dim, k_cache.size(3));
+  for (int64_t d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(v_cache.size(d) == k_cache.size(d), "v_cache: expected the shape of k_cache");
+  }
+  args.lengths = indices(lengths, "lengths", 1);
+  STD_TORCH_CHECK(lengths.size(0) == args.rows, "lengths: expected one per row of q");
+  for (int64_t r = 0; r < args.rows; ++r) {
+    STD_TORCH_CHECK(args.lengths[r] >= 0 && args.lengths[r] <= positions,
+                    "lengths: ", args.lengths[r], " is not within the cache's ", positions,
+                    " positions");
+  }
+  if (ancestry.has_value()) {
+    args.ancestry = indices(*ancestry, "ancestry", 2);
+    STD_TORCH_CHECK(ancestry->size(0) == args.rows && ancestry->size(1) == positions,
+                    "ancestry: expected [", args.rows, ", ", positions, "]");
+    args.ancestry_row_stride = ancestry->stride(0);
+    args.ancestry_position_stride = ancestry->stride(1);
+  } else {
+    STD_TORCH_CHECK(args.rows <= args.cache_rows, "the cache has ", args.cache_rows,
+                    " rows, q has ", args.rows);
+  }
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.window = window;
+  int bad_ancestor = 0;
+  args.bad_ancestor = &bad_ancestor;
+  Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});
+  args.out = out.mutable_data_ptr();
+  if (args.rows > 0 && args.heads > 0) FASTVLM_KERNEL(cached_attention)(args);
+  STD_TORCH_CHECK(bad_ancestor == 0, "ancestry: names a row beyond the cache's ", args.cache_rows);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastvlm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor kv_offsets, "
+      "Tensor image_of, float scale, float softcap, bool causal, int window) -> (Tensor, Tensor)");
+  m.def(
+      "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+      "Tensor? ancestry, float scale, float softcap, int window) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
+  m.impl("attention", TORCH_BOX(&fastvlm::attention));
+  m.impl("cached_attention", TORCH_BOX(&fastvlm::cached_attention));
+}

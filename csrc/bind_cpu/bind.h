@@ -1,0 +1,62 @@
+// What the bindings share: reading tensors, checking what could touch foreign memory, and the copy
+// of a kernel that fits the machine. Torch's stable ABI: one library serves many versions.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../cpu/kernels.h"
+
+namespace fastvlm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Capability { kDefault, kAVX2, kAVX512 };
+Capability capability();
+
+// The copy of a kernel that fits the machine.
+#if defined(FASTVLM_X86)
+#define FASTVLM_KERNEL(name)                                                 \
+  (::fastvlm::capability() == ::fastvlm::Capability::kAVX512 ? &AVX512::name \
+   : ::fastvlm::capability() == ::fastvlm::Capability::kAVX2 ? &AVX2::name   \
+                                                             : &DEFAULT::name)
+#else
+#define FASTVLM_KERNEL(name) (&DEFAULT::name)
+#endif
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kHalf;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline void check(const Tensor& t, const char* name, int64_t dims) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, name,
+                  ": the last dimension must be contiguous");
+}
+
+inline Matrix matrix(const Tensor& t, const char* name) {
+  check(t, name, 2);
+  return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.stride(0)};
+}
+
+inline const int32_t* indices(const Tensor& t, const char* name, int64_t dims) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == dims && t.scalar_type() == ScalarType::Int, name,
+                  ": expected an int32 CPU tensor of ", dims, " dimensions");
+  STD_TORCH_CHECK(dims > 1 || t.is_contiguous(), name, ": must be contiguous");
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+}  // namespace fastvlm

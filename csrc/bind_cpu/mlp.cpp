@@ -1,0 +1,73 @@
+// linear, gelu_mlp and geglu_mlp as torch ops.
+#include "../cpu/mlp.h"
+
+#include "bind.h"
+
+namespace fastvlm {
+namespace {
+
+Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
+  const Matrix m = matrix(t, name);
+  STD_TORCH_CHECK(m.cols == cols && (rows < 0 || m.rows == rows), name, ": shape [", m.rows, ", ",
+                  m.cols, "] does not fit");
+  return m;
+}
+
+Matrix bias_for(const std::optional<Tensor>& t, const char* name, int64_t size) {
+  if (!t.has_value()) return {};
+  check(*t, name, 1);
+  STD_TORCH_CHECK(t->size(0) == size, name, ": expected ", size, " elements, got ", t->size(0));
+  return {t->const_data_ptr(), dtype_of(*t, name), 1, size, size};
+}
+
+Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {
+  return torch::stable::new_empty(like, {rows, cols});
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Matrix rows = matrix(x, "x");
+  const Matrix w = weight_for(weight, "weight", rows.cols);
+  const Matrix b = bias_for(bias, "bias", w.rows);
+  Tensor out = empty_rows(x, rows.rows, w.rows);
+  FASTVLM_KERNEL(linear)(rows, w, b, out.mutable_data_ptr());
+  return out;
+}
+
+Tensor gelu_mlp(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
+                const Tensor& w2, const std::optional<Tensor>& b2, bool tanh) {
+  const Matrix rows = matrix(x, "x");
+  const Matrix first = weight_for(w1, "w1", rows.cols);
+  const Matrix second = weight_for(w2, "w2", first.rows);
+  const Matrix first_bias = bias_for(b1, "b1", first.rows);
+  const Matrix second_bias = bias_for(b2, "b2", second.rows);
+  Tensor out = empty_rows(x, rows.rows, second.rows);
+  FASTVLM_KERNEL(gelu_mlp)(rows, first, first_bias, second, second_bias, tanh,
+                           out.mutable_data_ptr());
+  return out;
+}
+
+Tensor geglu_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                 bool tanh) {
+  const Matrix rows = matrix(x, "x");
+  const Matrix gate = weight_for(w_gate, "w_gate", rows.cols);
+  const Matrix up = weight_for(w_up, "w_up", rows.cols, gate.rows);
+  const Matrix down = weight_for(w_down, "w_down", gate.rows);
+  Tensor out = empty_rows(x, rows.rows, down.rows);
+  FASTVLM_KERNEL(geglu_mlp)(rows, gate, up, down, tanh, out.mutable_data_ptr());
+  return out;
+}
+
+}  // namespace
+}  // namespace fastvlm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
+  m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
+  m.impl("linear", TORCH_BOX(&fastvlm::linear));
+  m.impl("gelu_mlp", TORCH_BOX(&fastvlm::gelu_mlp));
+  m.impl("geglu_mlp", TORCH_BOX(&fastvlm::geglu_mlp));
+}

@@ -1,0 +1,60 @@
+// What the attention kernels take.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastvlm {
+
+// [rows, heads, dim], the last dimension contiguous.
+struct Heads {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+struct AttentionArgs {
+  DType dtype;
+  Heads q, k, v;
+  int64_t rows, heads, kv_heads, dim;
+  const int32_t* q_offsets;   // [segments + 1]
+  const int32_t* kv_offsets;  // [images + 1]
+  const int32_t* image_of;    // [segments]
+  int64_t segments, images;
+  float scale, softcap;
+  bool causal;
+  int64_t window;
+  void* out;   // [rows, heads, dim]
+  float* lse;  // [rows, heads]
+};
+
+// A cache is [cache rows, positions, kv heads, dim].
+struct Cache {
+  const void* data;
+  int64_t row_stride;
+  int64_t position_stride;
+  int64_t head_stride;
+};
+
+struct CachedAttentionArgs {
+  DType dtype;
+  Heads q;
+  Cache k, v;
+  int64_t rows, heads, kv_heads, dim, cache_rows;
+  const int32_t* lengths;   // [rows]
+  const int32_t* ancestry;  // [rows, positions] or null
+  int64_t ancestry_row_stride, ancestry_position_stride;
+  float scale, softcap;
+  int64_t window;
+  void* out;
+  int* bad_ancestor;  // set to 1 where ancestry names a row the cache does not have
+};
+
+#define FASTVLM_DECLARE(CAPABILITY)                       \
+  namespace CAPABILITY {                                  \
+  void attention(const AttentionArgs& args);              \
+  void cached_attention(const CachedAttentionArgs& args); \
+  }
+FASTVLM_FOR_EACH_CAPABILITY(FASTVLM_DECLARE)
+#undef FASTVLM_DECLARE
+
+}  // namespace fastvlm
