@@ -3,8 +3,7 @@
 // Rows are grouped by image, so that K and V are read once for all segments, beams and query heads
 // that share them. An image with many rows is done in panels of one key head; with few rows, as in
 // decoding, the keys are cut into blocks that stream through all heads and are combined after.
-#include "attention.h"
-
+#include "readers.h"
 #include "softmax.h"
 
 namespace fastvlm {
@@ -27,35 +26,14 @@ struct Image {
   int64_t first_part;  // its partial results, when streamed
 };
 
-// The query rows in image order, each with its place in its segment.
+// How the work is cut; which rows there are is the readers' affair.
 class Plan {
  public:
   explicit Plan(const AttentionArgs& a)
-      : group(a.heads / a.kv_heads),
-        order_(a.rows),
-        place_(a.rows),
-        next_(a.images + 1),
-        images_(a.images),
-        count_(a.images) {
-    for (int64_t i = 0; i <= a.images; ++i) next_.data()[i] = 0;
-    for (int64_t s = 0; s < a.segments; ++s) {
-      next_.data()[a.image_of[s] + 1] += a.q_offsets[s + 1] - a.q_offsets[s];
-    }
-    for (int64_t i = 0; i < a.images; ++i) {
-      next_.data()[i + 1] += next_.data()[i];
-      plan_image(a, i);
-    }
-    for (int64_t s = 0; s < a.segments; ++s) {
-      int64_t& to = next_.data()[a.image_of[s]];
-      for (int64_t r = a.q_offsets[s]; r < a.q_offsets[s + 1]; ++r, ++to) {
-        order_.data()[to] = r;
-        place_.data()[to] = r - a.q_offsets[s];
-      }
-    }
+      : readers(a), group(a.heads / a.kv_heads), images_(a.images), count_(a.images) {
+    for (int64_t i = 0; i < a.images; ++i) plan_image(a, i);
   }
 
-  int64_t row(int64_t index) const { return order_.data()[index]; }
-  int64_t place(int64_t index) const { return place_.data()[index]; }
   // The last image whose tasks start no later: images without tasks of this kind come before it.
   const Image& image_of_task(int64_t task, int64_t Image::* first_task) const {
     int64_t low = 0, high = count_;
@@ -66,14 +44,15 @@ class Plan {
     return images_.data()[low];
   }
 
+  Readers readers;
   int64_t group;
   int64_t stream_tasks = 0, panel_tasks = 0, parts = 0;
 
  private:
   void plan_image(const AttentionArgs& a, int64_t i) {
     Image& image = images_.data()[i];
-    image.first_row = next_.data()[i];
-    image.rows = next_.data()[i + 1] - image.first_row;
+    image.first_row = readers.first(i);
+    image.rows = readers.count(i);
     image.first_key = a.kv_offsets[i];
     image.keys = a.kv_offsets[i + 1] - image.first_key;
     image.first_stream = stream_tasks;
@@ -92,7 +71,6 @@ class Plan {
     }
   }
 
-  Scratch<int64_t> order_, place_, next_;
   Scratch<Image> images_;
   int64_t count_;
 };
@@ -109,15 +87,6 @@ class Attention {
   }
 
  private:
-  // The keys of its image that a row sees.
-  int64_t first_visible(int64_t place) const {
-    return a_.window > 0 ? larger(0, place - a_.window + 1) : 0;
-  }
-  int64_t last_visible(int64_t place, int64_t keys) const {
-    if (a_.causal) return smaller(keys, place + 1);
-    return a_.window > 0 ? smaller(keys, place + a_.window) : keys;
-  }
-
   const T* query(int64_t row, int64_t head) const {
     return static_cast<const T*>(a_.q.data) + row * a_.q.row_stride + head * a_.q.head_stride;
   }
@@ -138,22 +107,6 @@ class Attention {
   int64_t padded_;
 };
 
-// to[d][i] = k[i][d] for n keys, zeros up to kPanelKeys.
-template <class T>
-void pack_transposed(const T* k, int64_t stride, int64_t n, int64_t dim, float* to) {
-  for (int64_t i = 0; i < kPanelKeys; i += kLanes) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t columns = smaller(kLanes, dim - d);
-      Vec square[kLanes];
-      for (int j = 0; j < kLanes; ++j) {
-        square[j] = i + j < n ? load_some(k + (i + j) * stride + d, columns) : Vec{};
-      }
-      transpose(square);
-      for (int64_t j = 0; j < columns; ++j) store(to + (d + j) * kPanelKeys + i, square[j]);
-    }
-  }
-}
-
 template <class T>
 void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int64_t rows,
                          float* scratch) {
@@ -167,22 +120,22 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = image.first_row + (begin + r) / plan_.group;
     const int64_t head = kv_head * plan_.group + (begin + r) % plan_.group;
-    gather_query(query(plan_.row(index), head), a_.dim, q + r * padded_);
+    gather_row(query(plan_.readers.row(index), head), a_.dim, q + r * padded_);
     for (int64_t d = 0; d < padded_; ++d) sums[r * padded_ + d] = 0.0f;
     running[r] = kNothingSeen;
-    from = smaller(from, first_visible(plan_.place(index)));
-    to = larger(to, last_visible(plan_.place(index), image.keys));
+    from = smaller(from, plan_.readers.first_visible(index));
+    to = larger(to, plan_.readers.last_visible(index, image.keys));
   }
   for (int64_t key = from; key < to; key += kPanelKeys) {
     const int64_t n = smaller(kPanelKeys, to - key);
     const int64_t row = image.first_key + key;
     pack_transposed(
         static_cast<const T*>(a_.k.data) + row * a_.k.row_stride + kv_head * a_.k.head_stride,
-        a_.k.row_stride, n, a_.dim, k);
+        a_.k.row_stride, n, a_.dim, k, kPanelKeys);
     for (int64_t j = 0; j < n; ++j) {
-      gather_query(static_cast<const T*>(a_.v.data) + (row + j) * a_.v.row_stride +
-                       kv_head * a_.v.head_stride,
-                   a_.dim, v + j * padded_);
+      gather_row(static_cast<const T*>(a_.v.data) + (row + j) * a_.v.row_stride +
+                     kv_head * a_.v.head_stride,
+                 a_.dim, v + j * padded_);
     }
     for (int64_t d = 0; d < a_.dim; d += kPanelDepth) {
       panel_product(q + d, padded_, rows, k + d * kPanelKeys, kPanelKeys,
@@ -190,17 +143,17 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
                     round_up(n, kLanes));
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t place = plan_.place(image.first_row + (begin + r) / plan_.group);
-      softmax_row(scores + r * kPanelKeys, n, first_visible(place) - key,
-                  last_visible(place, image.keys) - key, rule_, running[r], sums + r * padded_,
-                  padded_);
+      const int64_t index = image.first_row + (begin + r) / plan_.group;
+      softmax_row(scores + r * kPanelKeys, n, plan_.readers.first_visible(index) - key,
+                  plan_.readers.last_visible(index, image.keys) - key, rule_, running[r],
+                  sums + r * padded_, padded_);
     }
     panel_product(scores, kPanelKeys, rows, v, padded_, n, true, sums, padded_, padded_);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = image.first_row + (begin + r) / plan_.group;
-    write(plan_.row(index), kv_head * plan_.group + (begin + r) % plan_.group, sums + r * padded_,
-          running[r]);
+    write(plan_.readers.row(index), kv_head * plan_.group + (begin + r) % plan_.group,
+          sums + r * padded_, running[r]);
   }
 }
 
@@ -241,7 +194,7 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
   auto index_of = [&](int64_t r) { return image.first_row + r % rows / plan_.group; };
   auto head_of = [&](int64_t r) { return r / rows * plan_.group + r % plan_.group; };
   for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
-    gather_query(query(plan_.row(index_of(r)), head_of(r)), a_.dim, q + r * padded_);
+    gather_row(query(plan_.readers.row(index_of(r)), head_of(r)), a_.dim, q + r * padded_);
     for (int64_t d = 0; d < padded_; ++d) sums[r * padded_ + d] = 0.0f;
   }
   for (int64_t j = 0; j < n; j += kNearKeys) {
@@ -253,11 +206,11 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
     }
   }
   for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
-    const int64_t place = plan_.place(index_of(r));
+    const int64_t index = index_of(r);
     Running& state = running[r * image.tasks + block];
     state = kNothingSeen;
-    softmax_row(scores + r * kStreamKeys, n, first_visible(place) - first,
-                last_visible(place, image.keys) - first, rule_, state, nullptr, 0);
+    softmax_row(scores + r * kStreamKeys, n, plan_.readers.first_visible(index) - first,
+                plan_.readers.last_visible(index, image.keys) - first, rule_, state, nullptr, 0);
   }
   for (int64_t j = 0; j < n; j += kNearKeys) {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
@@ -296,7 +249,7 @@ void Attention<T>::run_streams() {
       Running result;
       combine(parts.data() + part * padded_, running.data() + part, image.tasks, padded_, sums,
               result);
-      write(plan_.row(image.first_row + r % rows / plan_.group),
+      write(plan_.readers.row(image.first_row + r % rows / plan_.group),
             r / rows * plan_.group + r % plan_.group, sums, result);
     }
   };

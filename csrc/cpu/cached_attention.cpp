@@ -52,7 +52,7 @@ class CachedAttention {
     float* scores = q + group_ * padded_;
     const T* queries = static_cast<const T*>(a_.q.data) + row * a_.q.row_stride;
     for (int64_t g = 0; g < group_; ++g) {
-      gather_query(queries + (head + g) * a_.q.head_stride, a_.dim, q + g * padded_);
+      gather_row(queries + (head + g) * a_.q.head_stride, a_.dim, q + g * padded_);
     }
     int64_t k_offsets[kPositions], v_offsets[kPositions];
     const int64_t n = visible(row, block, k_offsets, v_offsets);

@@ -68,6 +68,13 @@ inline void to_float(const T* from, int64_t n, float* to) {
   map_to(to, n, [&](int64_t i, int64_t count) { return load_some(from + i, count); });
 }
 
+// A row of n elements as float, zeros up to a whole vector.
+template <class T>
+inline void gather_row(const T* from, int64_t n, float* to) {
+  to_float(from, n, to);
+  for (int64_t d = n; d % kLanes != 0; ++d) to[d] = 0.0f;
+}
+
 // How many weight rows are read side by side for a number of x rows: as many sums as there are
 // registers for.
 constexpr int rows_in_flight(int x_rows) {

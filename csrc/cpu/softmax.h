@@ -163,11 +163,5 @@ inline void write_row(const float* sums, Running running, int64_t dim, T* out) {
   map_to(out, dim, [&](int64_t i, int64_t) { return load(sums + i) * factor; });
 }
 
-template <class T>
-inline void gather_query(const T* q, int64_t dim, float* to) {
-  to_float(q, dim, to);
-  for (int64_t d = dim; d % kLanes != 0; ++d) to[d] = 0.0f;
-}
-
 }  // namespace CPU_CAPABILITY
 }  // namespace fastvlm
