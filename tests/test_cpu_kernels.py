@@ -164,7 +164,8 @@ def test_attention_over_images(
     k = randn(sum(kv_lengths), kv_heads, dim)
     v = randn(kv_heads, sum(kv_lengths), dim).transpose(0, 1)
     scale = dim**-0.5
-    arguments = offsets(q_lengths), offsets(kv_lengths), int32(image_of), scale, softcap, False, 0
+    where = offsets(q_lengths), offsets(kv_lengths), int32(image_of)
+    arguments = (*where, None, scale, softcap, False, 0, 0.0)
     ours, lse = raw().attention(q, k, v, *arguments)
     again, lse_again = raw().attention(q, k, v, *arguments)
     assert torch.equal(ours, again)
@@ -198,7 +199,9 @@ def test_self_attention(causal: bool, window: int, dtype: torch.dtype, randn: Ca
 
     where = offsets(lengths), offsets(lengths), int32(segments)
     results = Results()
-    results.add(raw().attention(q, k, v, *where, 0.125, 0.0, causal, window)[0], formula, q, k, v)
+    results.add(
+        raw().attention(q, k, v, *where, None, 0.125, 0.0, causal, window, 0.0)[0], formula, q, k, v
+    )
     results.check("self attention")
 
 
@@ -269,7 +272,7 @@ def test_memory_is_guarded() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             raw().attention(
-                q, q, q, int32(q_ends), int32(kv_ends), int32(image), 1.0, 0.0, False, 0
+                q, q, q, int32(q_ends), int32(kv_ends), int32(image), None, 1.0, 0.0, False, 0, 0.0
             )
     cache = torch.randn(2, 4, 1, 8)
     with pytest.raises(RuntimeError, match="lengths: 5"):

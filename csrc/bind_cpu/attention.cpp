@@ -26,10 +26,12 @@ void check_offsets(const int32_t* offsets, int64_t count, int64_t total, const c
   }
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const Tensor& q_offsets, const Tensor& kv_offsets,
-                                     const Tensor& image_of, double scale, double softcap,
-                                     bool causal, int64_t window) {
+// Everything of a call but where its results go.
+AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& q_offsets, const Tensor& kv_offsets,
+                             const Tensor& image_of, const std::optional<Tensor>& seed,
+                             double scale, double softcap, bool causal, int64_t window,
+                             double dropout_p) {
   AttentionArgs args{};
   args.dtype = dtype_of(q, "q");
   args.q = heads_of(q, "q", args.dtype);
@@ -60,12 +62,50 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   args.softcap = static_cast<float>(softcap);
   args.causal = causal;
   args.window = window;
+  args.dropout = dropout_of(seed, dropout_p);
+  return args;
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& q_offsets, const Tensor& kv_offsets,
+                                     const Tensor& image_of, const std::optional<Tensor>& seed,
+                                     double scale, double softcap, bool causal, int64_t window,
+                                     double dropout_p) {
+  AttentionArgs args = attention_args(q, k, v, q_offsets, kv_offsets, image_of, seed, scale,
+                                      softcap, causal, window, dropout_p);
   Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});
   Tensor lse = torch::stable::new_empty(q, {args.rows, args.heads}, ScalarType::Float);
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (args.rows > 0 && args.heads > 0) FASTVLM_KERNEL(attention)(args);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& q_offsets, const Tensor& kv_offsets, const Tensor& image_of,
+    const std::optional<Tensor>& seed, double scale, double softcap, bool causal, int64_t window,
+    double dropout_p, bool need_q, bool need_k, bool need_v) {
+  AttentionBackwardArgs args{};
+  args.forward = attention_args(q, k, v, q_offsets, kv_offsets, image_of, seed, scale, softcap,
+                                causal, window, dropout_p);
+  AttentionArgs& a = args.forward;
+  args.grad_out = heads_of(grad_out, "grad_out", a.dtype);
+  for (int64_t d = 0; d < 3; ++d) {
+    STD_TORCH_CHECK(grad_out.size(d) == q.size(d), "grad_out: expected the shape of q");
+  }
+  args.keys = k.size(0);
+  auto gradient = [&](const Tensor& like, bool need, void** to) {
+    Tensor made = need ? torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)})
+                       : torch::stable::new_empty(like, {0});
+    if (need) *to = made.mutable_data_ptr();
+    return made;
+  };
+  Tensor dq = gradient(q, need_q, &args.dq);
+  Tensor dk = gradient(k, need_k, &args.dk);
+  Tensor dv = gradient(v, need_v, &args.dv);
+  if (a.kv_heads > 0 && a.dim > 0) FASTVLM_KERNEL(attention_backward)(args);
+  return {dq, dk, dv};
 }
 
 Cache cache_of(const Tensor& t, const char* name, DType dtype) {
@@ -127,7 +167,13 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor kv_offsets, "
-      "Tensor image_of, float scale, float softcap, bool causal, int window) -> (Tensor, Tensor)");
+      "Tensor image_of, Tensor? seed, float scale, float softcap, bool causal, int window, "
+      "float dropout_p) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, "
+      "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? seed, float scale, "
+      "float softcap, bool causal, int window, float dropout_p, bool need_q, bool need_k, "
+      "bool need_v) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
       "Tensor? ancestry, float scale, float softcap, int window) -> Tensor");
@@ -135,5 +181,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastvlm::attention));
+  m.impl("attention_backward", TORCH_BOX(&fastvlm::attention_backward));
   m.impl("cached_attention", TORCH_BOX(&fastvlm::cached_attention));
 }

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -57,6 +58,18 @@ inline const int32_t* indices(const Tensor& t, const char* name, int64_t dims) {
                   ": expected an int32 CPU tensor of ", dims, " dimensions");
   STD_TORCH_CHECK(dims > 1 || t.is_contiguous(), name, ": must be contiguous");
   return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+// The counter's 53 bits are a fraction of 2^53: it is below p where they are below ceil(p 2^53).
+inline Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+  if (!seed.has_value() || p <= 0.0) return {};
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "seed: expected one int64 on the CPU");
+  STD_TORCH_CHECK(p < 1.0, "dropout_p: expected a number in [0, 1), got ", p);
+  const uint64_t value =
+      static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  return {value, static_cast<uint64_t>(std::ceil(std::ldexp(p, 53))),
+          static_cast<float>(1.0 / (1.0 - p))};
 }
 
 }  // namespace fastvlm

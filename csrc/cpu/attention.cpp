@@ -3,6 +3,7 @@
 // Rows are grouped by image, so that K and V are read once for all segments, beams and query heads
 // that share them. An image with many rows is done in panels of one key head; with few rows, as in
 // decoding, the keys are cut into blocks that stream through all heads and are combined after.
+#include "random.h"
 #include "readers.h"
 #include "softmax.h"
 
@@ -96,6 +97,16 @@ class Attention {
     a_.lse[at] = running.largest + std::log(running.total);
   }
 
+  // The total of a row counts what its values lose to dropout.
+  void drop(float* p, int64_t index, int64_t head, int64_t key, int64_t n) const {
+    if (a_.dropout.scale == 0) return;
+    const int64_t at = plan_.readers.row(index) * a_.heads + head;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const uint64_t counter = (static_cast<uint64_t>(at) << 32) + key + i;
+      store(p + i, load(p + i) * keep_scale(a_.dropout, counter));
+    }
+  }
+
   void run_panels();
   void panel(const Image& image, int64_t kv_head, int64_t begin, int64_t rows, float* scratch);
   void run_streams();
@@ -138,7 +149,7 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
                  a_.dim, v + j * padded_);
     }
     for (int64_t d = 0; d < a_.dim; d += kPanelDepth) {
-      panel_product(q + d, padded_, rows, k + d * kPanelKeys, kPanelKeys,
+      panel_product({q + d, padded_, 1}, rows, k + d * kPanelKeys, kPanelKeys,
                     smaller(kPanelDepth, a_.dim - d), d > 0, scores, kPanelKeys,
                     round_up(n, kLanes));
     }
@@ -147,8 +158,10 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
       softmax_row(scores + r * kPanelKeys, n, plan_.readers.first_visible(index) - key,
                   plan_.readers.last_visible(index, image.keys) - key, rule_, running[r],
                   sums + r * padded_, padded_);
+      const int64_t head = kv_head * plan_.group + (begin + r) % plan_.group;
+      drop(scores + r * kPanelKeys, index, head, key, n);
     }
-    panel_product(scores, kPanelKeys, rows, v, padded_, n, true, sums, padded_, padded_);
+    panel_product({scores, kPanelKeys, 1}, rows, v, padded_, n, true, sums, padded_, padded_);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index = image.first_row + (begin + r) / plan_.group;
@@ -211,6 +224,7 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
     state = kNothingSeen;
     softmax_row(scores + r * kStreamKeys, n, plan_.readers.first_visible(index) - first,
                 plan_.readers.last_visible(index, image.keys) - first, rule_, state, nullptr, 0);
+    drop(scores + r * kStreamKeys, index, head_of(r), first, n);
   }
   for (int64_t j = 0; j < n; j += kNearKeys) {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {

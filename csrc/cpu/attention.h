@@ -25,6 +25,15 @@ struct AttentionArgs {
   int64_t window;
   void* out;   // [rows, heads, dim]
   float* lse;  // [rows, heads]
+  Dropout dropout;
+};
+
+// The gradients are contiguous, in the forward's shapes and dtype; null where nobody wants one.
+struct AttentionBackwardArgs {
+  AttentionArgs forward;  // without out and lse
+  Heads grad_out;
+  int64_t keys;  // rows of k and v
+  void *dq, *dk, *dv;
 };
 
 // A cache is [cache rows, positions, kv heads, dim].
@@ -49,10 +58,11 @@ struct CachedAttentionArgs {
   int* bad_ancestor;  // set to 1 where ancestry names a row the cache does not have
 };
 
-#define FASTVLM_DECLARE(CAPABILITY)                       \
-  namespace CAPABILITY {                                  \
-  void attention(const AttentionArgs& args);              \
-  void cached_attention(const CachedAttentionArgs& args); \
+#define FASTVLM_DECLARE(CAPABILITY)                           \
+  namespace CAPABILITY {                                      \
+  void attention(const AttentionArgs& args);                  \
+  void attention_backward(const AttentionBackwardArgs& args); \
+  void cached_attention(const CachedAttentionArgs& args);     \
   }
 FASTVLM_FOR_EACH_CAPABILITY(FASTVLM_DECLARE)
 #undef FASTVLM_DECLARE

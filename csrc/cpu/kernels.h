@@ -22,6 +22,14 @@ struct Matrix {
   int64_t stride;
 };
 
+// An element is kept where the 53 random bits of its counter are at least `threshold`, and then
+// multiplied by scale. scale 0: no dropout.
+struct Dropout {
+  uint64_t seed;
+  uint64_t threshold;
+  float scale;
+};
+
 // Calls body(context, task, worker) once for each task; tasks are taken in order by whichever
 // worker is free. workers() bounds the worker number.
 using TaskBody = void (*)(void* context, int64_t task, int64_t worker);

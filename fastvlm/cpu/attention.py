@@ -1,7 +1,8 @@
-"""Launchers of csrc/cpu/attention.cpp."""
+"""Launchers of csrc/cpu/attention.cpp, attention_backward.cpp and cached_attention.cpp."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,12 +10,6 @@ from torch import Tensor
 
 from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
 from fastvlm.ops.dispatch import Kernel
-
-
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
-    if rest[3] is not None:
-        return "dropout of attention probabilities has no CPU kernel"
-    return wrong_dtype(q)
 
 
 def _attention(
@@ -34,8 +29,36 @@ def _attention(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    where = (q_offsets, kv_offsets, image_of)
     return torch.ops.fastvlm_cpu.attention(
-        q, k, v, q_offsets, kv_offsets, image_of, scale, softcap, causal, window
+        q, k, v, *where, seed, scale, softcap, causal, window, dropout_p
+    )
+
+
+def _attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    image_of: Tensor,
+    seed: Tensor | None,
+    max_q: int,
+    max_kv: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (dense_last(x) for x in (grad_out, q, k, v))
+    where = (q_offsets, kv_offsets, image_of)
+    return torch.ops.fastvlm_cpu.attention_backward(
+        *rows, *where, seed, scale, softcap, causal, window, dropout_p, *needs
     )
 
 
@@ -56,12 +79,28 @@ def _cached_attention(
     )
 
 
-_PACKED = Kernel("cpu", _attention, unavailable, _unsupported)
+def _packed(run: Callable[..., Any], first: int) -> Kernel:
+    """first: the place of q in the schema; k and v follow."""
+
+    def unsupported(*args: Any) -> str | None:
+        q, k, v = args[first : first + 3]
+        if v.shape[2] != k.shape[2]:
+            return "a head dimension of v that is not the one of k"
+        return wrong_dtype(q)
+
+    return Kernel("cpu", run, unavailable, unsupported)
+
+
+def _cached_unsupported(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> str | None:
+    if v_cache.shape[3] != k_cache.shape[3]:
+        return "a head dimension of v_cache that is not the one of k_cache"
+    return wrong_dtype(q)
+
 
 KERNELS = {
-    "cross_attention": _PACKED,
-    "self_attention": _PACKED,
-    "cached_attention": Kernel(
-        "cpu", _cached_attention, unavailable, lambda q, *rest: wrong_dtype(q)
-    ),
+    "cross_attention": _packed(_attention, 0),
+    "cross_attention_backward": _packed(_attention_backward, 1),
+    "self_attention": _packed(_attention, 0),
+    "self_attention_backward": _packed(_attention_backward, 1),
+    "cached_attention": Kernel("cpu", _cached_attention, unavailable, _cached_unsupported),
 }

@@ -32,7 +32,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     needs = rest[-1]
     return tuple(
-        torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
+        x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
     )
 
 

@@ -158,7 +158,7 @@ def attention_backward(
     """
     dtype = compute_dtype(q)
     dq, dk, dv = (
-        torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
+        x.new_zeros(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
     )
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
