@@ -125,6 +125,13 @@ def extension() -> list[tuple[str, str]]:
     ]
 
 
+def _library() -> str:
+    importlib.import_module("fastvlm.ops")
+    gemm = importlib.import_module("fastvlm.cpu.gemm")
+    why = "measured" if gemm.VARIABLE not in os.environ else gemm.VARIABLE
+    return f"{gemm.library()} ({why})"
+
+
 def backends(device: str) -> str:
     """For each op: the backend that serves it on this device type, and why not a better one."""
     status = importlib.import_module("fastvlm.ops.dispatch").status(device)
@@ -154,6 +161,7 @@ def _describe() -> str:
     facts.append(("gpu", str(_ask(_gpu))))
     loaded = _ask(extension)
     facts.extend(loaded if isinstance(loaded, list) else [("extension", str(loaded))])
+    facts.append(("large float32 products", str(_ask(_library))))
     width = max(len(name) for name, _ in facts)
     indent = "\n" + " " * (width + 2)
     lines = (f"{name.ljust(width)}  {indent.join(value.split(chr(10)))}" for name, value in facts)

@@ -62,13 +62,6 @@ def test_what_they_do_not_serve_goes_to_the_reference(op: str) -> None:
         call(op, torch.float64)
 
 
-def test_many_rows_are_left_to_pytorch_with_the_reason() -> None:
-    if unavailable():
-        pytest.skip(f"no CPU extension: {unavailable()}")
-    with fastvlm.use("cpu"), pytest.raises(BackendError, match="65 rows: PyTorch's own product"):
-        call("linear", torch.float32, rows=65)
-
-
 def test_use_nests_and_restores() -> None:
     with fastvlm.use("reference"):
         with fastvlm.use("cpu"):

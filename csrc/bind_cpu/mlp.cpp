@@ -1,4 +1,4 @@
-// linear, gelu_mlp and geglu_mlp as torch ops.
+// linear, the MLPs and their activations as torch ops.
 #include "../cpu/mlp.h"
 
 #include "bind.h"
@@ -57,6 +57,57 @@ Tensor geglu_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, cons
   return out;
 }
 
+// The common part of all activations: what they read. up and grad may be missing.
+ActivationArgs activation_args(const Tensor& pre, const std::optional<Tensor>& up,
+                               const std::optional<Tensor>& grad, const std::optional<Tensor>& seed,
+                               bool tanh, double dropout_p) {
+  auto read = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.dim() == 2 &&
+                        t.scalar_type() == pre.scalar_type() && t.size(0) == pre.size(0) &&
+                        t.size(1) == pre.size(1),
+                    name, ": expected a contiguous CPU tensor of the first one's shape and dtype");
+    return t.const_data_ptr();
+  };
+  ActivationArgs args{};
+  args.dtype = dtype_of(pre, "pre");
+  args.pre = read(pre, "pre");
+  args.count = pre.numel();
+  if (up.has_value()) args.up = read(*up, "up");
+  if (grad.has_value()) args.grad = read(*grad, "grad");
+  args.tanh = tanh;
+  args.dropout = dropout_of(seed, dropout_p);
+  return args;
+}
+
+Tensor activate(const Tensor& pre, const std::optional<Tensor>& up,
+                const std::optional<Tensor>& seed, bool tanh, double dropout_p) {
+  ActivationArgs args = activation_args(pre, up, std::nullopt, seed, tanh, dropout_p);
+  Tensor hidden = empty_rows(pre, pre.size(0), pre.size(1));
+  args.hidden = hidden.mutable_data_ptr();
+  FASTVLM_KERNEL(activate)(args);
+  return hidden;
+}
+
+// The gradients of pre and up and, where wanted, hidden; empty tensors for what is not.
+std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& grad, const Tensor& pre,
+                                                     const std::optional<Tensor>& up,
+                                                     const std::optional<Tensor>& seed, bool tanh,
+                                                     double dropout_p, bool need_inputs,
+                                                     bool need_hidden) {
+  ActivationArgs args = activation_args(pre, up, grad, seed, tanh, dropout_p);
+  auto result = [&](bool need, void** to) {
+    if (!need) return torch::stable::new_empty(pre, {0});
+    Tensor made = empty_rows(pre, pre.size(0), pre.size(1));
+    *to = made.mutable_data_ptr();
+    return made;
+  };
+  Tensor dpre = result(need_inputs, &args.dpre);
+  Tensor dup = result(need_inputs && up.has_value(), &args.dup);
+  Tensor hidden = result(need_hidden, &args.hidden);
+  FASTVLM_KERNEL(activate_backward)(args);
+  return {dpre, dup, hidden};
+}
+
 }  // namespace
 }  // namespace fastvlm
 
@@ -64,10 +115,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
   m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh) -> Tensor");
+  m.def("activate(Tensor pre, Tensor? up, Tensor? seed, bool tanh, float dropout_p) -> Tensor");
+  m.def(
+      "activate_backward(Tensor grad, Tensor pre, Tensor? up, Tensor? seed, bool tanh, "
+      "float dropout_p, bool need_inputs, bool need_hidden) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastvlm::linear));
   m.impl("gelu_mlp", TORCH_BOX(&fastvlm::gelu_mlp));
   m.impl("geglu_mlp", TORCH_BOX(&fastvlm::geglu_mlp));
+  m.impl("activate", TORCH_BOX(&fastvlm::activate));
+  m.impl("activate_backward", TORCH_BOX(&fastvlm::activate_backward));
 }

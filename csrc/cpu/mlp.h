@@ -5,6 +5,18 @@
 
 namespace fastvlm {
 
+// gelu(pre) [* up], contiguous arrays of `count` elements of one dtype; dropout counts them. up is
+// null for the MLP without a gate. Backward: grad is the gradient of hidden, and those of pre and
+// up, and hidden itself once more, are written where they are not null.
+struct ActivationArgs {
+  DType dtype;
+  int64_t count;
+  const void *pre, *up, *grad;
+  bool tanh;
+  Dropout dropout;
+  void *hidden, *dpre, *dup;
+};
+
 #define FASTVLM_DECLARE(CAPABILITY)                                                         \
   namespace CAPABILITY {                                                                    \
   void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, void* out);        \
@@ -12,6 +24,8 @@ namespace fastvlm {
                 const Matrix& b2, bool tanh, void* out);                                    \
   void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, \
                  bool tanh, void* out);                                                     \
+  void activate(const ActivationArgs& args);                                                \
+  void activate_backward(const ActivationArgs& args);                                       \
   }
 FASTVLM_FOR_EACH_CAPABILITY(FASTVLM_DECLARE)
 #undef FASTVLM_DECLARE

@@ -1,78 +1,120 @@
-"""Launchers of csrc/cpu/mlp.cpp: products of a few rows with a weight that is streamed once."""
+"""Launchers of csrc/cpu/mlp.cpp and activation.cpp, with the products between them.
+
+A few rows without a backward pass stream each weight once, in one kernel for the whole MLP. More
+rows, and training, are products (`gemm.product`) with one pass for the activation between them.
+"""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
+from fastvlm.cpu.gemm import few_rows, large_product, product
 from fastvlm.ops.dispatch import Kernel
 
-# benchmarks/results shows 32 rows well ahead of PyTorch; where the two meet depends on the CPU, and
-# past twice that PyTorch's packed product is the safe choice
-MAX_ROWS = 64
-# with bfloat16 instructions in the CPU, PyTorch's product (oneDNN) catches up after a few rows
-MAX_ROWS_NATIVE_BF16 = 4
+
+def _streams(x: Tensor, *weights: Tensor) -> bool:
+    return few_rows(x) and all(w.stride(-1) == 1 for w in weights)
 
 
-@cache
-def _native_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
+def _sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.sum(0, dtype=torch.float32).to(dtype)
 
 
-def _too_many_rows(x: Tensor) -> str | None:
-    native = x.dtype == torch.bfloat16 and _native_bf16()
-    most = MAX_ROWS_NATIVE_BF16 if native else MAX_ROWS
-    if x.shape[0] > most:
-        return f"{x.shape[0]} rows: PyTorch's own product serves above {most}"
-    return None
-
-
-def _unsupported(x: Tensor, *weights: Tensor | None) -> str | None:
-    if any(w is not None and not w.is_contiguous() for w in weights):
-        return "a weight that is not contiguous"
-    return wrong_dtype(x) or _too_many_rows(x)
+def _none(x: Tensor) -> Tensor:
+    return x.new_empty(0)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, bias)
-
-
-def _gelu_mlp_unsupported(
-    x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, seed: Any, tanh: bool, p: float, keep: bool
-) -> str | None:
-    if keep or seed is not None:
-        return "training (dropout, or a hidden kept for backward) has no CPU kernel"
-    return _unsupported(x, w1, b1, w2, b2)
+    return product(x, weight, bias)
 
 
 def _gelu_mlp(
     x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, seed: Any, tanh: bool, p: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, tanh)
-    return y, x.new_empty(0)
+    if not keep and seed is None and _streams(x, w1, w2):
+        y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, tanh)
+        return y, _none(x)
+    pre = product(x, w1, b1)
+    y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, tanh, p), w2, b2)
+    return y, pre if keep else _none(x)
 
 
-def _geglu_mlp_unsupported(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
-) -> str | None:
-    if keep:
-        return "training (a hidden kept for backward) has no CPU kernel"
-    return _unsupported(x, w_gate, w_up, w_down)
+def _gelu_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    seed: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = any(needs[:3])
+    grad = large_product(grad_out, w2.t()) if inputs else torch.empty_like(pre)
+    dpre, _, hidden = torch.ops.fastvlm_cpu.activate_backward(
+        grad.contiguous(), pre.contiguous(), None, seed, tanh, dropout_p, inputs, needs[3]
+    )
+    return (
+        large_product(dpre, w1.t()) if needs[0] else _none(x),
+        large_product(dpre.t(), x.t()) if needs[1] else _none(x),
+        _sum_rows(dpre, x.dtype) if needs[2] else _none(x),
+        large_product(grad_out.t(), hidden.t()) if needs[3] else _none(x),
+        _sum_rows(grad_out, x.dtype) if needs[4] else _none(x),
+    )
 
 
 def _geglu_mlp(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.ops.fastvlm_cpu.geglu_mlp(dense_last(x), w_gate, w_up, w_down, tanh)
-    return y, x.new_empty(0), x.new_empty(0)
+    if not keep and _streams(x, w_gate, w_up, w_down):
+        y = torch.ops.fastvlm_cpu.geglu_mlp(dense_last(x), w_gate, w_up, w_down, tanh)
+        return y, _none(x), _none(x)
+    gate, up = product(x, w_gate), product(x, w_up)
+    y = product(torch.ops.fastvlm_cpu.activate(gate, up, None, tanh, 0.0), w_down)
+    return (y, gate, up) if keep else (y, _none(x), _none(x))
+
+
+def _geglu_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tanh: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = any(needs[:3])
+    grad = large_product(grad_out, w_down.t()) if inputs else torch.empty_like(gate)
+    dgate, dup, hidden = torch.ops.fastvlm_cpu.activate_backward(
+        grad.contiguous(), gate.contiguous(), up.contiguous(), None, tanh, 0.0, inputs, needs[3]
+    )
+    dx = _none(x)
+    if needs[0]:
+        dx = large_product(dgate, w_gate.t())
+        dx += large_product(dup, w_up.t())
+    return (
+        dx,
+        large_product(dgate.t(), x.t()) if needs[1] else _none(x),
+        large_product(dup.t(), x.t()) if needs[2] else _none(x),
+        large_product(grad_out.t(), hidden.t()) if needs[3] else _none(x),
+    )
+
+
+def _kernel(run: Any) -> Kernel:
+    return Kernel("cpu", run, unavailable, lambda x, *rest: wrong_dtype(x))
 
 
 KERNELS = {
-    "linear": Kernel("cpu", _linear, unavailable, _unsupported),
-    "gelu_mlp": Kernel("cpu", _gelu_mlp, unavailable, _gelu_mlp_unsupported),
-    "geglu_mlp": Kernel("cpu", _geglu_mlp, unavailable, _geglu_mlp_unsupported),
+    "linear": _kernel(_linear),
+    "gelu_mlp": _kernel(_gelu_mlp),
+    "gelu_mlp_backward": _kernel(_gelu_mlp_backward),
+    "geglu_mlp": _kernel(_geglu_mlp),
+    "geglu_mlp_backward": _kernel(_geglu_mlp_backward),
 }

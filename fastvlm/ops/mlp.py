@@ -70,6 +70,31 @@ _GEGLU_MLP_BACKWARD = define(
 )
 
 
+class _Linear(torch.autograd.Function):
+    """linear whose gradients are again linear: products on our kernels, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _LINEAR(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            _linear(grad_out, weight.t(), None) if needs[0] else None,
+            _linear(grad_out.t(), x.t(), None) if needs[1] else None,
+            grad_out.sum(0) if needs[2] else None,
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    run = _Linear.apply if needs_grad(x, weight, bias) else _LINEAR
+    out: Tensor = run(x, weight, bias)
+    return out
+
+
 class _GeluMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any, *rest: Any) -> Tensor:
@@ -130,26 +155,25 @@ def _width(weight: object, dim: int) -> int | None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias: `torch.nn.functional.linear`, made for a few rows.
+    """x weight^T + bias: `torch.nn.functional.linear`.
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. One dtype. Returns [..., N].
 
-    On the CPU up to 64 rows stream the weight from memory once; more rows, and calls that want
-    gradients, are PyTorch's own product (differentiable to any order).
+    On the CPU a few rows stream the weight from memory once, and many go through the library whose
+    product is the fastest here (`fastvlm.cpu.gemm`). Differentiable to any order.
 
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "linear"
     features = _features(op, x)
     _check_weights(op, weight=(weight, [None, features]), bias=(bias, [_width(weight, 0)]))
-    if needs_grad(x, weight, bias):
+    if x.device.type != "cpu" and needs_grad(x, weight, bias):
         if not torch.is_autocast_enabled(x.device.type):
             checks.same_kind(op, "x", x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     checks.same_kind(op, "x", x, weight=weight, bias=bias)
-    out: Tensor = _LINEAR(_rows(x), weight, bias)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return _linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def gelu_mlp(

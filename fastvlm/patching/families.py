@@ -11,10 +11,9 @@ from fastvlm.patching.rules import StackRule
 STACKS: tuple[StackRule, ...] = (*bart.STACKS, *t5gemma.STACKS, *gemma2.STACKS)
 
 PREFIX_MASK = "PaliGemma gives it the masks of a prefix, which self_attention does not know"
-LEFT_ALONE = {
-    "vision_tower": "the vision tower has no kernel of ours yet",
-    "multi_modal_projector": "runs once per image",
-}
+LEFT_ALONE = {"multi_modal_projector": "runs once per image"}
+# nothing of these but their linear layers is replaced
+TOWERS = ("vision_tower",)
 
 
 def prefix_decoders(model: nn.Module) -> set[nn.Module]:
@@ -29,4 +28,13 @@ def left_alone(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         (name, module, LEFT_ALONE[name.rsplit(".", 1)[-1]])
         for name, module in model.named_modules()
         if name.rsplit(".", 1)[-1] in LEFT_ALONE
+    ]
+
+
+def tower_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers of the vision towers: most of what a tower computes."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and set(TOWERS) & set(name.split("."))
     ]

@@ -165,7 +165,13 @@ def _plan(model: nn.Module, wanted: frozenset[str]) -> list[_Change]:
     # imported here: fastvlm's ops stand without transformers
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
-    from fastvlm.patching.families import PREFIX_MASK, STACKS, left_alone, prefix_decoders
+    from fastvlm.patching.families import (
+        PREFIX_MASK,
+        STACKS,
+        left_alone,
+        prefix_decoders,
+        tower_linears,
+    )
 
     changes: list[_Change] = []
     seen: set[int] = set()
@@ -184,6 +190,9 @@ def _plan(model: nn.Module, wanted: frozenset[str]) -> list[_Change]:
     if changes:
         for name, module in model.named_modules():
             _plan_outside(name, module, wanted, shares, add)
+        for name, linear in tower_linears(model):
+            if type(linear) is nn.Linear or _is_patched_linear(linear):
+                add(_change(name, linear, ("linear",), _choose(linear, _LINEAR, wanted)))
         for name, module, reason in left_alone(model):
             add(_Change(name, module, (), None, reason))
     return changes

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from fastvlm import ops
+from fastvlm.cpu import gemm
 
-# rows, input, hidden, output; the last but one is too many for the CPU kernels
+# rows, input, hidden, output; "many" are more than our kernels stream
 SHAPES = {
     "one": (1, 17, 63, 5),
     "three": (3, 100, 333, 77),
@@ -33,6 +34,28 @@ def test_linear(
     inputs = [randn(m, k, grad=grad), randn(n, k, scale=k**-0.5, grad=grad)]
     inputs.append(randn(n, grad=grad) if bias else None)
     follows_the_error_rule(lambda *x: on(ops.linear, *x), F.linear, inputs)
+
+
+@pytest.mark.parametrize("library", ["aten", "onednn"])
+def test_linear_on_either_library(
+    library: str, monkeypatch: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    monkeypatch.setenv(gemm.VARIABLE, library)
+    inputs = [randn(130, 63, grad=True), randn(100, 63, scale=0.1, grad=True), randn(100)]
+    follows_the_error_rule(ops.linear, F.linear, inputs)
+
+
+def test_linear_is_differentiable_twice() -> None:
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    assert torch.autograd.gradcheck(ops.linear, leaves)
+    assert torch.autograd.gradgradcheck(ops.linear, leaves)
+
+
+def test_a_library_that_nobody_knows_is_refused(monkeypatch: Any) -> None:
+    monkeypatch.setenv(gemm.VARIABLE, "mkl")
+    with pytest.raises(ValueError, match="FASTVLM_GEMM must be one of"):
+        ops.linear(torch.randn(100, 8), torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

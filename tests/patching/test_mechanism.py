@@ -152,7 +152,8 @@ def test_report_is_a_table_with_the_reasons() -> None:
     assert "modules patched" in text
     assert "model.language_model.decoder.layers.*.encoder_attn (2x)" in text
     assert "cross_attention" in text
-    assert "skipped: the vision tower has no kernel of ours yet" in text
+    assert "model.vision_tower.blocks.*.*.spatial_block.window_attn.qkv" in text
+    assert "skipped: runs once per image" in text
 
 
 def test_nothing_to_patch_is_an_error() -> None:
@@ -169,7 +170,7 @@ def test_nothing_to_patch_is_an_error() -> None:
 def test_strict_makes_a_skip_an_error_and_changes_nothing() -> None:
     model = models.florence2()
     before, classes = state(model), [type(m) for m in model.modules()]
-    with pytest.raises(PatchError, match=r"strict is set and modules were skipped.*vision tower"):
+    with pytest.raises(PatchError, match=r"strict is set and modules were skipped.*projector"):
         fastvlm.patch(model, strict=True)
     assert [type(m) for m in model.modules()] == classes
     assert same_state(state(model), before)

@@ -1,0 +1,95 @@
+"""x weight^T + bias by whatever is fastest here: our kernel for a few rows, a library for more.
+
+PyTorch carries two libraries, its default and oneDNN. Which of them is the faster in float32
+depends on the CPU (oneDNN twice as fast on some, level on others), so it is measured once in a
+process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlm.cpu.common import dense_last
+
+# benchmarks/results shows 32 rows ahead of both libraries; where they meet depends on the CPU, and
+# past twice that their packed products are the safe choice
+MAX_ROWS = 64
+# with bfloat16 instructions in the CPU, PyTorch's product (oneDNN) catches up after a few rows
+MAX_ROWS_NATIVE_BF16 = 4
+
+VARIABLE = "FASTVLM_GEMM"
+_LIBRARIES = ("aten", "onednn")
+# the other library's results differ in the last bits: only a clear gain is worth that, and only a
+# clear gain is found again by the next process
+_CLEARLY_FASTER = 1.25
+
+
+@cache
+def _native_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether our kernel, which streams the weight from memory once, is the choice for x."""
+    native = x.dtype == torch.bfloat16 and _native_bf16()
+    return x.shape[0] <= (MAX_ROWS_NATIVE_BF16 if native else MAX_ROWS)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] weight [N, K]^T + bias [N] -> [M, N], any strides, one dtype of ours."""
+    if few_rows(x) and weight.stride(-1) == 1:
+        return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, bias)
+    return large_product(x, weight, bias)
+
+
+def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same where x is known to have many rows."""
+    if x.dtype == torch.float32 and x.numel() > 0 and weight.numel() > 0 and library() == "onednn":
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def library() -> str:
+    """ "aten" or "onednn": FASTVLM_GEMM where it is set, else what measured faster."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        return measured()
+    if wanted not in _LIBRARIES:
+        raise ValueError(f"{VARIABLE} must be one of {_LIBRARIES}; got {wanted!r}")
+    if wanted == "onednn" and not _has_onednn():
+        raise ValueError(f"{VARIABLE}=onednn, but this PyTorch has no oneDNN or it is switched off")
+    return wanted
+
+
+def _has_onednn() -> bool:
+    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return usable and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def measured() -> str:
+    """The faster library for a float32 product of 0.6 GFLOP, by the best of a few turns each."""
+    if not _has_onednn():
+        return "aten"
+    x, weight = torch.ones(256, 768), torch.ones(1536, 768)
+
+    def seconds(function: Callable[[Tensor, Tensor, None], Tensor]) -> float:
+        start = time.perf_counter()
+        function(x, weight, None)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        times = [(seconds(F.linear), seconds(_onednn)) for _ in range(6)][1:]
+    aten, onednn = (min(column) for column in zip(*times))
+    return "onednn" if aten > _CLEARLY_FASTER * onednn else "aten"
