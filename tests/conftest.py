@@ -53,8 +53,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def on(backend: str) -> Callable[..., Any]:
-    """Call an op on the backend of the test; the backward pass takes the default choice.
+def on(backend: str) -> Iterator[Callable[..., Any]]:
+    """Call an op on the backend of the test, which serves its backward pass too.
 
     A case that the CPU kernels do not serve is skipped with their reason: nothing but the reference
     is left, and its own case tests that. EXPECTED_CPU in test_dispatch.py is what they must serve.
@@ -64,15 +64,15 @@ def on(backend: str) -> Callable[..., Any]:
         name = op.__name__
         if backend not in ("reference", *dispatch.OPS[name].kernels):
             pytest.skip(f"{name} has no {backend} kernel")
-        with fastvlm.use(backend):
-            try:
-                return op(*args, **kwargs)
-            except dispatch.BackendError as error:
-                if backend == "reference":
-                    raise
-                pytest.skip(str(error))
+        try:
+            return op(*args, **kwargs)
+        except dispatch.BackendError as error:
+            if backend == "reference":
+                raise
+            pytest.skip(str(error))
 
-    return call
+    with fastvlm.use(backend):
+        yield call
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """The CPU backend: which calls the C++ extension serves, and how they reach it."""
 
-from fastvlm.cpu import attention, mlp
+from fastvlm.cpu import attention, loss, mlp
 
-KERNELS = {**attention.KERNELS, **mlp.KERNELS}
+KERNELS = {**attention.KERNELS, **mlp.KERNELS, **loss.KERNELS}

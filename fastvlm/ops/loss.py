@@ -32,7 +32,7 @@ _CROSS_ENTROPY_BACKWARD = define(
     "float softcap, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     reference.linear_cross_entropy_backward,
     lambda g, h, weight, labels, bias, lse, softcap, ignore_index, needs: tuple(
-        torch.empty_like(t) if need and t is not None else h.new_empty(0)
+        h.new_empty(t.shape) if need and t is not None else h.new_empty(0)
         for t, need in zip((h, weight, bias), needs)
     ),
 )

@@ -111,7 +111,7 @@ def linear_cross_entropy_backward(
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     parts = lse[rows]
     dx = torch.zeros(x.shape, dtype=dtype, device=h.device)
-    dw = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
+    dw = weight.new_zeros(weight.shape) if needs[1] else weight.new_empty(0)
     db = torch.zeros_like(bias) if needs[2] and bias is not None else h.new_empty(0)
     for block, logits, slope in _blocks(x, weight, bias, softcap):
         d = torch.exp(_log_probabilities(logits, parts))
@@ -130,7 +130,7 @@ def linear_cross_entropy_backward(
             db[block] = d.sum(0).to(bias.dtype)
     dh = h.new_empty(0)
     if needs[0]:
-        dh = torch.zeros_like(h)
+        dh = h.new_zeros(h.shape)
         dh[rows] = dx.to(h.dtype)
     return dh, dw, db
 

@@ -1,0 +1,145 @@
+"""Launchers of csrc/cpu/loss.cpp: the head in blocks of the vocabulary.
+
+A block's logits come from a product (`gemm`), stay in cache for the passes over them, and make room
+for the next block's. They are float32 whatever the dtype of h and weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvlm.cpu.common import unavailable, wrong_dtype
+from fastvlm.cpu.gemm import few_rows, large_product
+from fastvlm.ops.dispatch import Kernel
+
+# of a block of logits: what stays in a last-level cache, in few enough blocks for Python to call
+_ELEMENTS = 2**21
+_FEWEST, _MOST = 256, 8192
+# a ranking is kept in order by insertion
+_MAX_K = 256
+
+
+class _Blocks:
+    """The blocks of a head: their logits from float32 rows x, before bias and cap."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None):
+        self.x, self.weight, self.bias = x, weight, bias
+        most = min(_MOST, _ELEMENTS // max(1, x.shape[0]))
+        self.size = max(_FEWEST, most // 64 * 64)
+        self.streams = few_rows(x) and weight.stride(-1) == 1
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+        """(columns, weight of the block, bias of the block, logits). Where the rows do not stream
+        the weight it is float32: what comes after the logits multiplies with it too."""
+        for first in range(0, self.weight.shape[0], self.size):
+            columns = slice(first, first + self.size)
+            w = self.weight[columns]
+            if self.streams:
+                logits = torch.ops.fastvlm_cpu.linear(self.x, w, None)
+            else:
+                w = w.float()
+                logits = large_product(self.x, w).contiguous()
+            yield columns, w, None if self.bias is None else self.bias[columns], logits
+
+
+def _running(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit and sum of exp(logit - largest) of rows that have seen nothing."""
+    largest = torch.full((x.shape[0],), float("-inf"))
+    return largest, torch.zeros(x.shape[0], dtype=torch.float64)
+
+
+def _counted(h: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, those rows in float32, and their labels."""
+    rows = (labels != ignore_index).nonzero().flatten()
+    return rows, h[rows].float(), labels[rows]
+
+
+def _linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    rows, x, target = _counted(h, labels, ignore_index)
+    largest, total = _running(x)
+    picked = torch.zeros_like(largest)
+    for columns, _, b, logits in _Blocks(x, weight, bias):
+        torch.ops.fastvlm_cpu.scan_logits(
+            logits, b, softcap, columns.start, largest, total, target, picked, None, None
+        )
+    parts = torch.stack((largest, total.log().float()), 1)
+    nll = torch.zeros(h.shape[0])
+    lse = torch.zeros(h.shape[0], 2)
+    nll[rows] = parts[:, 1] - (picked - largest)
+    lse[rows] = parts
+    return nll, lse
+
+
+def _linear_cross_entropy_backward(
+    grad_nll: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    softcap: float,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, x, target = _counted(h, labels, ignore_index)
+    parts, grad = lse[rows], grad_nll[rows]
+    dx = torch.zeros_like(x)
+    dw = weight.new_empty(weight.shape if needs[1] else 0)
+    db = bias.new_empty(bias.shape) if needs[2] and bias is not None else h.new_empty(0)
+    for columns, w, b, d in _Blocks(x, weight, bias):
+        torch.ops.fastvlm_cpu.logits_gradient(d, b, softcap, columns.start, target, parts, grad)
+        if needs[0]:
+            dx += large_product(d, w.float().t())
+        if needs[1]:
+            dw[columns] = large_product(d.t(), x.t())
+        if needs[2] and bias is not None:
+            db[columns] = d.sum(0)
+    dh = h.new_empty(0)
+    if needs[0]:
+        dh = h.new_zeros(h.shape)
+        dh[rows] = dx.to(h.dtype)
+    return dh, dw, db
+
+
+def _linear_topk(
+    h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = h.float().contiguous()
+    largest, total = _running(x)
+    values = torch.empty(x.shape[0], k)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int64)
+    for columns, _, b, logits in _Blocks(x, weight, bias):
+        torch.ops.fastvlm_cpu.scan_logits(
+            logits, b, softcap, columns.start, largest, total, None, None, values, indices
+        )
+    rest = total.log().float()
+    values = (values - largest.unsqueeze(1)) - rest.unsqueeze(1)
+    return values, indices, largest + rest
+
+
+def _topk_unsupported(h: Tensor, weight: Tensor, k: int, *rest: Any) -> str | None:
+    if k > _MAX_K:
+        return f"k = {k}: it ranks up to {_MAX_K}"
+    return wrong_dtype(h)
+
+
+KERNELS = {
+    "linear_cross_entropy": Kernel(
+        "cpu", _linear_cross_entropy, unavailable, lambda h, *rest: wrong_dtype(h)
+    ),
+    "linear_cross_entropy_backward": Kernel(
+        "cpu", _linear_cross_entropy_backward, unavailable, lambda g, h, *rest: wrong_dtype(h)
+    ),
+    "linear_topk": Kernel("cpu", _linear_topk, unavailable, _topk_unsupported),
+}
