@@ -31,14 +31,34 @@ def _too_many_rows(x: Tensor) -> str | None:
     return None
 
 
-def _unsupported(x: Tensor, *weights: Tensor | None) -> str | None:
+def _strided(*weights: Tensor | None) -> str | None:
     if any(w is not None and not w.is_contiguous() for w in weights):
         return "a weight that is not contiguous"
-    return wrong_dtype(x) or _too_many_rows(x)
+    return None
+
+
+def _unsupported(x: Tensor, *weights: Tensor | None) -> str | None:
+    return _strided(*weights) or wrong_dtype(x) or _too_many_rows(x)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, bias)
+
+
+def _low_precision_unsupported(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> str | None:
+    if weight.dtype == x.dtype:
+        return _unsupported(x, weight, scale, bias)
+    if reason := _strided(weight, scale, bias) or wrong_dtype(x):
+        return reason
+    if x.shape[0] > MAX_ROWS:
+        return f"{x.shape[0]} rows: widening the weight for PyTorch's product pays above {MAX_ROWS}"
+    return None
+
+
+def _low_precision_linear(x: Tensor, weight: Tensor, scale: Any, bias: Any) -> Tensor:
+    return torch.ops.fastvlm_cpu.low_precision_linear(dense_last(x), weight, scale, bias)
 
 
 def _gelu_mlp_unsupported(
@@ -73,6 +93,9 @@ def _geglu_mlp(
 
 KERNELS = {
     "linear": Kernel("cpu", _linear, unavailable, _unsupported),
+    "low_precision_linear": Kernel(
+        "cpu", _low_precision_linear, unavailable, _low_precision_unsupported
+    ),
     "gelu_mlp": Kernel("cpu", _gelu_mlp, unavailable, _gelu_mlp_unsupported),
     "geglu_mlp": Kernel("cpu", _geglu_mlp, unavailable, _geglu_mlp_unsupported),
 }
