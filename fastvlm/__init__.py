@@ -13,13 +13,25 @@ if TYPE_CHECKING:
     from fastvlm import nn, ops
     from fastvlm.layout import Layout
     from fastvlm.ops.dispatch import use
+    from fastvlm.patching.log_probs import log_prob_change
     from fastvlm.patching.patch import PatchError, patch, patched, unpatch
 
-__all__ = ["Layout", "PatchError", "nn", "ops", "patch", "patched", "unpatch", "use"]
+__all__ = [
+    "Layout",
+    "PatchError",
+    "log_prob_change",
+    "nn",
+    "ops",
+    "patch",
+    "patched",
+    "unpatch",
+    "use",
+]
 
 _HOME = {
     "Layout": "fastvlm.layout",
     "use": "fastvlm.ops.dispatch",
+    "log_prob_change": "fastvlm.patching.log_probs",
     **dict.fromkeys(("PatchError", "patch", "patched", "unpatch"), "fastvlm.patching.patch"),
 }
 

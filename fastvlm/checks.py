@@ -38,14 +38,17 @@ def is_float(op: str, argument: str, tensor: Tensor) -> None:
         raise fail(op, argument, "float32, bfloat16, float16 (or float64, reference only)", tensor)
 
 
+def same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
+    for argument, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise fail(op, argument, f"on the device of {name} ({first.device})", tensor)
+
+
 def same_kind(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
     """All tensors on the device and in the dtype of the first."""
+    same_device(op, name, first, **others)
     for argument, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.device != first.device:
-            raise fail(op, argument, f"on the device of {name} ({first.device})", tensor)
-        if tensor.dtype != first.dtype:
+        if tensor is not None and tensor.dtype != first.dtype:
             dtype = str(first.dtype).removeprefix("torch.")
             raise fail(op, argument, f"of the dtype of {name} ({dtype})", tensor)
 

@@ -86,6 +86,24 @@ def test_linear_of_float_rows_and_a_bfloat16_weight() -> None:
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_linear_with_an_int8_weight(n: int, k: int, dtype: torch.dtype, randn: Callable) -> None:
+    results = Results()
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    scale = torch.rand(n) * k**-0.5 / 64
+    exact = weight.double() * scale.double()[:, None]
+
+    def formula(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, exact.to(x.dtype), bias)
+
+    for rows in ROWS:
+        x, bias = randn(rows, k), randn(n)
+        results.add(raw().low_precision_linear(x, weight, scale, bias), formula, x, bias)
+        results.add(raw().low_precision_linear(x, weight, scale, None), formula, x)
+    results.check("low_precision_linear")
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("tanh", [False, True])
 @pytest.mark.parametrize(("hidden", "k"), SIZES)
 def test_mlps(hidden: int, k: int, tanh: bool, dtype: torch.dtype, randn: Callable) -> None:
@@ -262,6 +280,15 @@ def test_memory_is_guarded() -> None:
         raw().linear(x, weight[:, :7], None)
     with pytest.raises(RuntimeError, match="contiguous"):
         raw().linear(x, torch.randn(8, 5).T, None)
+    for bytes, scale, message in (
+        (weight, torch.ones(5), "expected int8"),
+        (weight[:, :7].to(torch.int8), torch.ones(5), "does not fit"),
+        (weight.to(torch.int8), torch.ones(4), "scale: expected 5 elements"),
+        (weight.to(torch.int8), torch.ones(10)[::2], "contiguous"),
+        (weight.to(torch.int8), None, "float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw().low_precision_linear(x, bytes, scale, None)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         raw().linear(x.double(), weight, None)
     q = torch.randn(2, 1, 8)

@@ -17,6 +17,7 @@ from fastvlm.ops.dispatch import BackendError, Kernel
 # what the CPU extension must serve when it is there: a kernel that stops serving is a failure
 EXPECTED_CPU = {
     "linear": ["fp32", "bf16", "fp16"],
+    "low_precision_linear": ["fp32", "bf16", "fp16"],
     "gelu_mlp": ["fp32", "bf16", "fp16"],
     "geglu_mlp": ["fp32", "bf16", "fp16"],
     "cross_attention": ["fp32", "bf16", "fp16"],
@@ -34,6 +35,7 @@ def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
     cache = torch.randn(rows, 4, 2, 8).to(dtype)
     return {
         "linear": lambda: ops.linear(x, w),
+        "low_precision_linear": lambda: ops.low_precision_linear(x, *ops.quantize_rows(w)),
         "gelu_mlp": lambda: ops.gelu_mlp(x, w, None, w, None),
         "geglu_mlp": lambda: ops.geglu_mlp(x, w, w, w),
         "cross_attention": lambda: ops.cross_attention(heads, heads, heads, layout),

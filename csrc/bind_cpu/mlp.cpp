@@ -1,4 +1,4 @@
-// linear, the MLPs and their activations as torch ops.
+// linear, low_precision_linear, the MLPs and their activations as torch ops.
 #include "../cpu/mlp.h"
 
 #include "bind.h"
@@ -27,6 +27,27 @@ Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Matrix rows = matrix(x, "x");
   const Matrix w = weight_for(weight, "weight", rows.cols);
+  const Matrix b = bias_for(bias, "bias", w.rows);
+  Tensor out = empty_rows(x, rows.rows, w.rows);
+  FASTVLM_KERNEL(linear)(rows, w, b, out.mutable_data_ptr());
+  return out;
+}
+
+// A weight of fewer bits than x: bfloat16, or int8 with a factor for each row.
+Tensor low_precision_linear(const Tensor& x, const Tensor& weight,
+                            const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
+  if (!scale.has_value()) return linear(x, weight, bias);
+  const Matrix rows = matrix(x, "x");
+  check(weight, "weight", 2);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight: expected int8 with a scale");
+  STD_TORCH_CHECK(weight.size(1) == rows.cols, "weight: shape [", weight.size(0), ", ",
+                  weight.size(1), "] does not fit");
+  check(*scale, "scale", 1);
+  STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Float && scale->size(0) == weight.size(0),
+                  "scale: expected ", weight.size(0), " elements of float32");
+  const Matrix w{weight.const_data_ptr(), DType::kInt8,
+                 weight.size(0),          weight.size(1),
+                 weight.stride(0),        static_cast<const float*>(scale->const_data_ptr())};
   const Matrix b = bias_for(bias, "bias", w.rows);
   Tensor out = empty_rows(x, rows.rows, w.rows);
   FASTVLM_KERNEL(linear)(rows, w, b, out.mutable_data_ptr());
@@ -113,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& grad, const T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("low_precision_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   m.def("gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
   m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh) -> Tensor");
   m.def("activate(Tensor pre, Tensor? up, Tensor? seed, bool tanh, float dropout_p) -> Tensor");
@@ -123,6 +145,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastvlm::linear));
+  m.impl("low_precision_linear", TORCH_BOX(&fastvlm::low_precision_linear));
   m.impl("gelu_mlp", TORCH_BOX(&fastvlm::gelu_mlp));
   m.impl("geglu_mlp", TORCH_BOX(&fastvlm::geglu_mlp));
   m.impl("activate", TORCH_BOX(&fastvlm::activate));

@@ -47,7 +47,15 @@ void with_type(DType dtype, Body&& body) {
     case DType::kFloat: return body(float{});
     case DType::kBFloat16: return body(BFloat16{});
     case DType::kHalf: return body(Half{});
+    case DType::kInt8: return;  // see with_weight_type
   }
+}
+
+// The same where the element may be one that is only ever read.
+template <class Body>
+void with_weight_type(DType dtype, Body&& body) {
+  if (dtype == DType::kInt8) return body(Int8{});
+  with_type(dtype, body);
 }
 
 // Writes f(i, vector) for i = 0, kLanes, ... over n elements of to.

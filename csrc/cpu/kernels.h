@@ -11,15 +11,17 @@
 
 namespace fastvlm {
 
-enum class DType { kFloat, kBFloat16, kHalf };
+enum class DType { kFloat, kBFloat16, kHalf, kInt8 };  // kInt8: weights only
 
-// Rows of contiguous elements. data is null where an optional argument is absent.
+// Rows of contiguous elements. data is null where an optional argument is absent. scale: a factor
+// of each row, for the products of a weight of int8 with it; null for 1.
 struct Matrix {
   const void* data;
   DType dtype;
   int64_t rows;
   int64_t cols;
   int64_t stride;
+  const float* scale = nullptr;
 };
 
 // An element is kept where the 53 random bits of its counter are at least `threshold`, and then

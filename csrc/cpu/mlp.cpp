@@ -41,11 +41,18 @@ class FloatRows {
 
 void multiply(const Matrix& w, int64_t begin, int64_t count, const float* x, int64_t x_stride,
               int64_t rows, float* out) {
-  with_type(w.dtype, [&](auto type) {
+  with_weight_type(w.dtype, [&](auto type) {
     using T = decltype(type);
     products(static_cast<const T*>(w.data) + begin * w.stride, w.stride, count, x, x_stride, rows,
              w.cols, out, kChunk);
   });
+  if (w.scale == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* sums = out + r * kChunk;
+    map_to(sums, count, [&](int64_t i, int64_t n) {
+      return load_some(sums + i, n) * load_some(w.scale + begin + i, n);
+    });
+  }
 }
 
 void load_bias(const Matrix& bias, int64_t begin, int64_t count, float* to) {

@@ -44,6 +44,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+struct Int8 {
+  int8_t value;
+};
 
 inline Vec broadcast(float x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -120,6 +123,20 @@ inline Vec load(const float* p) {
   return x;
 }
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+
+inline Vec load(const Int8* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i].value;
+  return x;
+#endif
+}
 
 template <class T>
 inline Vec load(const T* p) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import few_rows, large_product, product
+from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product, product
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -30,6 +30,22 @@ def _none(x: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight, bias)
+
+
+def _low_precision_unsupported(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> str | None:
+    if weight.dtype != x.dtype and x.shape[0] > MAX_ROWS:
+        return f"{x.shape[0]} rows: widening the weight for PyTorch's product pays above {MAX_ROWS}"
+    if weight.stride(-1) != 1 or (scale is not None and not scale.is_contiguous()):
+        return "a weight or scale that is not contiguous"
+    return wrong_dtype(x)
+
+
+def _low_precision_linear(x: Tensor, weight: Tensor, scale: Any, bias: Any) -> Tensor:
+    if weight.dtype == x.dtype:
+        return product(x, weight, bias)
+    return torch.ops.fastvlm_cpu.low_precision_linear(dense_last(x), weight, scale, bias)
 
 
 def _gelu_mlp(
@@ -113,6 +129,9 @@ def _kernel(run: Any) -> Kernel:
 
 KERNELS = {
     "linear": _kernel(_linear),
+    "low_precision_linear": Kernel(
+        "cpu", _low_precision_linear, unavailable, _low_precision_unsupported
+    ),
     "gelu_mlp": _kernel(_gelu_mlp),
     "gelu_mlp_backward": _kernel(_gelu_mlp_backward),
     "geglu_mlp": _kernel(_geglu_mlp),

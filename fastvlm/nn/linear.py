@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastvlm import ops
 
-_DENSE = (Tensor, nn.Parameter)
+DENSE = (Tensor, nn.Parameter)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -22,8 +22,10 @@ class Linear(nn.Linear):
     PyTorch's own product.
     """
 
+    storage: str | None = None  # what a subclass keeps its weight in, where not as it is
+
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) not in _DENSE or type(self.weight) not in _DENSE:
+        if type(input) not in DENSE or type(self.weight) not in DENSE:
             return super().forward(input)  # a DTensor, or another kind that PyTorch dispatches
         return ops.linear(input, self.weight, self.bias)
 
@@ -32,9 +34,12 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
     kinds: the exact classes that qualify (default: the linear layers). False for an adapter
-    (PEFT), a quantized or parametrized layer, a hook, a DTensor: then the module must be called.
+    (PEFT), a quantized or parametrized layer, a hook, a DTensor, or where the module computes with
+    a copy of its weight in fewer bits: then it must be called.
     """
     cls = type(module)
+    if getattr(cls, "storage", None) is not None:
+        return False
     if vars(cls).get("_fastvlm_base", cls) not in (kinds or (nn.Linear, Linear)):
         return False
     if any(getattr(module, hooks) for hooks in _HOOKS):

@@ -4,7 +4,7 @@ from fastvlm import cpu as _cpu
 from fastvlm.ops.attention import cached_attention, cross_attention, self_attention
 from fastvlm.ops.dispatch import register as _register
 from fastvlm.ops.loss import linear_cross_entropy, linear_topk
-from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear
+from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear, low_precision_linear, quantize_rows
 from fastvlm.ops.norm import residual_layer_norm, residual_rms_norm, rms_norm
 from fastvlm.ops.rope import rope
 
@@ -16,6 +16,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_topk",
+    "low_precision_linear",
+    "quantize_rows",
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",

@@ -30,6 +30,12 @@ _LINEAR = define(
     reference.linear,
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
 )
+_LOW_PRECISION_LINEAR = define(
+    "low_precision_linear",
+    "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
+    reference.low_precision_linear,
+    lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]),
+)
 _GELU_MLP = define(
     "gelu_mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, bool tanh, "
@@ -147,7 +153,7 @@ def _check_weights(op: str, **weights: tuple[Tensor | None, list[int | None]]) -
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def _width(weight: object, dim: int) -> int | None:
@@ -174,6 +180,66 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = autocast(x, weight, bias)
     checks.same_kind(op, "x", x, weight=weight, bias=bias)
     return _linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def low_precision_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """x weight^T + bias for a weight that is stored in fewer bits than it is computed with.
+
+    x: [..., K] float32, bfloat16 or float16. weight: [N, K], bfloat16; or int8, then scale [N]
+    float32 holds the factor of each row (`quantize_rows` makes both). bias: [N] in x's dtype, or
+    None. Products and sums are float32. Returns [..., N] in x's dtype.
+
+    For decoding: on the CPU up to 64 rows stream the stored weight from memory once; for more rows
+    it is widened a block at a time. Inference only.
+
+    Raises TypeError or ValueError, and RuntimeError where a gradient is wanted; the message names
+    the argument.
+    """
+    op = "low_precision_linear"
+    features = _features(op, x)
+    rows = _width(weight, 0)
+    _check_weights(op, weight=(weight, [None, features]), bias=(bias, [rows]))
+    _check_storage(op, weight, scale)
+    for name, tensor in {"x": x, "weight": weight, "scale": scale, "bias": bias}.items():
+        if needs_grad(tensor):
+            raise RuntimeError(
+                f"fastvlm.{op}: {name} must not want a gradient: this op is for inference; call it "
+                "under torch.inference_mode() or torch.no_grad(), or train with fastvlm.ops.linear"
+            )
+    x, bias = autocast(x, bias)
+    checks.same_kind(op, "x", x, bias=bias)
+    checks.same_device(op, "x", x, weight=weight, scale=scale)
+    out: Tensor = _LOW_PRECISION_LINEAR(_rows(x), weight, scale, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check_storage(op: str, weight: Tensor, scale: Tensor | None) -> None:
+    if weight.dtype == torch.bfloat16:
+        if scale is not None:
+            raise checks.fail(op, "scale", "None for a bfloat16 weight", scale)
+        return
+    if weight.dtype != torch.int8:
+        raise checks.fail(op, "weight", "bfloat16, or int8 with a scale", weight)
+    checks.is_tensor(op, scale=scale)
+    assert scale is not None
+    checks.has_shape(op, "scale", scale, [weight.shape[0]])
+    if scale.dtype != torch.float32:
+        raise checks.fail(op, "scale", "float32", scale)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and scale of `low_precision_linear` for a floating-point weight [N, K].
+
+    Symmetric, one factor for each row: scale = max |row| / 127, and weight / scale rounded half to
+    even, [N, K] int8. No gradients. Raises TypeError or ValueError.
+    """
+    op = "quantize_rows"
+    checks.is_tensor(op, weight=weight)
+    checks.is_float(op, "weight", weight)
+    checks.has_shape(op, "weight", weight, [None, None])
+    return reference.quantize_rows(weight.detach())
 
 
 def gelu_mlp(

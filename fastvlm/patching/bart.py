@@ -247,7 +247,10 @@ def _first_layer_has(name: str, wanted: bool) -> Any:
 
 STACKS = (
     StackRule(
-        _first_layer_has("encoder_attn", False), lambda m: Swap(EncoderStack, ("Layout",)), RULES
+        _first_layer_has("encoder_attn", False),
+        lambda m: Swap(EncoderStack, ("Layout",)),
+        RULES,
+        decodes=False,
     ),
     StackRule(
         _first_layer_has("encoder_attn", True), lambda m: Swap(BartDecoder, ("Layout",)), RULES

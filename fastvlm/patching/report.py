@@ -10,12 +10,17 @@ from fastvlm.tables import text_table
 
 @dataclass(frozen=True)
 class Entry:
-    """module: dotted name; kind: its class; ops: what it runs on now; reason: why skipped."""
+    """module: dotted name; kind: its class; ops: what it runs on now; reason: why skipped.
+
+    reads: with weights, for a layer that a decoding step runs: the type in which its weight is read
+    and the bytes of the weight itself and of what is read.
+    """
 
     module: str
     kind: str
     ops: tuple[str, ...]
     reason: str | None = None
+    reads: tuple[str, tuple[int, int]] | None = None
 
     @property
     def patched(self) -> bool:
@@ -37,23 +42,36 @@ class Report:
     def skipped(self) -> list[Entry]:
         return [entry for entry in self.entries if not entry.patched]
 
+    @property
+    def step_bytes(self) -> tuple[int, int] | None:
+        """With weights: the bytes of weights behind one decoding step, and those that it reads."""
+        sizes = [entry.reads[1] for entry in self.entries if entry.reads is not None]
+        return (sum(s[0] for s in sizes), sum(s[1] for s in sizes)) if sizes else None
+
     def __str__(self) -> str:
         rows = []
-        for (name, kind, ops, reason), count in self._grouped().items():
+        for (name, kind, ops, reason, reads), count in self._grouped().items():
             times = f" ({count}x)" if count > 1 else ""
             status = ", ".join(ops) if reason is None else f"skipped: {reason}"
-            rows.append((name + times, kind, status))
+            rows.append((name + times, kind, reads, status))
         head = (
             f"fastvlm.patch({self.model}): {len(self.patched)} modules patched, "
             f"{len(self.skipped)} skipped"
         )
-        return f"{head}\n\n" + text_table(("module", "class", "runs on"), rows)
+        if self.step_bytes is None:
+            without = [(name, kind, status) for name, kind, _, status in rows]
+            return f"{head}\n\n" + text_table(("module", "class", "runs on"), without)
+        own, read = (size / 2**20 for size in self.step_bytes)
+        instead = f" instead of {own:.2f} MiB" if read != own else ", as without fastvlm"
+        head += f"\na decoding step reads {read:.2f} MiB of weights{instead}"
+        return f"{head}\n\n" + text_table(("module", "class", "weights", "runs on"), rows)
 
-    def _grouped(self) -> dict[tuple[str, str, tuple[str, ...], str | None], int]:
+    def _grouped(self) -> dict[tuple[str, str, tuple[str, ...], str | None, str], int]:
         """Layers that differ only in their number are one row."""
-        groups: dict[tuple[str, str, tuple[str, ...], str | None], int] = {}
+        groups: dict[tuple[str, str, tuple[str, ...], str | None, str], int] = {}
         for entry in self.entries:
             name = re.sub(r"\.\d+(?=\.|$)", ".*", entry.module) or "(model)"
-            key = (name, entry.kind, entry.ops, entry.reason)
+            reads = entry.reads[0] if entry.reads is not None else ""
+            key = (name, entry.kind, entry.ops, entry.reason, reads)
             groups[key] = groups.get(key, 0) + 1
         return groups

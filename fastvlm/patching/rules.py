@@ -49,12 +49,14 @@ class StackRule:
     """A stack of layers and the rules for the modules in it.
 
     Its attention modules and the stack are patched together or not at all: the stack hands down
-    the layouts instead of masks, so each of them must understand layouts.
+    the layouts instead of masks, so each of them must understand layouts. decodes: whether it runs
+    at each decoding step.
     """
 
     matches: Callable[[nn.Module], bool]
     choose: Callable[[nn.Module], Swap | str]
     rules: tuple[Rule, ...]
+    decodes: bool = True
 
 
 def too_old() -> str | None:

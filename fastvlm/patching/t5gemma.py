@@ -126,6 +126,6 @@ def _stack(decoder: bool) -> Any:
 
 
 STACKS = (
-    StackRule(_stack(False), lambda m: Swap(T5GemmaEncoder, ("Layout",)), RULES),
+    StackRule(_stack(False), lambda m: Swap(T5GemmaEncoder, ("Layout",)), RULES, decodes=False),
     StackRule(_stack(True), lambda m: Swap(T5GemmaDecoder, ("Layout",)), RULES),
 )

@@ -6,6 +6,8 @@ arXiv 1606.08415; GeGLU is arXiv 2002.05202. The activation is computed in float
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,52 @@ def _none(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K], weight [N, K], bias [N] -> [M, N]."""
     return F.linear(x, weight.to(x.dtype), bias)
+
+
+def low_precision_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x [M, K], weight bfloat16 or int8 [N, K], scale of its rows [N], bias [N] -> [M, N].
+
+    The weight is widened some rows at a time: a whole head of float32 would be gigabytes.
+    """
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    wide = _wide(x)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows in row_blocks(weight):
+        part = F.linear(wide, weight[rows].to(wide.dtype))
+        if scale is not None:
+            part *= scale[rows]
+        if bias is not None:
+            part += bias[rows]
+        out[:, rows] = part
+    return out
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> int8 [N, K] and the float32 factor [N] of each row, max |w| / 127."""
+    stored = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    for rows in row_blocks(weight):
+        block = weight[rows].float()
+        largest = block.abs().amax(1) if block.shape[1] else block.new_zeros(block.shape[0])
+        # a row of zeros stays one whatever its factor; at least the smallest normal number, since
+        # some CPUs are set to take a smaller one for 0
+        factor = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        stored[rows] = (block / factor[:, None]).round().clamp(-127, 127).to(torch.int8)
+        scale[rows] = factor
+    return stored, scale
+
+
+_BLOCK = 2**22  # elements in float32 at a time
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of a weight, each of a bounded number of elements."""
+    step = max(1, _BLOCK // max(1, weight.shape[1]))
+    for begin in range(0, weight.shape[0], step):
+        yield slice(begin, begin + step)
 
 
 def gelu_mlp(

@@ -54,6 +54,7 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
             *(torch.tensor([1, 6, 3], dtype=torch.int32), None, 0, 0.3, 0.0),
         ),
         "linear": (mlp[0], mlp[1], mlp[2]),
+        "low_precision_linear": (mlp[0], *ops.quantize_rows(mlp[1]), mlp[2]),
         "gelu_mlp": (*mlp, None, False, 0.0, True),
         "gelu_mlp_backward": (
             *(t(3, 4), mlp[0], t(3, 6), mlp[1], mlp[3], None, False, 0.0),
@@ -135,6 +136,7 @@ def test_opcheck_of_what_is_wanted(schema: str, wanted: bool) -> None:
 
 
 FORWARD_ONLY: dict[str, Callable[..., Any]] = {
+    "low_precision_linear": lambda h, w: ops.low_precision_linear(h, w.bfloat16()),
     "linear_topk": lambda h, w: ops.linear_topk(h, w, 3, softcap=3.0),
     "cached_attention": lambda h, w: ops.cached_attention(
         h.view(2, 2, 4), w.view(2, 4, 1, 4), w.view(2, 4, 1, 4), torch.tensor([4, 1])

@@ -1,0 +1,108 @@
+"""Linear layers that compute with a copy of their weight in fewer bits, for decoding.
+
+A decoding step of a few rows is as fast as its weights come from memory. The copies live beside
+the modules, not in them: parameters, state_dict, pickle and deepcopy know nothing of them.
+
+Import it where it is needed only: torch.compiler.disable takes a second to load.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm import ops
+from fastvlm.nn.linear import DENSE, Linear
+from fastvlm.ops._autograd import needs_grad
+
+_SAMPLES = 64
+
+
+class _Copy:
+    """A weight in fewer bits, and what shows whether the weight still holds the same values."""
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, storage: str):
+        # a tensor made under inference_mode could not be used outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            weight = weight.detach()
+            if storage == "bf16":
+                self.weight, self.scale = weight.to(torch.bfloat16).contiguous(), None
+            else:
+                self.weight, self.scale = ops.quantize_rows(weight)
+            # a view: while it is held, no other tensor can come to lie at the weight's address
+            self._sample = _sample(weight)
+            self._values = self._sample.clone()
+
+    def is_fresh(self) -> bool:
+        """Whether a few elements are as they were.
+
+        Updates in place through ``.data`` (a merged adapter) leave no trace but the values.
+        """
+        return torch.equal(self._sample, self._values)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A view of a few elements in different rows and columns."""
+    line = weight.view(-1) if weight.is_contiguous() else weight.diagonal()
+    return line[:: max(1, line.numel() // _SAMPLES) | 1]
+
+
+_Key = tuple[object, ...]
+_copies: WeakKeyDictionary[nn.Module, tuple[_Key, _Copy]] = WeakKeyDictionary()
+# modules whose weights are tied share one copy
+_shared: WeakValueDictionary[_Key, _Copy] = WeakValueDictionary()
+
+
+@torch.compiler.disable
+def stored_copy(module: nn.Module, storage: str) -> tuple[Tensor, Tensor | None]:
+    """The weight of a linear layer in fewer bits, and the factors of its rows; never a stale one.
+
+    Made at the first call, and again once the weight has changed.
+    """
+    weight = cast(Tensor, module.weight)
+    place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
+    key = storage, weight._version, *place
+    known, copy = _copies.get(module, (None, None))
+    if copy is None or known != key or not copy.is_fresh():
+        copy = _shared.get(key)
+        if copy is None or not copy.is_fresh():
+            forget(module)  # before the new one takes its memory
+            copy = _shared[key] = _Copy(weight, storage)
+        _copies[module] = key, copy
+    return copy.weight, copy.scale
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of a module's copy."""
+    _copies.pop(module, None)
+
+
+class LowPrecisionLinear(Linear):
+    """A linear layer that computes with its weight in bfloat16 or int8; the parameter stays.
+
+    storage: "bf16", or "int8" with one factor for each row. Arithmetic is float32. For inference:
+    raises RuntimeError where a gradient is wanted.
+    """
+
+    storage = "bf16"
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        usual = type(input) in DENSE and type(weight) is nn.Parameter
+        if not usual or weight.is_meta or weight.is_inference():
+            # a kind of tensor that PyTorch dispatches, or one whose changes cannot be told
+            return super().forward(input)
+        if needs_grad(input, weight, bias):
+            raise RuntimeError(
+                f'fastvlm.patch: a model patched with weights="{self.storage}" is for decoding: '
+                "call it under torch.inference_mode() or torch.no_grad(); to train, patch it "
+                "without weights"
+            )
+        stored, scale = stored_copy(self, self.storage)
+        return ops.low_precision_linear(input, stored, scale, bias)

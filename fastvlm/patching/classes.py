@@ -1,0 +1,57 @@
+"""How one module is changed: it keeps all it has and gets a subclass of its own class."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from fastvlm.patching.rules import Swap
+from fastvlm.patching.weights import forget_copy
+
+
+class PatchError(ValueError):
+    """Nothing could be patched, or with strict=True something was skipped."""
+
+
+@cache
+def swapped(base: Any, swap: Swap) -> Any:
+    """The subclass of base with swap's forward; by all names the same class as base."""
+    return type(base)(
+        base.__name__,
+        (swap.mixin, base),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce,
+            "_fastvlm_base": base,
+            "_fastvlm_swap": swap,
+            **dict(swap.attributes),
+        },
+    )
+
+
+def _rebuild(base: Any, swap: Swap) -> Any:
+    cls = swapped(base, swap)
+    return cls.__new__(cls)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle by base and swap: the subclass itself has no importable name."""
+    cls = type(module)
+    return _rebuild, (cls._fastvlm_base, cls._fastvlm_swap), module.__dict__  # type: ignore[attr-defined]
+
+
+def is_patched(module: nn.Module) -> bool:
+    return "_fastvlm_base" in vars(type(module))
+
+
+def unpatched_class(module: Any) -> Any:
+    return type(module)._fastvlm_base if is_patched(module) else type(module)
+
+
+def become(module: nn.Module, cls: Any) -> None:
+    forget_copy(module)
+    module.__class__ = cls

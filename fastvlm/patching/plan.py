@@ -1,0 +1,189 @@
+"""What a patch will change: found by the rules of the families, before anything is touched."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from fastvlm.nn.linear import Linear
+from fastvlm.patching.classes import PatchError, is_patched
+from fastvlm.patching.report import Entry
+from fastvlm.patching.rules import Rule, StackRule, Swap, too_old
+from fastvlm.patching.weights import LINEAR, adapters_of, choose_linear, read_at_a_step, storage_of
+
+
+@dataclass
+class Change:
+    name: str
+    module: nn.Module
+    floors: tuple[str, ...]
+    swap: Swap | None
+    reason: str | None = None
+    at_each_step: bool = False  # a linear layer whose weight every decoding step reads
+
+
+def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[Change]:
+    # imported here: fastvlm's ops stand without transformers
+    if importlib.util.find_spec("transformers") is None:
+        raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
+    from fastvlm.patching.families import (
+        PREFIX_MASK,
+        STACKS,
+        left_alone,
+        prefix_decoders,
+        tower_linears,
+    )
+
+    changes: list[Change] = []
+    seen: set[int] = set()
+
+    def add(change: Change) -> None:
+        if id(change.module) not in seen:
+            seen.add(id(change.module))
+            changes.append(change)
+
+    shares, prefixed = False, prefix_decoders(model)
+    for name, module in model.named_modules():
+        stack = next((s for s in STACKS if s.matches(module)), None)
+        if stack is not None:
+            refused = too_old() or (PREFIX_MASK if module in prefixed else None)
+            storage = weights if stack.decodes else None
+            shares |= _plan_stack(name, module, stack, wanted, storage, refused, add)
+    if changes:
+        for name, module in model.named_modules():
+            _plan_outside(name, module, wanted, weights, shares, add)
+        for name, linear in tower_linears(model):
+            if _is_linear(linear):
+                add(_change(name, linear, ("linear",), _choose(linear, _LINEAR, wanted)))
+        for name, module, reason in left_alone(model):
+            add(Change(name, module, (), None, reason))
+    return changes
+
+
+def _plan_stack(
+    prefix: str,
+    stack: nn.Module,
+    rule: StackRule,
+    wanted: frozenset[str],
+    weights: str | None,
+    refused: str | None,
+    add: Any,
+) -> bool:
+    """The changes in one stack; True if it is patched and shares encoder states among readers.
+
+    refused: a reason why its attention stays with transformers, whatever the rules say.
+    """
+    found = []
+    kept: set[nn.Module] = set()  # linear layers whose weight is read as it is
+    per_image: set[nn.Module] = set()
+    for name, module in stack.named_modules(prefix=prefix):
+        kept.update(adapters_of(module))
+        inner = next((r for r in rule.rules if module is not stack and r.matches(module)), None)
+        if inner is not None:
+            found.append((name, module, inner, _choose(module, inner, wanted)))
+            per_image.update(_projections_of_images(module, inner))
+        elif _is_linear(module) or (weights is not None and isinstance(module, nn.Linear)):
+            storage = None if module in kept | per_image else weights
+            choice = _choose_linear(module, wanted, storage)
+            found.append((name, module, _LINEAR, choice))
+    attention = [(n, c) for n, _, r, c in found if r.floors == ("attention",)]
+    chosen = refused or _choose(stack, Rule(("attention",), rule.matches, rule.choose), wanted)
+    bad = next(((n, c) for n, c in attention if isinstance(c, str)), None)
+    if bad is not None and not isinstance(chosen, str):
+        chosen = bad[1] if "not in only" in bad[1] else f"{bad[0]} was skipped ({bad[1]})"
+    add(_change(prefix, stack, ("attention",), chosen))
+    for name, module, inner, choice in found:
+        if inner.floors == ("attention",) and isinstance(chosen, str) and isinstance(choice, Swap):
+            choice = f"its stack {prefix} was skipped"
+        step = inner is _LINEAR and rule.decodes and module not in per_image
+        add(_change(name, module, inner.floors, choice, step))
+    return isinstance(chosen, Swap) and getattr(chosen.mixin, "has_cross_attention", False)
+
+
+def _plan_outside(
+    name: str, module: Any, wanted: frozenset[str], weights: str | None, shares: bool, add: Any
+) -> None:
+    """The head, and the class that generates."""
+    from fastvlm.patching.stacks import SharedEncoderStates
+
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    if head is not None and (_is_linear(head) or weights is not None):
+        at = next(n for n, m in module.named_modules(prefix=name) if m is head)
+        add(_change(at, head, ("linear",), _choose_linear(head, wanted, weights), True))
+    # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
+    generates = hasattr(type(module), "_expand_inputs_for_generation") and hasattr(
+        module, "lm_head"
+    )
+    if shares and "attention" in wanted and generates and module.config.is_encoder_decoder:
+        swap = Swap(SharedEncoderStates, ("one copy of the encoder states",))
+        add(_change(name, module, ("attention",), swap))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or (is_patched(module) and isinstance(module, Linear))
+
+
+_LINEAR = Rule(("linear",), _is_linear, lambda m: LINEAR)
+
+
+def _choose_linear(module: nn.Module, wanted: frozenset[str], storage: str | None) -> Swap | str:
+    missing = _missing(_LINEAR, wanted)
+    if missing is None and not _is_linear(module):
+        return f"{type(module).__name__} is called as it is: it does more than nn.Linear"
+    return missing or choose_linear(module, storage)
+
+
+def _projections_of_images(attention: Any, rule: Rule) -> list[nn.Module]:
+    """The key and value projections of a cross-attention: they run once for an image."""
+    if rule.floors != ("attention",):
+        return []
+    swap = rule.choose(attention) if not is_patched(attention) else type(attention)._fastvlm_swap
+    if not isinstance(swap, Swap) or "cross_attention" not in swap.runs_on:
+        return []
+    return [attention.k_proj, attention.v_proj]
+
+
+def _missing(rule: Rule, wanted: frozenset[str]) -> str | None:
+    missing = set(rule.floors) - wanted
+    return f"not in only: {', '.join(sorted(missing))}" if missing else None
+
+
+def _choose(module: nn.Module, rule: Rule, wanted: frozenset[str]) -> Swap | str:
+    if missing := _missing(rule, wanted):
+        return missing
+    if is_patched(module):
+        swap: Swap = type(module)._fastvlm_swap  # type: ignore[attr-defined]
+        return swap
+    return rule.choose(module)
+
+
+def _change(
+    name: str,
+    module: nn.Module,
+    floors: tuple[str, ...],
+    choice: Swap | str,
+    at_each_step: bool = False,
+) -> Change:
+    swap, reason = (None, choice) if isinstance(choice, str) else (choice, None)
+    return Change(name, module, floors, swap, reason, at_each_step)
+
+
+_MLPS = ("gelu_mlp", "geglu_mlp")
+
+
+def entries_of(changes: list[Change], weights: str | None) -> list[Entry]:
+    low = {id(change.module) for change in changes if storage_of(change.swap) is not None}
+    entries = []
+    for change in changes:
+        runs_on = () if change.swap is None else change.swap.runs_on
+        if any(id(part) in low for part in change.module.children()):
+            # an MLP of such layers calls them one by one
+            runs_on = tuple("low_precision_linear" if op in _MLPS else op for op in runs_on)
+        entry = Entry(change.name, type(change.module).__name__, runs_on, change.reason)
+        if weights is not None and change.at_each_step:
+            entry = replace(entry, reads=read_at_a_step(change.module, storage_of(change.swap)))
+        entries.append(entry)
+    return entries
