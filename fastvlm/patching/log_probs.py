@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import Linear
 from fastvlm.patching.classes import is_patched, swapped, unpatched_class
 from fastvlm.patching.weights import LINEAR, is_low_precision
 
@@ -48,7 +47,7 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastvlm.log_prob_change: model must be a torch.nn.Module; got {model!r}")
-    if not any(is_low_precision(module) for module in model.modules()):
+    if not any(_reads_a_copy(module) for module in model.modules()):
         raise ValueError(
             "fastvlm.log_prob_change: model must be patched with weights; got "
             f'{type(model).__name__} with its own: fastvlm.patch(model, weights="int8")'
@@ -76,13 +75,16 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
     )
 
 
+def _reads_a_copy(module: nn.Module) -> bool:
+    return is_patched(module) and is_low_precision(module)
+
+
 @contextlib.contextmanager
 def _own_weights(model: nn.Module) -> Iterator[None]:
     """Inside the block, linear layers compute with their own weights; the copies are kept."""
-    changed = {m: type(m) for m in model.modules() if is_low_precision(m)}
+    changed = {m: type(m) for m in model.modules() if _reads_a_copy(m)}
     for module in changed:
-        base = unpatched_class(module)
-        module.__class__ = swapped(base, LINEAR) if is_patched(module) else Linear
+        module.__class__ = swapped(unpatched_class(module), LINEAR)
     try:
         yield
     finally:
