@@ -38,6 +38,8 @@ Capability choose(std::string wanted) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && (wanted.empty() || wanted == "AVX512_BF16")) return Capability::kAVX512BF16;
   if (avx512 && (wanted.empty() || wanted == "AVX512")) return Capability::kAVX512;
   if (avx2 && (wanted.empty() || wanted == "AVX2")) return Capability::kAVX2;
 #endif
@@ -48,6 +50,7 @@ Capability choose(std::string wanted) {
 
 std::string capability_name() {
   switch (capability()) {
+    case Capability::kAVX512BF16: return "AVX512_BF16";
     case Capability::kAVX512: return "AVX512";
     case Capability::kAVX2: return "AVX2";
     default: return "DEFAULT";
@@ -63,6 +66,8 @@ Capability capability() {
   }();
   return chosen;
 }
+
+bool has_bfloat16_products() { return capability() == Capability::kAVX512BF16; }
 
 }  // namespace fastvlm
 

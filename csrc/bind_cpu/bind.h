@@ -19,13 +19,13 @@ namespace fastvlm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Capability { kDefault, kAVX2, kAVX512 };
+enum class Capability { kDefault, kAVX2, kAVX512, kAVX512BF16 };
 Capability capability();
 
 // The copy of a kernel that fits the machine.
 #if defined(FASTVLM_X86)
 #define FASTVLM_KERNEL(name)                                                 \
-  (::fastvlm::capability() == ::fastvlm::Capability::kAVX512 ? &AVX512::name \
+  (::fastvlm::capability() >= ::fastvlm::Capability::kAVX512 ? &AVX512::name \
    : ::fastvlm::capability() == ::fastvlm::Capability::kAVX2 ? &AVX2::name   \
                                                              : &DEFAULT::name)
 #else

@@ -24,19 +24,21 @@ Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {
   return torch::stable::new_empty(like, {rows, cols});
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+// wide: the result is float32 whatever x is.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool wide) {
   const Matrix rows = matrix(x, "x");
   const Matrix w = weight_for(weight, "weight", rows.cols);
   const Matrix b = bias_for(bias, "bias", w.rows);
-  Tensor out = empty_rows(x, rows.rows, w.rows);
-  FASTVLM_KERNEL(linear)(rows, w, b, out.mutable_data_ptr());
+  Tensor out = wide ? torch::stable::new_empty(x, {rows.rows, w.rows}, ScalarType::Float)
+                    : empty_rows(x, rows.rows, w.rows);
+  FASTVLM_KERNEL(linear)(rows, w, b, wide ? DType::kFloat : rows.dtype, out.mutable_data_ptr());
   return out;
 }
 
 // A weight of fewer bits than x: bfloat16, or int8 with a factor for each row.
 Tensor low_precision_linear(const Tensor& x, const Tensor& weight,
                             const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
-  if (!scale.has_value()) return linear(x, weight, bias);
+  if (!scale.has_value()) return linear(x, weight, bias, false);
   const Matrix rows = matrix(x, "x");
   check(weight, "weight", 2);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight: expected int8 with a scale");
@@ -50,7 +52,7 @@ Tensor low_precision_linear(const Tensor& x, const Tensor& weight,
                  weight.stride(0),        static_cast<const float*>(scale->const_data_ptr())};
   const Matrix b = bias_for(bias, "bias", w.rows);
   Tensor out = empty_rows(x, rows.rows, w.rows);
-  FASTVLM_KERNEL(linear)(rows, w, b, out.mutable_data_ptr());
+  FASTVLM_KERNEL(linear)(rows, w, b, rows.dtype, out.mutable_data_ptr());
   return out;
 }
 
@@ -133,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& grad, const T
 }  // namespace fastvlm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool wide=False) -> Tensor");
   m.def("low_precision_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   m.def("gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
   m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh) -> Tensor");

@@ -3,6 +3,7 @@
 // Rows are grouped by image, so that K and V are read once for all segments, beams and query heads
 // that share them. An image with many rows is done in panels of one key head; with few rows, as in
 // decoding, the keys are cut into blocks that stream through all heads and are combined after.
+#include "panel.h"
 #include "random.h"
 #include "readers.h"
 #include "softmax.h"

@@ -8,6 +8,7 @@
 // gives the same bits.
 #include <cmath>
 
+#include "panel.h"
 #include "random.h"
 #include "readers.h"
 

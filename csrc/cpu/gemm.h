@@ -1,5 +1,5 @@
-// Register-blocked tiles of the two products the kernels are made of: rows times weight rows, where
-// the weight streams from memory, and a small panel times a panel that lies in cache.
+// What the kernels are made of: tasks, scratch memory, and register-blocked products of a few rows
+// with weight rows that stream from memory.
 #pragma once
 
 #include <type_traits>
@@ -90,11 +90,10 @@ constexpr int rows_in_flight(int x_rows) {
   return x_rows <= 2 ? 6 : x_rows == 3 ? 4 : 3;
 }
 
-// out[m][n] (+)= x[m] . w[n] for M rows of x and N rows of w, over k elements.
-template <class T, int N, int M>
-inline void dot_tile(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t k,
-                     bool accumulate, float* out, int64_t out_stride) {
-  Vec sums[M][N] = {};
+// sums[m][n] += x[m] w[n], lane by lane, for M rows of x and N rows of w over k elements.
+template <class T, class X, int N, int M>
+inline void dot_sums(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
+                     Vec (&sums)[M][N]) {
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
     Vec xs[M];
@@ -114,6 +113,53 @@ inline void dot_tile(const T* w, int64_t w_stride, const float* x, int64_t x_str
       for (int m = 0; m < M; ++m) sums[m][n] += load_partial(x + m * x_stride + i, k - i) * wn;
     }
   }
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// bfloat16 times bfloat16 with the CPU's own instruction, two products a lane: only where
+// has_bfloat16_products().
+template <int N, int M>
+__attribute__((target("avx512bf16"))) inline void dot_sums(const BFloat16* w, int64_t w_stride,
+                                                           const BFloat16* x, int64_t x_stride,
+                                                           int64_t k, Vec (&sums)[M][N]) {
+  __m512 totals[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) totals[m][n] = (__m512)sums[m][n];
+  }
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
+    __m512bh xs[M];
+    for (int m = 0; m < M; ++m) xs[m] = (__m512bh)_mm512_loadu_si512(x + m * x_stride + i);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const __m512bh wn = (__m512bh)_mm512_loadu_si512(w + n * w_stride + i);
+      __builtin_prefetch(w + (n + N) * w_stride + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) totals[m][n] = _mm512_dpbf16_ps(totals[m][n], xs[m], wn);
+    }
+  }
+  if (i < k) {
+    const __mmask32 rest = (__mmask32)((1ull << (k - i)) - 1);
+    for (int n = 0; n < N; ++n) {
+      const __m512bh wn = (__m512bh)_mm512_maskz_loadu_epi16(rest, w + n * w_stride + i);
+      for (int m = 0; m < M; ++m) {
+        const __m512bh xm = (__m512bh)_mm512_maskz_loadu_epi16(rest, x + m * x_stride + i);
+        totals[m][n] = _mm512_dpbf16_ps(totals[m][n], xm, wn);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) sums[m][n] = (Vec)totals[m][n];
+  }
+}
+#endif
+
+// out[m][n] (+)= x[m] . w[n].
+template <class T, class X, int N, int M>
+inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
+                     bool accumulate, float* out, int64_t out_stride) {
+  Vec sums[M][N] = {};
+  dot_sums(w, w_stride, x, x_stride, k, sums);
   float totals[round_up(M * N, kLanes)];
 #pragma GCC unroll 8
   for (int first = 0; first < M * N; first += kLanes) {
@@ -133,43 +179,43 @@ inline void dot_tile(const T* w, int64_t w_stride, const float* x, int64_t x_str
   }
 }
 
-template <class T, int N>
-inline void dot_rows(int m, const T* w, int64_t w_stride, const float* x, int64_t x_stride,
-                     int64_t k, bool accumulate, float* out, int64_t out_stride) {
+template <class T, class X, int N>
+inline void dot_rows(int m, const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
+                     bool accumulate, float* out, int64_t out_stride) {
   switch (m) {
-    case 1: return dot_tile<T, N, 1>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    case 2: return dot_tile<T, N, 2>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    case 3: return dot_tile<T, N, 3>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    default: return dot_tile<T, N, 4>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 1: return dot_tile<T, X, N, 1>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 2: return dot_tile<T, X, N, 2>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 3: return dot_tile<T, X, N, 3>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    default: return dot_tile<T, X, N, 4>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
   }
 }
 
-// Elements of k in one go where weight rows are used again: they stay in the first-level cache.
-constexpr int64_t kDotBlock = kRegisters == 32 ? 512 : 1024;
+// Bytes of a weight row in one go where weight rows are used again: so many rows stay in the
+// first-level cache.
+constexpr int64_t kDotBytes = kRegisters == 32 ? 2048 : 4096;
 
 // out[m][n] = x[m] . w[n]. Each group of weight rows comes from memory once and from cache for the
 // further groups of x rows; k is cut so that the group fits the first-level cache.
-template <class T, int N>
-void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const float* x,
-                        int64_t x_stride, int64_t m_rows, int64_t k, float* out,
-                        int64_t out_stride) {
+template <class T, class X, int N>
+void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const X* x, int64_t x_stride,
+                        int64_t m_rows, int64_t k, float* out, int64_t out_stride) {
   const int64_t groups = divide_up(m_rows, 4);
-  const int64_t block = groups == 1 ? larger(k, 1) : kDotBlock;
+  const int64_t block = groups == 1 ? larger(k, 1) : kDotBytes / int64_t{sizeof(X)};
   for (int64_t n = 0; n < n_rows; n += N) {
     for (int64_t begin = 0; begin < k || begin == 0; begin += block) {
       const int64_t length = smaller(block, k - begin);
       for (int64_t group = 0, m = 0; group < groups; ++group) {
         const int64_t end = m_rows * (group + 1) / groups;
         const int count = static_cast<int>(end - m);
-        const float* xm = x + m * x_stride + begin;
+        const X* xm = x + m * x_stride + begin;
         float* o = out + m * out_stride + n;
         if (n + N <= n_rows) {
-          dot_rows<T, N>(count, w + n * w_stride + begin, w_stride, xm, x_stride, length, begin > 0,
-                         o, out_stride);
+          dot_rows<T, X, N>(count, w + n * w_stride + begin, w_stride, xm, x_stride, length,
+                            begin > 0, o, out_stride);
         } else {
           for (int64_t rest = n; rest < n_rows; ++rest, ++o) {
-            dot_rows<T, 1>(count, w + rest * w_stride + begin, w_stride, xm, x_stride, length,
-                           begin > 0, o, out_stride);
+            dot_rows<T, X, 1>(count, w + rest * w_stride + begin, w_stride, xm, x_stride, length,
+                              begin > 0, o, out_stride);
           }
         }
         m = end;
@@ -178,75 +224,18 @@ void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const floa
   }
 }
 
-template <class T>
-void products(const T* w, int64_t w_stride, int64_t n_rows, const float* x, int64_t x_stride,
+template <class T, class X>
+void products(const T* w, int64_t w_stride, int64_t n_rows, const X* x, int64_t x_stride,
               int64_t m_rows, int64_t k, float* out, int64_t out_stride) {
   auto run = [&](auto rows) {
-    products_in_flight<T, decltype(rows)::value>(w, w_stride, n_rows, x, x_stride, m_rows, k, out,
-                                                 out_stride);
+    products_in_flight<T, X, decltype(rows)::value>(w, w_stride, n_rows, x, x_stride, m_rows, k,
+                                                    out, out_stride);
   };
   switch (m_rows) {
     case 1:
     case 2: return run(std::integral_constant<int, rows_in_flight(2)>{});
     case 3: return run(std::integral_constant<int, rows_in_flight(3)>{});
     default: return run(std::integral_constant<int, rows_in_flight(4)>{});
-  }
-}
-
-// Rows of an operand and what lies between neighbours in a row and between rows: a matrix, or with
-// the two exchanged its transpose.
-struct Strided {
-  const float* data;
-  int64_t row, step;
-};
-
-// c[M][N vectors] (+)= a[M][k] b[k][N vectors], a element by element, b vector by vector. What is
-// added to c is summed apart from it first: short sums of short sums round less than one long one.
-template <int M, int N>
-void panel_tile(Strided a, const float* b, int64_t b_stride, int64_t k, bool accumulate, float* c,
-                int64_t c_stride) {
-  Vec sums[M][N] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    Vec bs[N];
-    for (int n = 0; n < N; ++n) bs[n] = load(b + i * b_stride + n * kLanes);
-#pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      const Vec am = broadcast(a.data[m * a.row + i * a.step]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[m][n] += am * bs[n];
-    }
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      float* to = c + m * c_stride + n * kLanes;
-      store(to, accumulate ? load(to) + sums[m][n] : sums[m][n]);
-    }
-  }
-}
-
-template <int N>
-inline void panel_rows(int64_t m_rows, Strided a, const float* b, int64_t b_stride, int64_t k,
-                       bool accumulate, float* c, int64_t c_stride) {
-  auto rows = [&](auto count, int64_t m) {
-    panel_tile<decltype(count)::value, N>({a.data + m * a.row, a.row, a.step}, b, b_stride, k,
-                                          accumulate, c + m * c_stride, c_stride);
-  };
-  int64_t m = 0;
-  for (; m + 6 <= m_rows; m += 6) rows(std::integral_constant<int, 6>{}, m);
-  for (; m + 2 <= m_rows; m += 2) rows(std::integral_constant<int, 2>{}, m);
-  if (m < m_rows) rows(std::integral_constant<int, 1>{}, m);
-}
-
-// c[m_rows][cols] (+)= a[m_rows][k] b[k][cols]; cols is a multiple of kLanes.
-inline void panel_product(Strided a, int64_t m_rows, const float* b, int64_t b_stride, int64_t k,
-                          bool accumulate, float* c, int64_t c_stride, int64_t cols) {
-  constexpr int kWide = kRegisters == 32 ? 4 : 2;
-  int64_t n = 0;
-  for (; n + kWide * kLanes <= cols; n += kWide * kLanes) {
-    panel_rows<kWide>(m_rows, a, b + n, b_stride, k, accumulate, c + n, c_stride);
-  }
-  for (; n < cols; n += kLanes) {
-    panel_rows<1>(m_rows, a, b + n, b_stride, k, accumulate, c + n, c_stride);
   }
 }
 

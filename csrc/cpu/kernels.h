@@ -38,6 +38,9 @@ using TaskBody = void (*)(void* context, int64_t task, int64_t worker);
 void run_tasks(int64_t tasks, TaskBody body, void* context);
 int64_t workers();
 
+// Whether the CPU multiplies bfloat16 pairs, and the AVX512 copy may use that.
+bool has_bfloat16_products();
+
 // Aligned to a cache line; throws std::bad_alloc.
 void* allocate(int64_t bytes);
 void release(void* memory);

@@ -1,4 +1,7 @@
 // linear, gelu_mlp and geglu_mlp: a few rows of x against weights that are read once.
+//
+// Sums are float32, and so is what lies between the two products, but where the CPU multiplies
+// bfloat16 pairs: there it is rounded to bfloat16, as PyTorch does.
 #include "mlp.h"
 
 #include "gemm.h"
@@ -15,36 +18,79 @@ const void* element(const void* data, DType dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size;
 }
 
-// x as float32 rows: in place when it already is, else converted block by block.
-class FloatRows {
- public:
-  explicit FloatRows(const Matrix& x)
-      : x_(x), copy_(x.dtype == DType::kFloat ? 0 : smaller(x.rows, kRowBlock) * x.cols) {}
+// Rows of contiguous elements, float32 or, for products of bfloat16 pairs, bfloat16.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  bool narrow;
+};
 
-  const float* block(int64_t begin, int64_t rows) {
+// Whether products with these weights (null: no such weight) take bfloat16 rows as they are.
+bool multiplies_narrow(const Matrix& x, const Matrix& w, const Matrix* w2 = nullptr,
+                       const Matrix* w3 = nullptr) {
+  auto fits = [](const Matrix* m) { return m == nullptr || m->dtype == DType::kBFloat16; };
+  return has_bfloat16_products() && fits(&x) && fits(&w) && fits(w2) && fits(w3);
+}
+
+// The rows of x, block by block: in place where they can be multiplied as they are, else as
+// float32.
+class Input {
+ public:
+  Input(const Matrix& x, bool narrow)
+      : x_(x),
+        narrow_(narrow),
+        in_place_(narrow || x.dtype == DType::kFloat),
+        copy_(in_place_ ? 0 : smaller(x.rows, kRowBlock) * x.cols) {}
+
+  Rows block(int64_t begin, int64_t rows) {
     const void* first = element(x_.data, x_.dtype, begin * x_.stride);
-    if (x_.dtype == DType::kFloat) return static_cast<const float*>(first);
+    if (in_place_) return {first, x_.stride, narrow_};
     with_type(x_.dtype, [&](auto type) {
       using T = decltype(type);
       for (int64_t r = 0; r < rows; ++r) {
         to_float(static_cast<const T*>(first) + r * x_.stride, x_.cols, copy_.data() + r * x_.cols);
       }
     });
-    return copy_.data();
+    return {copy_.data(), x_.cols, false};
   }
-  int64_t stride() const { return x_.dtype == DType::kFloat ? x_.stride : x_.cols; }
 
  private:
   const Matrix& x_;
+  bool narrow_, in_place_;
   Scratch<float> copy_;
 };
 
-void multiply(const Matrix& w, int64_t begin, int64_t count, const float* x, int64_t x_stride,
-              int64_t rows, float* out) {
+// What lies between the products of an MLP, in what the second one takes.
+class Hidden {
+ public:
+  Hidden(int64_t rows, int64_t cols, bool narrow)
+      : cols_(cols), narrow_(narrow), data_(smaller(rows, kRowBlock) * cols) {}
+
+  template <class F>
+  void write(int64_t row, int64_t first, int64_t count, F f) {
+    const int64_t at = row * cols_ + first;
+    if (narrow_) return map_to(reinterpret_cast<BFloat16*>(data_.data()) + at, count, f);
+    map_to(data_.data() + at, count, f);
+  }
+  Rows rows() const { return {data_.data(), cols_, narrow_}; }
+
+ private:
+  int64_t cols_;
+  bool narrow_;
+  Scratch<float> data_;
+};
+
+void multiply(const Matrix& w, int64_t begin, int64_t count, Rows x, int64_t rows, float* out) {
   with_weight_type(w.dtype, [&](auto type) {
     using T = decltype(type);
-    products(static_cast<const T*>(w.data) + begin * w.stride, w.stride, count, x, x_stride, rows,
-             w.cols, out, kChunk);
+    const T* first = static_cast<const T*>(w.data) + begin * w.stride;
+    auto run = [&](auto* data) {
+      products(first, w.stride, count, data, x.stride, rows, w.cols, out, kChunk);
+    };
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (x.narrow) return run(static_cast<const BFloat16*>(x.data));
+    }
+    run(static_cast<const float*>(x.data));
   });
   if (w.scale == nullptr) return;
   for (int64_t r = 0; r < rows; ++r) {
@@ -71,8 +117,8 @@ Vec gelu(Vec x, bool tanh) { return tanh ? gelu_tanh(x) : gelu_erf(x); }
 // The products of `rows` rows of x with all rows of w (and of w2, read alongside, where given),
 // a chunk at a time: finish(row, first column, columns, products, products with w2, bias).
 template <class Finish>
-void project(const float* x, int64_t x_stride, int64_t rows, const Matrix& w, const Matrix* w2,
-             const Matrix& bias, Finish finish) {
+void project(Rows x, int64_t rows, const Matrix& w, const Matrix* w2, const Matrix& bias,
+             Finish finish) {
   // Short chunks where there would be too few for the threads; no sum depends on the chunk.
   const int64_t size = divide_up(w.rows, kChunk) < 4 * workers() ? kChunk / 2 : kChunk;
   const int64_t per_worker = (2 * rows + 1) * kChunk;
@@ -83,8 +129,8 @@ void project(const float* x, int64_t x_stride, int64_t rows, const Matrix& w, co
     float* first = scratch.data() + worker * per_worker;
     float* second = first + rows * kChunk;
     float* shift = second + rows * kChunk;
-    multiply(w, begin, count, x, x_stride, rows, first);
-    if (w2 != nullptr) multiply(*w2, begin, count, x, x_stride, rows, second);
+    multiply(w, begin, count, x, rows, first);
+    if (w2 != nullptr) multiply(*w2, begin, count, x, rows, second);
     load_bias(bias, begin, count, shift);
     for (int64_t r = 0; r < rows; ++r) {
       finish(r, begin, count, first + r * kChunk, second + r * kChunk, shift);
@@ -94,12 +140,12 @@ void project(const float* x, int64_t x_stride, int64_t rows, const Matrix& w, co
 }
 
 // out[first_row + r] = x[r] w^T + bias, in out's type.
-void project_out(const float* x, int64_t x_stride, int64_t rows, const Matrix& w,
-                 const Matrix& bias, DType dtype, void* out, int64_t first_row) {
+void project_out(Rows x, int64_t rows, const Matrix& w, const Matrix& bias, DType dtype, void* out,
+                 int64_t first_row) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     T* base = static_cast<T*>(out) + first_row * w.rows;
-    project(x, x_stride, rows, w, nullptr, bias,
+    project(x, rows, w, nullptr, bias,
             [&](int64_t r, int64_t begin, int64_t count, const float* sums, const float*,
                 const float* shift) {
               map_to(base + r * w.rows + begin, count, [&](int64_t i, int64_t n) {
@@ -111,46 +157,48 @@ void project_out(const float* x, int64_t x_stride, int64_t rows, const Matrix& w
 
 }  // namespace
 
-void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, void* out) {
-  FloatRows input(x);
+void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, DType dtype, void* out) {
+  Input input(x, multiplies_narrow(x, weight));
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
-    project_out(input.block(begin, rows), input.stride(), rows, weight, bias, x.dtype, out, begin);
+    project_out(input.block(begin, rows), rows, weight, bias, dtype, out, begin);
   }
 }
 
 void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,
               const Matrix& b2, bool tanh, void* out) {
-  FloatRows input(x);
-  Scratch<float> hidden(smaller(x.rows, kRowBlock) * w1.rows);
+  const bool narrow = multiplies_narrow(x, w1, &w2);
+  Input input(x, narrow);
+  Hidden hidden(x.rows, w1.rows, narrow);
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
-    project(input.block(begin, rows), input.stride(), rows, w1, nullptr, b1,
+    project(input.block(begin, rows), rows, w1, nullptr, b1,
             [&](int64_t r, int64_t first, int64_t count, const float* sums, const float*,
                 const float* shift) {
-              map_to(hidden.data() + r * w1.rows + first, count, [&](int64_t i, int64_t n) {
+              hidden.write(r, first, count, [&](int64_t i, int64_t n) {
                 return gelu(load_some(sums + i, n) + load_some(shift + i, n), tanh);
               });
             });
-    project_out(hidden.data(), w1.rows, rows, w2, b2, x.dtype, out, begin);
+    project_out(hidden.rows(), rows, w2, b2, x.dtype, out, begin);
   }
 }
 
 void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, bool tanh,
                void* out) {
   const Matrix no_bias{};
-  FloatRows input(x);
-  Scratch<float> hidden(smaller(x.rows, kRowBlock) * gate.rows);
+  const bool narrow = multiplies_narrow(x, gate, &up, &down);
+  Input input(x, narrow);
+  Hidden hidden(x.rows, gate.rows, narrow);
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
-    project(input.block(begin, rows), input.stride(), rows, gate, &up, no_bias,
+    project(input.block(begin, rows), rows, gate, &up, no_bias,
             [&](int64_t r, int64_t first, int64_t count, const float* gates, const float* ups,
                 const float*) {
-              map_to(hidden.data() + r * gate.rows + first, count, [&](int64_t i, int64_t n) {
+              hidden.write(r, first, count, [&](int64_t i, int64_t n) {
                 return gelu(load_some(gates + i, n), tanh) * load_some(ups + i, n);
               });
             });
-    project_out(hidden.data(), gate.rows, rows, down, no_bias, x.dtype, out, begin);
+    project_out(hidden.rows(), rows, down, no_bias, x.dtype, out, begin);
   }
 }
 

@@ -21,8 +21,6 @@ from fastvlm.cpu.common import dense_last
 # benchmarks/results shows 32 rows ahead of both libraries; where they meet depends on the CPU, and
 # past twice that their packed products are the safe choice
 MAX_ROWS = 64
-# with bfloat16 instructions in the CPU, PyTorch's product (oneDNN) catches up after a few rows
-MAX_ROWS_NATIVE_BF16 = 4
 
 VARIABLE = "FASTVLM_GEMM"
 _LIBRARIES = ("aten", "onednn")
@@ -31,15 +29,9 @@ _LIBRARIES = ("aten", "onednn")
 _CLEARLY_FASTER = 1.25
 
 
-@cache
-def _native_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def few_rows(x: Tensor) -> bool:
     """Whether our kernel, which streams the weight from memory once, is the choice for x."""
-    native = x.dtype == torch.bfloat16 and _native_bf16()
-    return x.shape[0] <= (MAX_ROWS_NATIVE_BF16 if native else MAX_ROWS)
+    return x.shape[0] <= MAX_ROWS
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,13 +24,14 @@ _MAX_K = 256
 
 
 class _Blocks:
-    """The blocks of a head: their logits from float32 rows x, before bias and cap."""
+    """The blocks of a head for some rows: their logits, float32, before bias and cap."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None):
-        self.x, self.weight, self.bias = x, weight, bias
-        most = min(_MOST, _ELEMENTS // max(1, x.shape[0]))
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+        most = min(_MOST, _ELEMENTS // max(1, rows.shape[0]))
         self.size = max(_FEWEST, most // 64 * 64)
-        self.streams = few_rows(x) and weight.stride(-1) == 1
+        self.streams = few_rows(rows) and weight.stride(-1) == 1
+        self.rows = rows.contiguous() if self.streams else rows.float()
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
         """(columns, weight of the block, bias of the block, logits). Where the rows do not stream
@@ -39,10 +40,10 @@ class _Blocks:
             columns = slice(first, first + self.size)
             w = self.weight[columns]
             if self.streams:
-                logits = torch.ops.fastvlm_cpu.linear(self.x, w, None)
+                logits = torch.ops.fastvlm_cpu.linear(self.rows, w, None, True)
             else:
                 w = w.float()
-                logits = large_product(self.x, w).contiguous()
+                logits = large_product(self.rows, w).contiguous()
             yield columns, w, None if self.bias is None else self.bias[columns], logits
 
 
@@ -53,9 +54,9 @@ def _running(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counted(h: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count, those rows in float32, and their labels."""
+    """Which rows count, those rows, and their labels."""
     rows = (labels != ignore_index).nonzero().flatten()
-    return rows, h[rows].float(), labels[rows]
+    return rows, h[rows], labels[rows]
 
 
 def _linear_cross_entropy(
@@ -94,7 +95,8 @@ def _linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, x, target = _counted(h, labels, ignore_index)
     parts, grad = lse[rows], grad_nll[rows]
-    dx = torch.zeros_like(x)
+    wide = x.float()
+    dx = torch.zeros_like(wide)
     dw = weight.new_empty(weight.shape if needs[1] else 0)
     db = bias.new_empty(bias.shape) if needs[2] and bias is not None else h.new_empty(0)
     for columns, w, b, d in _Blocks(x, weight, bias):
@@ -102,7 +104,7 @@ def _linear_cross_entropy_backward(
         if needs[0]:
             dx += large_product(d, w.float().t())
         if needs[1]:
-            dw[columns] = large_product(d.t(), x.t())
+            dw[columns] = large_product(d.t(), wide.t())
         if needs[2] and bias is not None:
             db[columns] = d.sum(0)
     dh = h.new_empty(0)
@@ -115,11 +117,10 @@ def _linear_cross_entropy_backward(
 def _linear_topk(
     h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = h.float().contiguous()
-    largest, total = _running(x)
-    values = torch.empty(x.shape[0], k)
-    indices = torch.empty(x.shape[0], k, dtype=torch.int64)
-    for columns, _, b, logits in _Blocks(x, weight, bias):
+    largest, total = _running(h)
+    values = torch.empty(h.shape[0], k)
+    indices = torch.empty(h.shape[0], k, dtype=torch.int64)
+    for columns, _, b, logits in _Blocks(h, weight, bias):
         torch.ops.fastvlm_cpu.scan_logits(
             logits, b, softcap, columns.start, largest, total, None, None, values, indices
         )
