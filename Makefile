@@ -1,4 +1,4 @@
-# make demo | test | test-oldest | lint | types | bench | gpu-check | clean
+# make demo | test | test-oldest | sanitize | lint | types | bench | gpu-check | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
 
@@ -18,7 +18,7 @@ ARGS   ?=
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-oldest lint types bench gpu-check build clean
+.PHONY: demo test test-oldest sanitize lint types bench gpu-check build clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -35,6 +35,15 @@ test-oldest: build
 	$(OLDEST)/bin/python -c "import torch" 2>/dev/null || $(OLDEST)/bin/python -m pip install $(TORCH)
 	$(OLDEST)/bin/python -m pip install -q transformers==4.48.1 pytest pytest-benchmark -e .
 	$(OLDEST)/bin/python -m pytest tests/patching/test_oldest.py
+
+# the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++); Python itself is not
+# built for them, so leaks are not looked for and its own interpreter is preloaded with the runtime
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
+sanitize: $(VENV)/.dev
+	FASTVLM_CXXFLAGS="$(SANITIZERS)" CXX=g++ \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTVLM_EXPECT_SANITIZERS=1 \
+	  $(RUN) pytest tests/test_cpu_kernels.py tests/ops -m "not slow" -k "not compile" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check

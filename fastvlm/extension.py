@@ -230,7 +230,13 @@ def _flags() -> list[str]:
         "-ffp-contract=fast",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI as of torch 2.10
         *(["-DFASTVLM_X86"] if _is_x86() else []),
+        *_more_flags(),
     ]
+
+
+def _more_flags() -> list[str]:
+    """FASTVLM_CXXFLAGS: the last word to compiler and linker (sanitizers, -g)."""
+    return shlex.split(os.environ.get("FASTVLM_CXXFLAGS", ""))
 
 
 def _key() -> str:
@@ -257,6 +263,7 @@ def _compile(work: Path, verbose: bool) -> None:
     includes = [f"-isystem {shlex.quote(p)}" for p in cpp_extension.include_paths()]
     # no rpath: torch is loaded before the library, which may be installed elsewhere
     links = [f"-L{shlex.quote(p)}" for p in cpp_extension.library_paths()]
+    links += _more_flags()
     lines = [
         f"cxx = {_compiler()}",
         f"flags = {' '.join([*_flags(), *includes])}",
