@@ -148,6 +148,12 @@ class CaptionsCase(_Kind):
         return 2 * _PRODUCTS * seen * self.heads * self.head_dim
 
 
+class _Elementwise(_Kind):
+    dtypes = SINGLE
+    cold = False
+    flops = 0
+
+
 # activations [rows, width] that each op must read and write: in the forward pass, and in both
 _NORM_PASSES = {
     "rms_norm": (2, 5),
@@ -157,7 +163,7 @@ _NORM_PASSES = {
 
 
 @dataclass(frozen=True)
-class NormCase(_Kind):
+class NormCase(_Elementwise):
     """op: the function's name in fastvlm.ops; its weights are too small to count."""
 
     name: str
@@ -166,19 +172,12 @@ class NormCase(_Kind):
     width: int
     trains: bool = False
 
-    dtypes = SINGLE
-    cold = False
-
-    @property
-    def flops(self) -> int:
-        return 0
-
     def bytes_moved(self, size: int) -> int:
         return size * _NORM_PASSES[self.op][self.trains] * self.rows * self.width
 
 
 @dataclass(frozen=True)
-class RopeCase(_Kind):
+class RopeCase(_Elementwise):
     """Queries and keys turned by their positions."""
 
     name: str
@@ -187,13 +186,6 @@ class RopeCase(_Kind):
     kv_heads: int
     head_dim: int
     trains: bool = False
-
-    dtypes = SINGLE
-    cold = False
-
-    @property
-    def flops(self) -> int:
-        return 0
 
     def bytes_moved(self, size: int) -> int:
         tables = 2 * self.rows * self.head_dim

@@ -18,7 +18,7 @@ from fastvlm import ops
 IGNORED = -100
 
 
-def _head(case: LossCase | TopkCase, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def head(case: LossCase | TopkCase, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     h = torch.randn(case.rows, case.width, dtype=dtype, device=device)
     weight = torch.randn(case.vocabulary, case.width, dtype=dtype, device=device)
     # logits of a few units, where the softcap bends but does not saturate
@@ -30,7 +30,7 @@ def loss_operands(case: LossCase, dtype: torch.dtype, device: str) -> Operands:
     labels = torch.randint(case.vocabulary, (case.rows,))
     labels[torch.randperm(case.rows)[case.counted :]] = IGNORED
     grad = torch.ones((), device=device)
-    return *_head(case, dtype, device), labels.to(device), grad
+    return *head(case, dtype, device), labels.to(device), grad
 
 
 def loss_functions(case: LossCase) -> dict[str, Function]:
@@ -80,4 +80,4 @@ def test_loss(
 def test_topk(
     run_case: Callable[..., None], case: TopkCase, dtype: torch.dtype, device: str
 ) -> None:
-    run_case(case, dtype, lambda: _head(case, dtype, device), topk_functions(case))
+    run_case(case, dtype, lambda: head(case, dtype, device), topk_functions(case))
