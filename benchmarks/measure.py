@@ -113,15 +113,24 @@ def timed(function: Callable[[], Any], device: str = "cpu") -> float:
 
 
 @functools.cache
+def _stream(device: str) -> Tensor:
+    return torch.ones(2**27, dtype=torch.float32, device=device)
+
+
 def stream_bandwidth(device: str) -> float:
-    """Bytes per second of reading memory with all threads: the best of a few sums of 512 MiB."""
-    data = torch.ones(2**27, dtype=torch.float32, device=device)
-    return data.numel() * 4 / min(timed(data.sum, device) for _ in range(7))
+    """Bytes per second of reading memory with all threads: the best of a few sums of 512 MiB.
+
+    Measured anew before and after each case: on a virtual machine it changes with the neighbours.
+    """
+    data = _stream(device)
+    return data.numel() * 4 / min(timed(data.sum, device) for _ in range(4))
 
 
-@functools.cache
+_BEST_RATE: dict[tuple[torch.dtype, str], float] = {}
+
+
 def gemm_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a large matrix product: the best of PyTorch's libraries, of a few runs.
+    """FLOP/s of a large matrix product: the best of PyTorch's libraries, of all calls so far.
 
     A 1x1 convolution is such a product by another library, which on some CPUs uses wider
     instructions than the one behind matmul: the floor must not be what one library reaches.
@@ -131,12 +140,19 @@ def gemm_rate(dtype: torch.dtype, device: str) -> float:
     image, filters = a.view(1, size, 32, -1), a.view(size, size, 1, 1)
     with torch.inference_mode():
         products = (lambda: a @ a, lambda: F.conv2d(image, filters))
-        return 2 * size**3 / min(timed(run, device) for run in products for _ in range(15))
+        rate = 2 * size**3 / min(timed(run, device) for run in products for _ in range(4))
+    best = max(rate, _BEST_RATE.get((dtype, device), 0.0))
+    _BEST_RATE[dtype, device] = best
+    return best
 
 
-def floor_seconds(case: Case, dtype: torch.dtype, device: str) -> tuple[float, str]:
+def floor_seconds(
+    case: Case, dtype: torch.dtype, device: str, bandwidth: float
+) -> tuple[float, str]:
     """No implementation can be faster: bytes over bandwidth, or work over the GEMM rate."""
-    moved = case.bytes_moved(dtype.itemsize) / stream_bandwidth(device)
+    moved = case.bytes_moved(dtype.itemsize) / bandwidth
+    if case.flops == 0:
+        return moved, "bytes"
     # a slow product (bf16 on a CPU without it) is no floor: float32's rate bounds both
     rate = max(gemm_rate(dtype, device), gemm_rate(torch.float32, device))
     return max((moved, "bytes"), (case.flops / rate, "flops"))
@@ -157,10 +173,14 @@ def check_agreement(answers: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def record(
-    case: Case, dtype: torch.dtype, device: str, seconds: dict[str, list[float]]
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    seconds: dict[str, list[float]],
+    bandwidth: float,
 ) -> dict[str, Any]:
     """What the results file says about one case."""
-    floor, bound = floor_seconds(case, dtype, device)
+    floor, bound = floor_seconds(case, dtype, device, bandwidth)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     best = min(value for name, value in medians.items() if name != "fastvlm")
     entry = {
@@ -170,6 +190,7 @@ def record(
         "rounds": len(seconds["fastvlm"]),
         "bytes": case.bytes_moved(dtype.itemsize),
         "flops": case.flops,
+        "stream_gb_per_s": round(bandwidth / 1e9, 2),
         "floor_us": round(floor * 1e6, 2),
         "floor_is": bound,
         "median_us": {name: round(value * 1e6, 2) for name, value in medians.items()},

@@ -118,7 +118,7 @@ def test_record_compares_with_the_best_baseline(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(measure, "floor_seconds", lambda *_: (1e-3, "bytes"))
     case = cases.CASES["linear-florence2-base-q-1"]
     seconds = {"fastvlm": [0.002] * 3, "torch": [0.006] * 3, "other": [0.004] * 3}
-    entry = measure.record(case, F32, "cpu", seconds)
+    entry = measure.record(case, F32, "cpu", seconds, bandwidth=1e9)
     assert entry["ratio"] == 2.0
     assert entry["floor_share"]["fastvlm"] == 0.5
     assert entry["floor_us"] == 1000.0

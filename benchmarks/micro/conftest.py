@@ -56,7 +56,7 @@ def records(request: pytest.FixtureRequest, device: str) -> Iterator[list[dict[s
         **stamp,
         "device": device,
         "threads": torch.get_num_threads(),
-        "stream_gb_per_s": round(measure.stream_bandwidth(device) / 1e9, 2),
+        "stream_gb_per_s": max(entry["stream_gb_per_s"] for entry in found),
         "rounds": request.config.getoption("--bench-rounds"),
         "load_average_before": load,
         "missing_baselines": measure.MISSING,
@@ -77,6 +77,9 @@ def run_case(
     pytest-benchmark times ours; before each of its rounds every baseline has its own, timed here,
     so that they alternate. All are first checked to agree: comparable maps a side's results, where
     they are arranged in another way, to what ours gives. extra: more for the results file.
+    settle: each side is called once, untimed, before its timed call. Sides with threads of their
+    own need it, or one's, still waiting busily for more work, would keep the next one's from a
+    core.
     """
 
     def run(
@@ -86,15 +89,18 @@ def run_case(
         functions: dict[str, measure.Function],
         comparable: dict[str, measure.Function] | None = None,
         extra: Callable[[], dict[str, Any]] | None = None,
+        settle: bool = False,
     ) -> None:
         wanted = measure.copies_for(case, dtype.itemsize, device) if benchmark.enabled else 1
         copies = [build() for _ in range(wanted)]
         with torch.no_grad() if case.trains else torch.inference_mode():
             measure.check_agreement(_answers(functions, copies[0], comparable or {}), dtype)
-            seconds = _interleaved(functions, copies)
-        if not benchmark.enabled:
-            return
-        entry = measure.record(case, dtype, device, seconds)
+            before = measure.stream_bandwidth(device) if benchmark.enabled else 0.0
+            seconds = _interleaved(functions, copies, settle)
+            if not benchmark.enabled:
+                return
+            bandwidth = max(before, measure.stream_bandwidth(device))
+        entry = measure.record(case, dtype, device, seconds, bandwidth)
         if extra is not None:
             del copies
             entry |= extra()
@@ -102,7 +108,7 @@ def run_case(
         records.append(entry)
 
     def _interleaved(
-        functions: dict[str, measure.Function], copies: list[measure.Operands]
+        functions: dict[str, measure.Function], copies: list[measure.Operands], settle: bool
     ) -> dict[str, list[float]]:
         apart = len(copies) // len(functions)
         turns = {
@@ -114,7 +120,11 @@ def run_case(
 
         def baselines() -> None:
             for name, turn in turns.items():
+                if settle:
+                    turn()
                 seconds[name].append(measure.timed(turn, device))
+            if settle:
+                ours()
             measure.synchronize(device)
 
         def one_round() -> None:

@@ -79,7 +79,7 @@ def functions(case: CaptionsCase) -> dict[str, Function]:
     op = ops.self_attention if case.keys is None else ops.cross_attention
 
     def packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        result: Tensor = op(q, k, v, layout, softcap=case.softcap)  # type: ignore[operator]
+        result: Tensor = op(q, k, v, layout, softcap=case.softcap)
         return result
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

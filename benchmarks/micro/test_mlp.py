@@ -61,4 +61,5 @@ def functions(case: MlpCase, sessions: Iterable[str] = ()) -> dict[str, Function
 @each(MLP)
 def test_mlp(run_case: Callable[..., None], case: MlpCase, dtype: torch.dtype, device: str) -> None:
     held = engines.names(dtype) if case.engines and device == "cpu" else []
-    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case, held))
+    sides = functions(case, held)
+    run_case(case, dtype, lambda: operands(case, dtype, device), sides, settle=bool(held))
