@@ -1,4 +1,4 @@
-"""Turns the results files into one page: Markdown tables and a chart of the ratios.
+"""Turns the results files into one page: Markdown tables, targets, and a chart of the ratios.
 
 ``python -m benchmarks.report [FOLDER]`` reads FOLDER/*.json and writes FOLDER/report.md and one
 SVG for each micro-*.json.
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import targets
 from fastvlm.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,33 +29,75 @@ def _where(figures: Figures) -> str:
     )
 
 
-def _baseline(case: Figures) -> str:
-    """The fastest of what a user would otherwise run."""
-    medians: dict[str, float] = case["median_us"]
-    return min((name for name in medians if name != "fastvlm"), key=lambda name: medians[name])
+def _amount(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def micro(figures: Figures) -> str:
     rows = []
     for case in figures["cases"]:
-        base = _baseline(case)
         medians, share = case["median_us"], case["floor_share"]
+        ours = medians["fastvlm"]
+        others = "; ".join(
+            f"{name} {_amount(value)} ({value / ours:.2f}x, {100 * share[name]:.0f} %)"
+            for name, value in medians.items()
+            if name != "fastvlm"
+        )
         rows.append((
             case["case"],
             case["dtype"],
-            f"{case['floor_us']:.0f}",
-            f"{medians[base]:.0f} ({base})",
-            f"{medians['fastvlm']:.0f}",
-            f"{case['ratio']:.2f}x",
-            f"{100 * share[base]:.0f} %",
+            _amount(case["bytes"] / 1e6),
+            _amount(case["flops"] / 1e9),
+            f"{_amount(case['floor_us'])} ({case['floor_is']})",
+            _amount(ours),
             f"{100 * share['fastvlm']:.0f} %",
+            others,
         ))  # fmt: skip
     headers = (
-        "case", "dtype", "floor, us", "baseline, us", "fastvlm, us", "faster",
-        "baseline of floor", "fastvlm of floor",
+        "case", "dtype", "MB", "GFLOP", "floor, us", "fastvlm, us", "of floor",
+        "baselines, us (fastvlm is faster, of floor)",
     )  # fmt: skip
-    intro = f"{_where(figures)}; memory read at {figures['stream_gb_per_s']} GB/s in the same run."
-    return f"{intro}\n\n{markdown_table(headers, rows)}"
+    intro = (
+        f"{_where(figures)}; memory read at up to {figures['stream_gb_per_s']} GB/s in the same "
+        "run, measured around each case."
+    )
+    missing = [f"{name} ({reason})" for name, reason in figures["missing_baselines"].items()]
+    if missing:
+        intro += f" Baselines left out: {', '.join(missing)}."
+    memory = [
+        f"{case['case']}: memory beside operands and results, MiB: "
+        + ", ".join(f"{side} {value:.0f}" for side, value in case["extra_memory_mib"].items())
+        for case in figures["cases"]
+        if "extra_memory_mib" in case
+    ]
+    return "\n\n".join([intro, markdown_table(headers, rows), *memory])
+
+
+def target_table(figures: Figures) -> str:
+    """The targets of the CPU kernels and the case that is furthest from each."""
+    rows = []
+    for outcome in targets.outcomes(figures["cases"]):
+        target = outcome.target
+        least = target.measure not in targets.AT_MOST
+        faster = target.measure == targets.FASTER
+
+        def shown(value: float, faster: bool = faster) -> str:
+            return f"{value:.2f}x" if faster else f"{100 * value:.1f} %"
+
+        measured = "not measured"
+        if outcome.measured is not None:
+            measured = f"{shown(outcome.measured)} ({outcome.case})"
+        rows.append((
+            target.work,
+            target.dtype,
+            " or ".join(target.against) or "-",
+            f"at {'least' if least else 'most'} {shown(target.bound)}"
+            + ("" if faster else f" {target.measure}"),
+            measured,
+            {True: "met", False: "NOT MET", None: "-"}[outcome.met],
+        ))  # fmt: skip
+    headers = ("work", "weights", "against", "target", "measured, worst case", "")
+    return markdown_table(headers, rows)
 
 
 def end_to_end(figures: Figures) -> str:
@@ -78,30 +121,40 @@ def end_to_end(figures: Figures) -> str:
     return f"{_where(figures)}.\n\n{markdown_table(headers, rows)}"
 
 
+COLORS = {"float32": "#d9541e", "bfloat16": "#3a6ea5"}
+
+
 def chart(figures: Figures, path: Path) -> None:
-    """How many times faster than the best baseline, one bar a case; floats left of 1 are slower."""
+    """How many times faster than the fastest baseline: a line a case, a dot a dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     cases = figures["cases"]
-    names = [f"{case['case']}  {case['dtype']}" for case in cases]
+    names = list(dict.fromkeys(case["case"] for case in cases))
+    place = {name: number for number, name in enumerate(names)}
     ratios = [case["ratio"] for case in cases]
-    size = (8, 1.2 + 0.22 * len(cases))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    colors = ["#d9541e" if ratio >= 1 else "#8a94a3" for ratio in ratios]
-    axes.barh(range(len(cases)), ratios, 0.7, color=colors)
-    for place, ratio in enumerate(ratios):
-        axes.text(ratio, place, f" {ratio:.2f}x", va="center", fontsize=8)
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.18 * len(names)), layout="constrained")
+    for dtype, color in COLORS.items():
+        of_dtype = [case for case in cases if case["dtype"] == dtype]
+        places = [place[case["case"]] for case in of_dtype]
+        axes.scatter([case["ratio"] for case in of_dtype], places, 26, color, label=dtype, zorder=3)
     axes.axvline(1, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), names, fontsize=8)
-    axes.set_ylim(len(cases) - 0.4, -0.6)
-    axes.set_xlim(0, max(ratios) * 1.12)
+    axes.set_xscale("log")
+    least, most = min(*ratios, 0.9), max(*ratios, 2.0)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if least <= tick <= most]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_title("times faster than the fastest baseline", fontsize=11, loc="left")
     axes.set_xlabel(_where(figures), fontsize=8, color="#444444")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="both", length=0, which="both")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
@@ -118,6 +171,11 @@ def write(folder: Path) -> Path:
             chart(figures, path.with_suffix(".svg"))
             parts += [
                 f"## Kernels: {path.stem}",
+                *(
+                    ["### Targets of the CPU kernels", target_table(figures), "### All cases"]
+                    if figures["device"] == "cpu"
+                    else []
+                ),
                 micro(figures),
                 f"![{path.stem}]({path.stem}.svg)",
             ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.cases import Case
+from benchmarks import engines, measure
+from benchmarks.kinds import Case
 from fastvlm import env
 
 Build = Callable[[], measure.Operands]
@@ -38,12 +37,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    value: torch.dtype = getattr(torch, request.param)
-    return value
-
-
 @pytest.fixture(scope="session")
 def records(request: pytest.FixtureRequest, device: str) -> Iterator[list[dict[str, Any]]]:
     """Filled by the cases and written when the session ends. A run of some cases (-k) has a file
@@ -57,13 +50,16 @@ def records(request: pytest.FixtureRequest, device: str) -> Iterator[list[dict[s
     folder.mkdir(parents=True, exist_ok=True)
     part = "-part" if request.config.getoption("keyword") else ""
     path = folder / f"micro-{device}{part}.json"
+    stamp = env.stamp()
+    stamp["versions"] |= engines.versions()
     head = {
-        **env.stamp(),
+        **stamp,
         "device": device,
         "threads": torch.get_num_threads(),
-        "stream_gb_per_s": round(measure.stream_bandwidth(device) / 1e9, 2),
+        "stream_gb_per_s": max(entry["stream_gb_per_s"] for entry in found),
         "rounds": request.config.getoption("--bench-rounds"),
         "load_average_before": load,
+        "missing_baselines": measure.MISSING,
     }
     path.write_text(json.dumps({**head, "cases": found}, indent=1) + "\n")
     print(f"\nwritten: {path}")
@@ -75,19 +71,45 @@ def run_case(
     request: pytest.FixtureRequest,
     records: list[dict[str, Any]],
     device: str,
-    dtype: torch.dtype,
-) -> Callable[[Case, Build, dict[str, Callable[..., Any]]], None]:
-    """run(case, build, functions): functions holds "fastvlm" and its baselines.
+) -> Callable[..., None]:
+    """run(case, dtype, build, functions): functions holds "fastvlm" and its baselines.
 
     pytest-benchmark times ours; before each of its rounds every baseline has its own, timed here,
-    so that they alternate. All are first checked to agree.
+    so that they alternate. All are first checked to agree: comparable maps a side's results, where
+    they are arranged in another way, to what ours gives. extra: more for the results file.
+    settle: each side is called once, untimed, before its timed call. Sides with threads of their
+    own need it, or one's, still waiting busily for more work, would keep the next one's from a
+    core.
     """
 
-    def run(case: Case, build: Build, functions: dict[str, Callable[..., Any]]) -> None:
-        rounds = request.config.getoption("--bench-rounds") if benchmark.enabled else 1
+    def run(
+        case: Case,
+        dtype: torch.dtype,
+        build: Build,
+        functions: dict[str, measure.Function],
+        comparable: dict[str, measure.Function] | None = None,
+        extra: Callable[[], dict[str, Any]] | None = None,
+        settle: bool = False,
+    ) -> None:
         wanted = measure.copies_for(case, dtype.itemsize, device) if benchmark.enabled else 1
         copies = [build() for _ in range(wanted)]
-        _check_agreement(functions, copies[0], dtype)
+        with torch.no_grad() if case.trains else torch.inference_mode():
+            measure.check_agreement(_answers(functions, copies[0], comparable or {}), dtype)
+            before = measure.stream_bandwidth(device) if benchmark.enabled else 0.0
+            seconds = _interleaved(functions, copies, settle)
+            if not benchmark.enabled:
+                return
+            bandwidth = max(before, measure.stream_bandwidth(device))
+        entry = measure.record(case, dtype, device, seconds, bandwidth)
+        if extra is not None:
+            del copies
+            entry |= extra()
+        benchmark.extra_info.update(entry)
+        records.append(entry)
+
+    def _interleaved(
+        functions: dict[str, measure.Function], copies: list[measure.Operands], settle: bool
+    ) -> dict[str, list[float]]:
         apart = len(copies) // len(functions)
         turns = {
             name: measure.Rotation(function, copies, start=number * apart)
@@ -98,36 +120,41 @@ def run_case(
 
         def baselines() -> None:
             for name, turn in turns.items():
+                if settle:
+                    turn()
                 seconds[name].append(measure.timed(turn, device))
+            if settle:
+                ours()
             measure.synchronize(device)
 
         def one_round() -> None:
-            start = time.perf_counter()
-            ours()
-            measure.synchronize(device)
-            seconds["fastvlm"].append(time.perf_counter() - start)
+            seconds["fastvlm"].append(measure.timed(ours, device))
 
-        benchmark.group = case.name
-        with torch.inference_mode():
-            benchmark.pedantic(one_round, setup=baselines, rounds=rounds, warmup_rounds=2)
-        if not benchmark.enabled:
-            return
-        timed_only = {name: values[-rounds:] for name, values in seconds.items()}
-        entry = measure.record(case, dtype, device, timed_only)
-        benchmark.extra_info.update(entry)
-        records.append(entry)
+        def warm_up() -> float:
+            baselines()
+            one_round()
+            return sum(values[-1] for values in seconds.values())
 
+        rounds = 1
+        if benchmark.enabled:
+            # a first round still allocates and tunes; where it takes seconds, that is nothing
+            one = warm_up()
+            if one < measure.SLOW:
+                one = warm_up()
+            rounds = measure.rounds_for(request.config.getoption("--bench-rounds"), one)
+        benchmark.pedantic(one_round, setup=baselines, rounds=rounds)
+        return {name: values[-rounds:] for name, values in seconds.items()}
+
+    benchmark.group = request.node.callspec.id
     return run
 
 
-def _check_agreement(
-    functions: dict[str, Callable[..., Any]], operands: measure.Operands, dtype: torch.dtype
-) -> None:
-    """A fast wrong answer is not a result. The tests check precisely; this catches a mix-up."""
-    with torch.inference_mode():
-        answers = {name: function(*operands) for name, function in functions.items()}
-    ours = answers.pop("fastvlm").float()
-    loose = 1e-4 if dtype == torch.float32 else 3e-2
-    for name, answer in answers.items():
-        error = (ours - answer.float()).abs().max() / answer.float().abs().max()
-        assert error < loose, f"fastvlm and {name} differ by {error:.1e} of the largest value"
+def _answers(
+    functions: dict[str, measure.Function],
+    operands: measure.Operands,
+    comparable: dict[str, measure.Function],
+) -> dict[str, Any]:
+    return {
+        name: comparable.get(name, lambda result: result)(function(*operands))
+        for name, function in functions.items()
+    }

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import ATTENTION, AttentionCase
-from benchmarks.measure import Operands
+from benchmarks.cases import ATTENTION
+from benchmarks.kinds import AttentionCase
+from benchmarks.measure import Function, Operands
+from benchmarks.micro import each
 from fastvlm import Layout, ops
 
 
@@ -32,33 +33,41 @@ def operands(case: AttentionCase, dtype: torch.dtype, device: str) -> Operands:
     return q, k, v, layout, q[:, :, None], copied(k), copied(v)
 
 
-def functions(case: AttentionCase) -> dict[str, Callable[..., Tensor]]:
-    groups = case.heads // case.kv_heads
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
+    """What transformers' eager attention of Gemma-2 computes, [batch, heads, rows, dim]."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
+
+def functions(case: AttentionCase) -> dict[str, Function]:
     def ours(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *_: Tensor) -> Tensor:
         return ops.cross_attention(q, k, v, layout, softcap=case.softcap)
 
     def sdpa(
         q: Tensor, k: Tensor, v: Tensor, layout: Layout, qc: Tensor, kc: Tensor, vc: Tensor
     ) -> Tensor:
-        return F.scaled_dot_product_attention(qc, kc, vc, enable_gqa=groups > 1)[:, :, 0]
+        gqa = case.heads != case.kv_heads
+        return F.scaled_dot_product_attention(qc, kc, vc, enable_gqa=gqa)[:, :, 0]
 
-    def eager(
+    def by_hand(
         q: Tensor, k: Tensor, v: Tensor, layout: Layout, qc: Tensor, kc: Tensor, vc: Tensor
     ) -> Tensor:
-        kc, vc = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (kc, vc))
-        scores = qc @ kc.transpose(2, 3) * case.head_dim**-0.5
-        if case.softcap is not None:
-            scores = torch.tanh(scores / case.softcap) * case.softcap
-        return (scores.softmax(-1, dtype=torch.float32).to(qc.dtype) @ vc)[:, :, 0]
+        return eager(qc, kc, vc, None, case.softcap)[:, :, 0]
 
     # sdpa has no softcap: there transformers itself must take the eager path
-    baseline = {"sdpa": sdpa} if case.softcap is None else {"eager": eager}
+    baseline = {"sdpa": sdpa} if case.softcap is None else {"eager": by_hand}
     return {**baseline, "fastvlm": ours}
 
 
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@each(ATTENTION)
 def test_attention(
     run_case: Callable[..., None], case: AttentionCase, dtype: torch.dtype, device: str
 ) -> None:
-    run_case(case, lambda: operands(case, dtype, device), functions(case))
+    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import LINEAR, LinearCase
+from benchmarks.cases import LINEAR
+from benchmarks.kinds import LinearCase
 from benchmarks.measure import Operands
+from benchmarks.micro import each
 from fastvlm import ops
 
 
@@ -20,12 +21,13 @@ def operands(case: LinearCase, dtype: torch.dtype, device: str) -> Operands:
     return x, weight.mul_(case.inputs**-0.5), bias
 
 
-@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+@each(LINEAR)
 def test_linear(
     run_case: Callable[..., None], case: LinearCase, dtype: torch.dtype, device: str
 ) -> None:
     run_case(
         case,
+        dtype,
         lambda: operands(case, dtype, device),
         {"torch": F.linear, "fastvlm": ops.linear},
     )

@@ -1,16 +1,19 @@
-"""The MLPs of a decoding step against the same expression in PyTorch."""
+"""The MLPs of a decoding step against the same expression in PyTorch and in inference engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import MLP, MlpCase
-from benchmarks.measure import Operands
+from benchmarks import engines
+from benchmarks.cases import MLP
+from benchmarks.kinds import MlpCase
+from benchmarks.measure import Function, Operands
+from benchmarks.micro import each
 from fastvlm import ops
 
 
@@ -24,7 +27,9 @@ def operands(case: MlpCase, dtype: torch.dtype, device: str) -> Operands:
     x = torch.randn(case.rows, case.width, dtype=dtype, device=device)
     if case.gated:
         up = (weight(case.hidden, case.width), weight(case.hidden, case.width))
-        return x, *up, weight(case.width, case.hidden)
+        weights = (*up, weight(case.width, case.hidden))
+        wanted = case.engines and device == "cpu"
+        return x, *weights, engines.geglu_sessions(case, weights) if wanted else {}
     first = (weight(case.hidden, case.width), bias(case.hidden))
     return x, *first, weight(case.width, case.hidden), bias(case.width)
 
@@ -33,18 +38,28 @@ def gelu_eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Ten
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
-def geglu_eager(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def geglu_eager(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *_: Any) -> Tensor:
     gate = F.gelu(F.linear(x, w_gate), approximate="tanh")
     return F.linear(gate * F.linear(x, w_up), w_down)
 
 
-@pytest.mark.parametrize("case", MLP, ids=lambda case: case.name)
+def geglu_ours(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *_: Any) -> Tensor:
+    return ops.geglu_mlp(x, w_gate, w_up, w_down)
+
+
+def functions(case: MlpCase, sessions: Iterable[str] = ()) -> dict[str, Function]:
+    """sessions: the engines that the operands hold."""
+    if not case.gated:
+        return {"torch": gelu_eager, "fastvlm": ops.gelu_mlp}
+
+    def engine(name: str) -> Function:
+        return lambda x, w_gate, w_up, w_down, held: held[name](x)
+
+    return {"torch": geglu_eager, **{n: engine(n) for n in sessions}, "fastvlm": geglu_ours}
+
+
+@each(MLP)
 def test_mlp(run_case: Callable[..., None], case: MlpCase, dtype: torch.dtype, device: str) -> None:
-    if case.gated:
-        functions: dict[str, Callable[..., Tensor]] = {
-            "torch": geglu_eager,
-            "fastvlm": ops.geglu_mlp,
-        }
-    else:
-        functions = {"torch": gelu_eager, "fastvlm": ops.gelu_mlp}
-    run_case(case, lambda: operands(case, dtype, device), functions)
+    held = engines.names(dtype) if case.engines and device == "cpu" else []
+    sides = functions(case, held)
+    run_case(case, dtype, lambda: operands(case, dtype, device), sides, settle=bool(held))
