@@ -60,6 +60,13 @@ inline const int32_t* indices(const Tensor& t, const char* name, int64_t dims) {
   return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
+// A vector, as a matrix of one row.
+inline Matrix vector_for(const Tensor& t, const char* name, int64_t size) {
+  check(t, name, 1);
+  STD_TORCH_CHECK(t.size(0) == size, name, ": expected ", size, " elements, got ", t.size(0));
+  return {t.const_data_ptr(), dtype_of(t, name), 1, size, size};
+}
+
 // The counter's 53 bits are a fraction of 2^53: it is below p where they are below ceil(p 2^53).
 inline Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   if (!seed.has_value() || p <= 0.0) return {};

@@ -26,9 +26,7 @@ LogitsBlock block_of(const Tensor& logits, const std::optional<Tensor>& bias, do
   block.first = first;
   block.softcap = static_cast<float>(softcap);
   if (bias.has_value()) {
-    check(*bias, "bias", 1);
-    STD_TORCH_CHECK(bias->size(0) == block.cols, "bias: expected ", block.cols, " elements");
-    block.bias = {bias->const_data_ptr(), dtype_of(*bias, "bias"), 1, block.cols, block.cols};
+    block.bias = vector_for(*bias, "bias", block.cols);
   }
   return block;
 }

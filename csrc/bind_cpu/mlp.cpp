@@ -14,10 +14,7 @@ Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows 
 }
 
 Matrix bias_for(const std::optional<Tensor>& t, const char* name, int64_t size) {
-  if (!t.has_value()) return {};
-  check(*t, name, 1);
-  STD_TORCH_CHECK(t->size(0) == size, name, ": expected ", size, " elements, got ", t->size(0));
-  return {t->const_data_ptr(), dtype_of(*t, name), 1, size, size};
+  return t.has_value() ? vector_for(*t, name, size) : Matrix{};
 }
 
 Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {

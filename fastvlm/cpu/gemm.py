@@ -16,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlm import extension
 from fastvlm.cpu.common import dense_last
 
-# benchmarks/results shows 32 rows ahead of both libraries; where they meet depends on the CPU, and
-# past twice that their packed products are the safe choice
+# Up to how many rows our kernel, which streams the weight from memory once, is ahead of the
+# libraries; measured with a weight of 9216 x 2304, and not far from the truth where it changes
+# slowly. bfloat16: on a CPU that multiplies it, where PyTorch's product is oneDNN's.
 MAX_ROWS = 64
+MAX_ROWS_ONEDNN = 40
+MAX_ROWS_NATIVE_BF16 = 24
 
 VARIABLE = "FASTVLM_GEMM"
 _LIBRARIES = ("aten", "onednn")
@@ -29,9 +33,19 @@ _LIBRARIES = ("aten", "onednn")
 _CLEARLY_FASTER = 1.25
 
 
+@cache
+def _native_bf16() -> bool:
+    return extension.capability() == "AVX512_BF16"
+
+
 def few_rows(x: Tensor) -> bool:
-    """Whether our kernel, which streams the weight from memory once, is the choice for x."""
-    return x.shape[0] <= MAX_ROWS
+    """Whether our kernel is the choice for x."""
+    most = MAX_ROWS
+    if x.dtype == torch.bfloat16 and _native_bf16():
+        most = MAX_ROWS_NATIVE_BF16
+    elif x.dtype == torch.float32 and x.shape[0] > MAX_ROWS_ONEDNN and library() == "onednn":
+        most = MAX_ROWS_ONEDNN
+    return x.shape[0] <= most
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.cpu.common import unavailable, wrong_dtype
-from fastvlm.cpu.gemm import few_rows, large_product
+from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product
 from fastvlm.ops.dispatch import Kernel
 
 # of a block of logits: what stays in a last-level cache, in few enough blocks for Python to call
@@ -30,7 +30,9 @@ class _Blocks:
         self.weight, self.bias = weight, bias
         most = min(_MOST, _ELEMENTS // max(1, rows.shape[0]))
         self.size = max(_FEWEST, most // 64 * 64)
-        self.streams = few_rows(rows) and weight.stride(-1) == 1
+        # in 16 bits the other way begins with a float32 copy of the weight, which costs more
+        streams = few_rows(rows) if rows.dtype == torch.float32 else rows.shape[0] <= MAX_ROWS
+        self.streams = streams and weight.stride(-1) == 1
         self.rows = rows.contiguous() if self.streams else rows.float()
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
