@@ -154,12 +154,9 @@ __attribute__((target("avx512bf16"))) inline void dot_sums(const BFloat16* w, in
 }
 #endif
 
-// out[m][n] (+)= x[m] . w[n].
-template <class T, class X, int N, int M>
-inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
-                     bool accumulate, float* out, int64_t out_stride) {
-  Vec sums[M][N] = {};
-  dot_sums(w, w_stride, x, x_stride, k, sums);
+// out[m][n] = the lanes of sums[m][n] added up.
+template <int N, int M>
+inline void store_totals(const Vec (&sums)[M][N], float* out, int64_t out_stride) {
   float totals[round_up(M * N, kLanes)];
 #pragma GCC unroll 8
   for (int first = 0; first < M * N; first += kLanes) {
@@ -172,58 +169,85 @@ inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride,
     store(totals + first, sum_each(group));
   }
   for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      float* o = out + m * out_stride + n;
-      *o = (accumulate ? *o : 0.0f) + totals[m * N + n];
-    }
+    for (int n = 0; n < N; ++n) out[m * out_stride + n] = totals[m * N + n];
+  }
+}
+
+// A part of k of the products of M rows of x and N rows of w: what `kept` holds of the parts before
+// (unless this is the first) goes on, and after the last part the totals go to out.
+template <class T, class X, int N, int M>
+inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
+                     bool first, bool last, Vec* kept, float* out, int64_t out_stride) {
+  Vec sums[M][N];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m][n] = first ? Vec{} : kept[m * N + n];
+  }
+  dot_sums(w, w_stride, x, x_stride, k, sums);
+  if (last) return store_totals(sums, out, out_stride);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) kept[m * N + n] = sums[m][n];
   }
 }
 
 template <class T, class X, int N>
 inline void dot_rows(int m, const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
-                     bool accumulate, float* out, int64_t out_stride) {
+                     bool first, bool last, Vec* kept, float* out, int64_t out_stride) {
+  auto run = [&](auto rows) {
+    dot_tile<T, X, N, decltype(rows)::value>(w, w_stride, x, x_stride, k, first, last, kept, out,
+                                             out_stride);
+  };
   switch (m) {
-    case 1: return dot_tile<T, X, N, 1>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    case 2: return dot_tile<T, X, N, 2>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    case 3: return dot_tile<T, X, N, 3>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
-    default: return dot_tile<T, X, N, 4>(w, w_stride, x, x_stride, k, accumulate, out, out_stride);
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 3: return run(std::integral_constant<int, 3>{});
+    default: return run(std::integral_constant<int, 4>{});
   }
 }
+
+constexpr int64_t kMostRows = 64;  // of x in one call of products
 
 // Bytes of a weight row in one go where weight rows are used again: so many rows stay in the
 // first-level cache.
 constexpr int64_t kDotBytes = kRegisters == 32 ? 2048 : 4096;
 
-// out[m][n] = x[m] . w[n]. Each group of weight rows comes from memory once and from cache for the
-// further groups of x rows; k is cut so that the group fits the first-level cache.
+// out[m][n] = x[m] . w[n] for N rows of w. They come from memory once and from cache for the
+// further groups of x rows; k is cut so that they fit the first-level cache.
 template <class T, class X, int N>
-void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const X* x, int64_t x_stride,
-                        int64_t m_rows, int64_t k, float* out, int64_t out_stride) {
+void products_of_rows(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t m_rows,
+                      int64_t k, float* out, int64_t out_stride) {
   const int64_t groups = divide_up(m_rows, 4);
   const int64_t block = groups == 1 ? larger(k, 1) : kDotBytes / int64_t{sizeof(X)};
-  for (int64_t n = 0; n < n_rows; n += N) {
-    for (int64_t begin = 0; begin < k || begin == 0; begin += block) {
-      const int64_t length = smaller(block, k - begin);
-      for (int64_t group = 0, m = 0; group < groups; ++group) {
-        const int64_t end = m_rows * (group + 1) / groups;
-        const int count = static_cast<int>(end - m);
-        const X* xm = x + m * x_stride + begin;
-        float* o = out + m * out_stride + n;
-        if (n + N <= n_rows) {
-          dot_rows<T, X, N>(count, w + n * w_stride + begin, w_stride, xm, x_stride, length,
-                            begin > 0, o, out_stride);
-        } else {
-          for (int64_t rest = n; rest < n_rows; ++rest, ++o) {
-            dot_rows<T, X, 1>(count, w + rest * w_stride + begin, w_stride, xm, x_stride, length,
-                              begin > 0, o, out_stride);
-          }
-        }
-        m = end;
-      }
+  Vec kept[kMostRows * N];
+  for (int64_t begin = 0; begin < k || begin == 0; begin += block) {
+    for (int64_t group = 0, m = 0; group < groups; ++group) {
+      const int64_t end = m_rows * (group + 1) / groups;
+      dot_rows<T, X, N>(static_cast<int>(end - m), w + begin, w_stride, x + m * x_stride + begin,
+                        x_stride, smaller(block, k - begin), begin == 0, begin + block >= k,
+                        kept + m * N, out + m * out_stride, out_stride);
+      m = end;
     }
   }
 }
 
+template <class T, class X, int N>
+void products_in_flight(const T* w, int64_t w_stride, int64_t n_rows, const X* x, int64_t x_stride,
+                        int64_t m_rows, int64_t k, float* out, int64_t out_stride) {
+  int64_t n = 0;
+  for (; n + N <= n_rows; n += N) {
+    products_of_rows<T, X, N>(w + n * w_stride, w_stride, x, x_stride, m_rows, k, out + n,
+                              out_stride);
+  }
+  for (; n < n_rows; ++n) {
+    products_of_rows<T, X, 1>(w + n * w_stride, w_stride, x, x_stride, m_rows, k, out + n,
+                              out_stride);
+  }
+}
+
+// out[m][n] = x[m] . w[n] for up to kMostRows rows of x.
 template <class T, class X>
 void products(const T* w, int64_t w_stride, int64_t n_rows, const X* x, int64_t x_stride,
               int64_t m_rows, int64_t k, float* out, int64_t out_stride) {

@@ -10,8 +10,8 @@ namespace fastvlm {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kRowBlock = 64;  // rows of x that stay in the second-level cache meanwhile
-constexpr int64_t kChunk = 96;     // weight rows of one task; a multiple of every rows_in_flight
+constexpr int64_t kRowBlock = kMostRows;  // rows of x that stay in the second-level cache
+constexpr int64_t kChunk = 96;  // weight rows of one task; a multiple of every rows_in_flight
 
 const void* element(const void* data, DType dtype, int64_t index) {
   const int64_t size = dtype == DType::kFloat ? 4 : 2;
