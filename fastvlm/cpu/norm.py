@@ -11,6 +11,8 @@ from torch import Tensor
 from fastvlm.cpu.common import DTYPES, dense_last, unavailable, wrong_dtype
 from fastvlm.ops.dispatch import Kernel
 
+_SEED = torch.int64
+
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return torch.ops.fastvlm_cpu.rms_norm(dense_last(x), dense_last(weight), eps, offset)
@@ -103,10 +105,11 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 0 else dense_last(x)
 
 
-def _unsupported(*args: Any) -> str | None:
-    tensors = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
-    odd = next((x for x in tensors if x.dtype not in DTYPES), None)
-    return None if odd is None else wrong_dtype(odd)
+def _unsupported(x: Tensor, *rest: Any) -> str | None:
+    for tensor in (x, *rest):
+        if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES and tensor.dtype != _SEED:
+            return wrong_dtype(tensor)
+    return None
 
 
 def _kernel(run: Callable[..., Any]) -> Kernel:

@@ -78,22 +78,31 @@ def _candidates(device: str) -> list[str]:
 
 
 def _chooser(op: Op, candidates: list[str]) -> Callable[..., Any]:
+    """The implementation under a dispatch key. A decoding step is hundreds of calls of this."""
+    kernels, reference = op.kernels, op.reference
+
     def run(*args: Any) -> Any:
-        reasons = []
-        forced = _forced if _forced in candidates else None
-        if _forced != "reference":
-            for backend in candidates:
-                kernel = op.kernels.get(backend)
-                if kernel is None or forced not in (None, backend):
-                    continue
-                reason = kernel.unavailable() or kernel.unsupported(*args)
-                if reason is None:
-                    return kernel.run(*args)
-                reasons.append(f"{backend}: {reason}")
-        if forced is not None:
-            why = "; ".join(reasons) or "it has no kernel for this op"
-            raise BackendError(f"fastvlm.{op.name} cannot run on backend {forced!r}: {why}")
-        return op.reference(*args)
+        if _forced is not None:
+            if _forced == "reference":
+                return reference(*args)
+            if _forced in candidates:
+                return forced(_forced, *args)
+        for backend in candidates:
+            kernel = kernels.get(backend)
+            if kernel is None or kernel.unavailable() is not None:
+                continue
+            if kernel.unsupported(*args) is None:
+                return kernel.run(*args)
+        return reference(*args)
+
+    def forced(backend: str, *args: Any) -> Any:
+        kernel, why = kernels.get(backend), "it has no kernel for this op"
+        if kernel is not None:
+            reason = kernel.unavailable() or kernel.unsupported(*args)
+            if reason is None:
+                return kernel.run(*args)
+            why = f"{backend}: {reason}"
+        raise BackendError(f"fastvlm.{op.name} cannot run on backend {backend!r}: {why}")
 
     return run
 

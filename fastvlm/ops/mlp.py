@@ -171,6 +171,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "linear"
+    if _plain_linear(x, weight, bias):
+        return _as(x, _linear(_rows(x), weight, bias))
     features = _features(op, x)
     _check_weights(op, weight=(weight, [None, features]), bias=(bias, [_width(weight, 0)]))
     if x.device.type != "cpu" and needs_grad(x, weight, bias):
@@ -179,7 +181,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     checks.same_kind(op, "x", x, weight=weight, bias=bias)
-    return _linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return _as(x, _linear(_rows(x), weight, bias))
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this is the call that a decoding step makes by the hundred, and all is right."""
+    try:
+        dtype = x.dtype
+        return (
+            x.device.type == "cpu" == weight.device.type
+            and dtype in checks.FLOATS
+            and weight.dtype == dtype
+            and weight.dim() == 2
+            and x.shape[-1] == weight.shape[1]
+            and not torch.is_autocast_enabled("cpu")
+            and (
+                bias is None
+                or (
+                    bias.shape == (weight.shape[0],)
+                    and bias.dtype == dtype
+                    and bias.device.type == "cpu"
+                )
+            )
+        )
+    except (AttributeError, IndexError):
+        return False
+
+
+def _as(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows in the leading dimensions of x."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def low_precision_linear(

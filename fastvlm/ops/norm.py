@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
+from fastvlm.checks import FLOATS
 from fastvlm.ops._autograd import autocast_wide, needs_grad, seed_for, wanted
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import norm as reference
@@ -134,11 +135,34 @@ class _ResidualLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         needs = list(ctx.needs_input_grad[:4])
-        grads = _RESIDUAL_LAYER_NORM_BACKWARD(grad_out, *ctx.saved_tensors, *ctx.settings, needs)
-        return (*wanted(grads, needs), None, None, None)
+        # without dropout x and residual have the same gradient: one tensor serves both
+        shared = ctx.settings[1] == 0.0 and needs[0] and needs[1]
+        asked = [needs[0], needs[1] and not shared, *needs[2:]]
+        grads = _RESIDUAL_LAYER_NORM_BACKWARD(grad_out, *ctx.saved_tensors, *ctx.settings, asked)
+        dx, dresidual, dweight, dbias = wanted(grads, asked)
+        return dx, dx if shared else dresidual, dweight, dbias, None, None, None
 
 
-def _check(op: str, x: Tensor, residual: Tensor | None, **weights: Tensor | None) -> None:
+def _fits(x: Tensor, residual: Tensor | None, *weights: Tensor | None) -> bool:
+    """Whether all is as it should be; where it is not, `_explain` finds the words."""
+    try:
+        shape, device = x.shape, x.device
+        vector = (shape[-1],)
+        if residual is not None and not (
+            residual.shape == shape and residual.device == device and residual.dtype in FLOATS
+        ):
+            return False
+        for w in weights:
+            if w is not None and not (
+                w.shape == vector and w.device == device and w.dtype in FLOATS
+            ):
+                return False
+        return x.dtype in FLOATS
+    except (AttributeError, IndexError):
+        return False
+
+
+def _explain(op: str, x: Tensor, residual: Tensor | None, **weights: Tensor | None) -> None:
     checks.is_tensor(op, x=x)
     checks.is_float(op, "x", x)
     if x.dim() == 0:
@@ -160,7 +184,17 @@ def _check(op: str, x: Tensor, residual: Tensor | None, **weights: Tensor | None
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+def _wider(x: Tensor, residual: Tensor) -> torch.dtype:
+    same = x.dtype == residual.dtype
+    return x.dtype if same else torch.promote_types(x.dtype, residual.dtype)
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    return rows if x.dim() == 2 else rows.view(x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, offset: float = 1.0) -> Tensor:
@@ -173,10 +207,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, offset: float = 1.
     Returns [..., N] in x's dtype. Gradients for x and weight; a second derivative is refused
     (``once_differentiable``). Raises TypeError or ValueError; the message names the argument.
     """
-    _check("rms_norm", x, None, weight=weight)
+    if not _fits(x, None, weight):
+        _explain("rms_norm", x, None, weight=weight)
     run = _RmsNorm.apply if needs_grad(x, weight) else _RMS_NORM
-    out: Tensor = run(_rows(x, x.dtype), weight, eps, offset)
-    return out.view(x.shape)
+    return _like(run(_rows(x, x.dtype), weight, eps, offset), x)
 
 
 def residual_rms_norm(
@@ -202,8 +236,9 @@ def residual_rms_norm(
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "residual_rms_norm"
-    checks.is_tensor(op, residual=residual)
-    _check(op, x, residual, weight=weight, next_weight=next_weight)
+    if residual is None or not _fits(x, residual, weight, next_weight):
+        checks.is_tensor(op, residual=residual)
+        _explain(op, x, residual, weight=weight, next_weight=next_weight)
     if gate is not None:
         checks.is_tensor(op, gate=gate)
         checks.is_float(op, "gate", gate)
@@ -211,13 +246,13 @@ def residual_rms_norm(
             raise checks.fail(op, "gate", "one number, of shape [] or [1]", gate)
         if gate.device != x.device:
             raise checks.fail(op, "gate", f"on the device of x ({x.device})", gate)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
+    dtype = _wider(x, residual)
     wants = needs_grad(x, residual, weight, gate, next_weight)
     run = _ResidualRmsNorm.apply if wants else _RESIDUAL_RMS_NORM
     h, y = run(_rows(x, dtype), _rows(residual, dtype), weight, gate, next_weight, eps, offset)
     if next_weight is None:
-        return h.view(x.shape)
-    return h.view(x.shape), y.view(x.shape)
+        return _like(h, x)
+    return _like(h, x), _like(y, x)
 
 
 def residual_layer_norm(
@@ -238,14 +273,15 @@ def residual_layer_norm(
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "residual_layer_norm"
-    checks.is_tensor(op, residual=residual)
-    _check(op, x, residual, weight=weight, bias=bias)
+    if residual is None or bias is None or not _fits(x, residual, weight, bias):
+        checks.is_tensor(op, residual=residual)
+        _explain(op, x, residual, weight=weight, bias=bias)
     dropout_p = checks.probability(op, "dropout_p", dropout_p)
     x, residual = autocast_wide(x, residual)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
+    dtype = _wider(x, residual)
     run = (
         _ResidualLayerNorm.apply if needs_grad(x, residual, weight, bias) else _RESIDUAL_LAYER_NORM
     )
     seed = seed_for(x, dropout_p)
     out: Tensor = run(_rows(x, dtype), _rows(residual, dtype), weight, bias, seed, eps, dropout_p)
-    return out.view(x.shape)
+    return _like(out, x)
