@@ -211,8 +211,22 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
     gather_row(query(plan_.readers.row(index_of(r)), head_of(r)), a_.dim, q + r * padded_);
     for (int64_t d = 0; d < padded_; ++d) sums[r * padded_ + d] = 0.0f;
   }
+  // Heads of neighbouring keys lie apart in memory, too far for the hardware to foresee.
+  auto fetch_near = [&](const Heads& x, const int64_t* offsets, int64_t j, int64_t h) {
+    const T* head = static_cast<const T*>(x.data) + h * x.head_stride;
+    for (int64_t i = j; i < smaller(n, j + kNearKeys); ++i) {
+      for (int64_t d = 0; d < a_.dim; d += 64 / int64_t{sizeof(T)}) {
+        __builtin_prefetch(head + offsets[i] + d);
+      }
+    }
+  };
   for (int64_t j = 0; j < n; j += kNearKeys) {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
+      if (j + kNearKeys < n) {
+        fetch_near(a_.k, k_offsets, j + kNearKeys, h);
+      } else {
+        fetch_near(a_.v, v_offsets, 0, h);
+      }
       score_rows(q + h * rows * padded_, padded_, rows,
                  static_cast<const T*>(a_.k.data) + h * a_.k.head_stride, k_offsets + j,
                  smaller(kNearKeys, n - j), a_.dim, scores + h * rows * kStreamKeys + j,
@@ -229,6 +243,7 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
   }
   for (int64_t j = 0; j < n; j += kNearKeys) {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
+      fetch_near(a_.v, v_offsets, j + kNearKeys, h);
       add_values(scores + h * rows * kStreamKeys + j, kStreamKeys, rows,
                  static_cast<const T*>(a_.v.data) + h * a_.v.head_stride, v_offsets + j,
                  smaller(kNearKeys, n - j), a_.dim, sums + h * rows * padded_, padded_);

@@ -21,30 +21,53 @@ struct ScoreRule {
   float softcap;
 };
 
-// score[m][i] = q[m] . k[offsets[i]] for i < n; rounds n up to whole vectors by repeating the last
-// key, so that a score row must have room for that. q rows are padded with zeros.
+// scores[m][i] = q[m] . k[offsets[i]] for M rows and the K keys from i on, one vector of sums.
+template <class T, int M, int K>
+inline void score_tile(const float* q, int64_t q_stride, const T* const* keys, int64_t dim,
+                       float* scores, int64_t scores_stride) {
+  Vec sums[kLanes] = {};
+  auto add = [&](int64_t d, int64_t n) {
+    Vec ks[K];
+#pragma GCC unroll 16
+    for (int j = 0; j < K; ++j) ks[j] = load_some(keys[j] + d, n);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const Vec qd = load(q + m * q_stride + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < K; ++j) sums[m * K + j] += qd * ks[j];
+    }
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) add(d, kLanes);
+  if (d < dim) add(d, dim - d);
+  float totals[kLanes];
+  store(totals, sum_each(sums));
+  for (int m = 0; m < M; ++m) {
+    for (int j = 0; j < K; ++j) scores[m * scores_stride + j] = totals[m * K + j];
+  }
+}
+
+// The same for all n keys; rounds n up to whole vectors by repeating the last key, so that a score
+// row must have room for that. q rows are padded with zeros. A key is loaded once for four rows.
 template <class T>
 void score_rows(const float* q, int64_t q_stride, int64_t m_rows, const T* k,
                 const int64_t* offsets, int64_t n, int64_t dim, float* scores,
                 int64_t scores_stride) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const T* keys[kLanes];
-    for (int j = 0; j < kLanes; ++j) keys[j] = k + offsets[smaller(i + j, n - 1)];
-    for (int64_t m = 0; m < m_rows; ++m) {
-      Vec sums[kLanes] = {};
-      const float* qm = q + m * q_stride;
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) {
-        const Vec qd = load(qm + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) sums[j] += qd * load(keys[j] + d);
-      }
-      if (d < dim) {
-        const Vec qd = load(qm + d);
-        for (int j = 0; j < kLanes; ++j) sums[j] += qd * load_partial(keys[j] + d, dim - d);
-      }
-      store(scores + m * scores_stride + i, sum_each(sums));
+  auto rows = [&](auto count, int64_t m) {
+    constexpr int M = decltype(count)::value, K = M == 3 ? kLanes / 4 : kLanes / M;
+    for (int64_t i = 0; i < round_up(n, kLanes); i += K) {
+      const T* keys[K];
+      for (int j = 0; j < K; ++j) keys[j] = k + offsets[smaller(i + j, n - 1)];
+      score_tile<T, M, K>(q + m * q_stride, q_stride, keys, dim, scores + m * scores_stride + i,
+                          scores_stride);
     }
+  };
+  int64_t m = 0;
+  for (; m + 4 <= m_rows; m += 4) rows(std::integral_constant<int, 4>{}, m);
+  switch (m_rows - m) {
+    case 3: return rows(std::integral_constant<int, 3>{}, m);
+    case 2: return rows(std::integral_constant<int, 2>{}, m);
+    case 1: return rows(std::integral_constant<int, 1>{}, m);
   }
 }
 
