@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 
 import error_rule
 import plain
@@ -307,21 +303,3 @@ def test_memory_is_guarded() -> None:
     ancestry = torch.full((2, 4), 2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="ancestry"):
         raw().cached_attention(q, cache, cache, int32([1, 1]), ancestry, 1.0, 0.0, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_capabilities(capability: str) -> None:
-    """This file once more in a process that is held to a lesser instruction set."""
-    if os.environ.get("FASTVLM_CPU_CAPABILITY"):
-        pytest.skip("already held to one")
-    if capability == "avx2" and extension.capability() == "DEFAULT":
-        pytest.skip("no AVX2 here")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "FASTVLM_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
