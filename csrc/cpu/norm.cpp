@@ -148,6 +148,30 @@ float rms_factor(Vec products, float rstd, int64_t cols) {
   return sum(products) * rstd * rstd / static_cast<float>(cols);
 }
 
+// A sum of products of three float32 numbers in double: the gradient of a gate is one number, what
+// is left of millions that cancel.
+class DoubleSum {
+ public:
+  void add(Vec a, Vec b, Vec c) {
+    for (int half = 0; half < 2; ++half) sums_ += wide(a, half) * wide(b, half) * wide(c, half);
+  }
+  double total() const {
+    double total = 0.0;
+    for (int i = 0; i < kLanes / 2; ++i) total += sums_[i];
+    return total;
+  }
+
+ private:
+  typedef double DVec __attribute__((vector_size(4 * kLanes)));
+  typedef float HalfVec __attribute__((vector_size(2 * kLanes)));
+  static DVec wide(Vec x, int half) {
+    HalfVec part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&x) + half * sizeof(part), sizeof(part));
+    return __builtin_convertvector(part, DVec);
+  }
+  DVec sums_{};
+};
+
 float gate_of(const Matrix& gate) {
   float value = 1.0f;
   if (gate.data == nullptr) return value;
@@ -281,7 +305,8 @@ void residual_rms_norm_backward(const NormArgs& args) {
       }
       const float inverse = load_rms(rows, rows.row(args.x, r), x);
       const Vec rstd = broadcast(inverse);
-      Vec products{}, branches{};
+      Vec products{};
+      DoubleSum branches;
       T* dresidual = rows.result(args.dresidual, r);
       for_row(args.cols, [&](int64_t i, int64_t n) {
         const Vec d = load(dh + i), v = load(x + i), normed = v * rstd;
@@ -290,9 +315,9 @@ void residual_rms_norm_backward(const NormArgs& args) {
         products += s * v;
         store(scaled + i, s);
         store(dweight + i, load(dweight + i) + d * gate * normed);
-        branches += d * normed * weight.at(i);
+        if (args.dgate != nullptr) branches.add(d, v, weight.at(i));
       });
-      total += double{sum(branches)};
+      total += branches.total() * inverse;
       if (args.dx == nullptr) return;
       const Vec factor = broadcast(rms_factor(products, inverse, args.cols));
       map_to(rows.result(args.dx, r), args.cols,
