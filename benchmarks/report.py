@@ -100,6 +100,11 @@ def target_table(figures: Figures) -> str:
     return markdown_table(headers, rows)
 
 
+def _change(case: Figures) -> str:
+    change = case.get("log_prob_change")
+    return "" if change is None else f"{change['mean']:.1e}, {change['max']:.1e}"
+
+
 def end_to_end(figures: Figures) -> str:
     rows = []
     for case in figures["cases"]:
@@ -107,16 +112,20 @@ def end_to_end(figures: Figures) -> str:
         rows.append((
             case["workload"]["model"],
             str(case["workload"]["beams"]),
+            case.get("weights") or "own",
             "yes" if case["identical_tokens"] else "NO",
             f"{theirs['ms_per_step']:.1f}",
             f"{ours['ms_per_step']:.1f}",
             f"{case['ratio']['decoding']:.2f}x",
             f"{case['ratio']['total']:.2f}x",
             f"{theirs['peak_memory_mib']:.0f} / {ours['peak_memory_mib']:.0f}",
+            _change(case),
         ))  # fmt: skip
     headers = (
-        "model", "beams", "identical tokens", "transformers, ms per step", "fastvlm, ms per step",
+        "model", "beams", "weights", "identical tokens", "transformers, ms per step",
+        "fastvlm, ms per step",
         "decoding faster", "whole call faster", "memory after vision, MiB",
+        "log-probability, mean and largest change",
     )  # fmt: skip
     return f"{_where(figures)}.\n\n{markdown_table(headers, rows)}"
 

@@ -6,14 +6,16 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastvlm
 from fastvlm.demo.timing import Run, peak_memory, timed_run
 from fastvlm.demo.workload import Workload
+from fastvlm.patching.log_probs import LogProbChange
 
 SIDES = ("transformers", "fastvlm")
 PHASES = {"vision": "vision", "prefill": "prefill", "decoding": "decoding", "total": "whole call"}
@@ -28,6 +30,8 @@ class Comparison:
     memory_method: str = ""
     patch_report: str = ""
     patch_seconds: float = 0.0
+    weights: str | None = None
+    change: LogProbChange | None = None
 
     @property
     def identical(self) -> bool:
@@ -107,6 +111,8 @@ class Comparison:
         }
         return {
             "identical_tokens": self.identical,
+            "weights": self.weights,
+            "log_prob_change": None if self.change is None else asdict(self.change),
             "sides": sides,
             "ratio": {phase: round(self.ratio(phase), 4) for phase in PHASES},
             "memory_method": self.memory_method,
@@ -116,14 +122,21 @@ class Comparison:
 
 
 def compare(
-    workload: Workload, *, rounds: int, progress: Callable[[str], None] = lambda line: None
+    workload: Workload,
+    *,
+    rounds: int,
+    weights: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Warm up and look at the memory of each side, then run them A B A B.
+
+    weights: as `fastvlm.patch` takes it. The tokens may differ then; what the weights change in
+    the log-probabilities of the other side's tokens is reported.
 
     The model is patched and unpatched around every run, so that both sides are the same weights at
     the same addresses and an unpatch that left something behind would show.
     """
-    result = Comparison()
+    result = Comparison(weights=weights)
 
     @contextlib.contextmanager
     def side_of(side: str) -> Iterator[None]:
@@ -131,7 +144,7 @@ def compare(
             yield
             return
         start = time.perf_counter()
-        with fastvlm.patched(workload.model) as report:
+        with fastvlm.patched(workload.model, weights=weights) as report:
             result.patch_seconds = time.perf_counter() - start
             result.patch_report = str(report)
             yield
@@ -146,7 +159,16 @@ def compare(
         for side in SIDES:
             with side_of(side), _announced(progress, f"run {number} of {rounds}, {side}"):
                 result.runs[side].append(timed_run(workload))
+    if weights is not None:
+        result.change = _change(workload, weights, result.runs[SIDES[0]][0].tokens)
     return result
+
+
+def _change(workload: Workload, weights: str, tokens: Tensor) -> LogProbChange:
+    """Along the first beam that transformers found."""
+    inputs = {**workload.inputs, "decoder_input_ids": tokens[:1]}
+    with fastvlm.patched(workload.model, weights=weights):
+        return fastvlm.log_prob_change(workload.model, inputs)
 
 
 @contextlib.contextmanager
