@@ -59,6 +59,7 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev build
 	$(RUN) fastvlm bench
 	$(RUN) benchmarks.end_to_end
+	$(RUN) benchmarks.limits
 	$(RUN) benchmarks.report
 
 # pytest says 5 where no test carries the mark: nothing was checked, and this must not read as green

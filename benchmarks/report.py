@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import limits, targets
 from fastvlm.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -173,7 +173,7 @@ def write(folder: Path) -> Path:
     parts = ["# Benchmark results"]
     for path in sorted(folder.glob("*.json")):
         kind = path.stem.partition("-")[0]
-        if kind not in ("micro", "end_to_end"):
+        if kind not in ("micro", "end_to_end", "limits"):
             continue
         figures = json.loads(path.read_text())
         if kind == "micro":
@@ -188,6 +188,8 @@ def write(folder: Path) -> Path:
                 micro(figures),
                 f"![{path.stem}]({path.stem}.svg)",
             ]
+        elif kind == "limits":
+            parts += ["## Where the time goes", limits.tables(figures)]
         else:
             parts += [f"## Whole models: {path.stem}", end_to_end(figures)]
     if len(parts) == 1:
