@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported. Where the cores are shared, OpenMP threads that spin at a barrier wait
@@ -17,9 +18,19 @@ import torch
 from torch import Tensor
 
 import fastvlm
+from fastvlm import extension
 from fastvlm.ops import dispatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sanitized() -> None:
+    """Under `make sanitize` the library must be the instrumented one."""
+    if os.environ.get("FASTVLM_EXPECT_SANITIZERS"):
+        path = extension.path()
+        assert path is not None, extension.reason()
+        assert b"__asan_init" in Path(path).read_bytes(), f"{path} is not instrumented"
 
 
 @pytest.fixture(autouse=True)
