@@ -143,7 +143,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         return dx, dx if shared else dresidual, dweight, dbias, None, None, None
 
 
-def _fits(x: Tensor, residual: Tensor | None, *weights: Tensor | None) -> bool:
+def _fits(x: Tensor, residual: Tensor | None, *weights: Tensor) -> bool:
     """Whether all is as it should be; where it is not, `_explain` finds the words."""
     try:
         shape, device = x.shape, x.device
@@ -153,9 +153,7 @@ def _fits(x: Tensor, residual: Tensor | None, *weights: Tensor | None) -> bool:
         ):
             return False
         for w in weights:
-            if w is not None and not (
-                w.shape == vector and w.device == device and w.dtype in FLOATS
-            ):
+            if w.shape != vector or w.device != device or w.dtype not in FLOATS:
                 return False
         return x.dtype in FLOATS
     except (AttributeError, IndexError):
@@ -174,9 +172,10 @@ def _explain(op: str, x: Tensor, residual: Tensor | None, **weights: Tensor | No
         if residual.device != x.device:
             raise checks.fail(op, "residual", f"on the device of x ({x.device})", residual)
     for name, weight in weights.items():
-        if weight is None:
+        if weight is None and name == "next_weight":
             continue
         checks.is_tensor(op, **{name: weight})
+        assert weight is not None
         checks.is_float(op, name, weight)
         checks.has_shape(op, name, weight, [x.shape[-1]])
         if weight.device != x.device:
@@ -236,7 +235,8 @@ def residual_rms_norm(
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "residual_rms_norm"
-    if residual is None or not _fits(x, residual, weight, next_weight):
+    weights = (weight,) if next_weight is None else (weight, next_weight)
+    if residual is None or not _fits(x, residual, *weights):
         checks.is_tensor(op, residual=residual)
         _explain(op, x, residual, weight=weight, next_weight=next_weight)
     if gate is not None:
@@ -273,7 +273,7 @@ def residual_layer_norm(
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "residual_layer_norm"
-    if residual is None or bias is None or not _fits(x, residual, weight, bias):
+    if residual is None or not _fits(x, residual, weight, bias):
         checks.is_tensor(op, residual=residual)
         _explain(op, x, residual, weight=weight, bias=bias)
     dropout_p = checks.probability(op, "dropout_p", dropout_p)

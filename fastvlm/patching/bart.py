@@ -77,7 +77,7 @@ class _Layer(Host):
 
     def _branch_out(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         p = self.dropout if self.training else 0.0
-        if self.pre_norm or not is_plain(norm, nn.LayerNorm):
+        if self.pre_norm or not is_plain(norm, nn.LayerNorm) or norm.bias is None:
             x = residual + (F.dropout(x, p) if p > 0 else x)
             return x if self.pre_norm else norm(x)
         return ops.residual_layer_norm(

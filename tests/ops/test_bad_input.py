@@ -143,6 +143,17 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ops.rms_norm(t(3, 5), t(5).long()), ValueError, "weight must be float32"),
     (lambda: ops.rms_norm(t(3, 5), t(5, device="meta")), ValueError, "weight must be on the dev"),
     (lambda: ops.rms_norm(None, t(5)), TypeError, "x must be a torch.Tensor; got None"),
+    (lambda: ops.rms_norm(t(3, 5), None), TypeError, "weight must be a torch.Tensor; got None"),
+    (
+        lambda: ops.residual_layer_norm(t(3, 5), t(3, 5), t(5), None),
+        TypeError,
+        "residual_layer_norm: bias must be a torch.Tensor; got None",
+    ),
+    (
+        lambda: ops.residual_rms_norm(t(3, 5), t(3, 5), None),
+        TypeError,
+        "residual_rms_norm: weight must be a torch.Tensor; got None",
+    ),
     (lambda: tail(residual=t(2, 5)), ValueError, r"residual must be of shape \[3, 5\]"),
     (lambda: tail(residual=3), TypeError, "residual must be a torch.Tensor; got 3"),
     (lambda: tail(gate=t(2)), ValueError, r"gate must be one number, of shape \[\] or \[1\]"),

@@ -276,3 +276,13 @@ def test_paligemma_keeps_its_attention_and_the_report_says_so() -> None:
     assert "masks of a prefix" in (reasons["model.language_model"] or "")
     assert "was skipped" in (reasons["model.language_model.layers.0.self_attn"] or "")
     assert "geglu_mlp" in {op for entry in report.patched for op in entry.ops}
+
+
+def test_a_norm_without_a_bias_is_called() -> None:
+    """A trainer's own copy may have one: residual_layer_norm wants both, the module does not."""
+    model = models.bart()
+    layer = model.model.decoder.layers[0]
+    layer.final_layer_norm = torch.nn.LayerNorm(layer.embed_dim, bias=False)
+    expected = logits(model)
+    fastvlm.patch(model)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
