@@ -20,6 +20,7 @@ constexpr int64_t kRows = 96;   // query rows of a panel
 constexpr int64_t kKeys = 64;   // keys of a block
 constexpr int64_t kDepth = 64;  // of the head dimension, summed in one go
 constexpr int64_t kTasks = 32;  // rows of an image are cut into chunks where there are fewer tasks
+constexpr int64_t kMostParts = int64_t{1} << 24;  // elements of all chunks' sums
 
 template <class T>
 class AttentionBackward {
@@ -30,7 +31,7 @@ class AttentionBackward {
         readers_(a_),
         group_(a_.heads / a_.kv_heads),
         padded_(round_up(a_.dim, kLanes)),
-        chunks_(larger(1, divide_up(kTasks, larger(1, a_.images * a_.kv_heads)))),
+        chunks_(count_chunks()),
         parts_(chunks_ == 1 ? 0 : 2 * chunks_ * a_.kv_heads * b_.keys * padded_) {
     for (int64_t i = 0; i < a_.images; ++i) width_ = larger(width_, keys_of(i));
     width_ = round_up(width_, kKeys);
@@ -60,6 +61,14 @@ class AttentionBackward {
     float *q, *grad, *dq;                // [kRows][padded]
   };
 
+  int64_t count_chunks() const {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < a_.images; ++i) rows = larger(rows, readers_.count(i));
+    const int64_t one = 2 * a_.kv_heads * b_.keys * padded_;  // the sums of one chunk
+    int64_t chunks = divide_up(kTasks, larger(1, a_.images * a_.kv_heads));
+    chunks = smaller(chunks, divide_up(rows * group_, kRows));
+    return larger(1, smaller(chunks, kMostParts / larger(1, one)));
+  }
   static const T* at(const Heads& x, int64_t row, int64_t head) {
     return static_cast<const T*>(x.data) + row * x.row_stride + head * x.head_stride;
   }
