@@ -1,6 +1,8 @@
 // attention and cached_attention as torch ops.
 #include "../cpu/attention.h"
 
+#include <algorithm>
+
 #include "bind.h"
 
 namespace fastvlm {
@@ -61,7 +63,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
   args.causal = causal;
-  args.window = window;
+  args.window = std::min(window, int64_t{1} << 40);  // sums with places must not overflow
   args.dropout = dropout_of(seed, dropout_p);
   return args;
 }
@@ -151,7 +153,7 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   }
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
-  args.window = window;
+  args.window = std::min(window, int64_t{1} << 40);  // sums with places must not overflow
   int bad_ancestor = 0;
   args.bad_ancestor = &bad_ancestor;
   Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});

@@ -44,7 +44,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 inline void check(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, name,
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, name,
                   ": the last dimension must be contiguous");
 }
 

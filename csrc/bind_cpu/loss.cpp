@@ -19,6 +19,7 @@ T* data(const Tensor& t, const char* name, ScalarType dtype, int64_t rows, int64
 LogitsBlock block_of(const Tensor& logits, const std::optional<Tensor>& bias, double softcap,
                      int64_t first) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits: expected 2 dimensions, got ", logits.dim());
+  STD_TORCH_CHECK(first >= 0, "first: expected a place in the vocabulary, got ", first);
   LogitsBlock block{};
   block.rows = logits.size(0);
   block.cols = logits.size(1);

@@ -40,12 +40,13 @@ class AttentionBackward {
   void run() {
     clear_unread();
     const int64_t per_worker = width_ * (5 * padded_ + 2 * kRows + 2) + kRows * 3 * padded_;
-    Scratch<float> scratch(workers() * per_worker);
+    const int64_t tasks = a_.images * a_.kv_heads * chunks_;
+    Scratch<float> scratch(smaller(workers(), tasks) * per_worker);
     auto chunk = [&](int64_t task, int64_t worker) {
       run_chunk(task / (a_.kv_heads * chunks_), task / chunks_ % a_.kv_heads, task % chunks_,
                 scratch.data() + worker * per_worker);
     };
-    for_each_task(a_.images * a_.kv_heads * chunks_, chunk);
+    for_each_task(tasks, chunk);
     if (chunks_ == 1) return;
     auto finish = [&](int64_t task, int64_t) { add_parts(task / a_.kv_heads, task % a_.kv_heads); };
     for_each_task(a_.images * a_.kv_heads, finish);

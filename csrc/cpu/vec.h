@@ -237,7 +237,7 @@ inline Vec exp(Vec x) {
   p = p * r + broadcast(1.6666665459e-1f);
   p = p * r + broadcast(5.0000001201e-1f);
   p = p * (r * r) + r + broadcast(1.0f);
-  const Vec scaled = (Vec)((UVec)p + ((UVec)shifted << 23));
+  const Vec scaled = p * (Vec)(((UVec)shifted << 23) + 0x3f800000u);  // 2^n; a NaN in p stays one
   const Vec finite = select(x > broadcast(88.3f), broadcast(__builtin_inff()), scaled);
   return select(x < broadcast(-87.3f), Vec{}, finite);
 }

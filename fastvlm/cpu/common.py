@@ -18,6 +18,10 @@ def wrong_dtype(x: Tensor) -> str | None:
     return None if x.dtype in DTYPES else f"{x.dtype} (it has float32, bfloat16, float16)"
 
 
+def dense_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else dense_last(bias)
+
+
 def dense_last(x: Tensor) -> Tensor:
     """Kernels take any strides but in the last dimension."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

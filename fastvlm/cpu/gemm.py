@@ -8,6 +8,7 @@ process.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import extension
-from fastvlm.cpu.common import dense_last
+from fastvlm.cpu.common import dense_bias, dense_last
 
 # Up to how many rows our kernel, which streams the weight from memory once, is ahead of the
 # libraries; measured with a weight of 9216 x 2304, and not far from the truth where it changes
@@ -51,7 +52,7 @@ def few_rows(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] weight [N, K]^T + bias [N] -> [M, N], any strides, one dtype of ours."""
     if few_rows(x) and weight.stride(-1) == 1:
-        return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, bias)
+        return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, dense_bias(bias))
     return large_product(x, weight, bias)
 
 
@@ -63,14 +64,20 @@ def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # it has no name for operands whose rows overlap
+    x, weight = (t if _is_matrix(t) else t.contiguous() for t in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _is_matrix(x: Tensor) -> bool:
+    return x.is_contiguous() or x.t().is_contiguous()
 
 
 def library() -> str:
     """ "aten" or "onednn": FASTVLM_GEMM where it is set, else what measured faster."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
-        return measured()
+        return _measured() if _has_onednn() else "aten"
     if wanted not in _LIBRARIES:
         raise ValueError(f"{VARIABLE} must be one of {_LIBRARIES}; got {wanted!r}")
     if wanted == "onednn" and not _has_onednn():
@@ -83,19 +90,25 @@ def _has_onednn() -> bool:
     return usable and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+_lock = threading.Lock()
+
+
+def _measured() -> str:
+    with _lock:
+        return _measure()
+
+
 @cache
-def measured() -> str:
+def _measure() -> str:
     """The faster library for a float32 product of 0.6 GFLOP, by the best of a few turns each."""
-    if not _has_onednn():
-        return "aten"
-    x, weight = torch.ones(256, 768), torch.ones(1536, 768)
+    x, weight = (torch.ones(n, 768, dtype=torch.float32, device="cpu") for n in (256, 1536))
 
     def seconds(function: Callable[[Tensor, Tensor, None], Tensor]) -> float:
         start = time.perf_counter()
         function(x, weight, None)
         return time.perf_counter() - start
 
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         times = [(seconds(F.linear), seconds(_onednn)) for _ in range(6)][1:]
     aten, onednn = (min(column) for column in zip(*times))
     return "onednn" if aten > _CLEARLY_FASTER * onednn else "aten"

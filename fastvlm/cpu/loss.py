@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.cpu.common import unavailable, wrong_dtype
+from fastvlm.cpu.common import dense_bias, unavailable, wrong_dtype
 from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product
 from fastvlm.ops.dispatch import Kernel
 
@@ -27,7 +27,7 @@ class _Blocks:
     """The blocks of a head for some rows: their logits, float32, before bias and cap."""
 
     def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight, dense_bias(bias)
         most = min(_MOST, _ELEMENTS // max(1, rows.shape[0]))
         self.size = max(_FEWEST, most // 64 * 64)
         # in 16 bits the other way begins with a float32 copy of the weight, which costs more
@@ -51,8 +51,8 @@ class _Blocks:
 
 def _running(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit and sum of exp(logit - largest) of rows that have seen nothing."""
-    largest = torch.full((x.shape[0],), float("-inf"))
-    return largest, torch.zeros(x.shape[0], dtype=torch.float64)
+    largest = x.new_full((x.shape[0],), float("-inf"), dtype=torch.float32)
+    return largest, x.new_zeros(x.shape[0], dtype=torch.float64)
 
 
 def _counted(h: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +77,8 @@ def _linear_cross_entropy(
             logits, b, softcap, columns.start, largest, total, target, picked, None, None
         )
     parts = torch.stack((largest, total.log().float()), 1)
-    nll = torch.zeros(h.shape[0])
-    lse = torch.zeros(h.shape[0], 2)
+    nll = h.new_zeros(h.shape[0], dtype=torch.float32)
+    lse = h.new_zeros(h.shape[0], 2, dtype=torch.float32)
     nll[rows] = parts[:, 1] - (picked - largest)
     lse[rows] = parts
     return nll, lse
@@ -120,8 +120,8 @@ def _linear_topk(
     h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     largest, total = _running(h)
-    values = torch.empty(h.shape[0], k)
-    indices = torch.empty(h.shape[0], k, dtype=torch.int64)
+    values = h.new_empty(h.shape[0], k, dtype=torch.float32)
+    indices = h.new_empty(h.shape[0], k, dtype=torch.int64)
     for columns, _, b, logits in _Blocks(h, weight, bias):
         torch.ops.fastvlm_cpu.scan_logits(
             logits, b, softcap, columns.start, largest, total, None, None, values, indices

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
+from fastvlm.cpu.common import dense_bias, dense_last, unavailable, wrong_dtype
 from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product, product
 from fastvlm.ops.dispatch import Kernel
 
@@ -45,13 +45,16 @@ def _low_precision_unsupported(
 def _low_precision_linear(x: Tensor, weight: Tensor, scale: Any, bias: Any) -> Tensor:
     if weight.dtype == x.dtype:
         return product(x, weight, bias)
-    return torch.ops.fastvlm_cpu.low_precision_linear(dense_last(x), weight, scale, bias)
+    return torch.ops.fastvlm_cpu.low_precision_linear(
+        dense_last(x), weight, scale, dense_bias(bias)
+    )
 
 
 def _gelu_mlp(
     x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, seed: Any, tanh: bool, p: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     if not keep and seed is None and _streams(x, w1, w2):
+        b1, b2 = dense_bias(b1), dense_bias(b2)
         y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, tanh)
         return y, _none(x)
     pre = product(x, w1, b1)

@@ -59,15 +59,14 @@ def _residual_rms_norm_backward(
     dx, dresidual, dw, dgate, dnext = torch.ops.fastvlm_cpu.residual_rms_norm_backward(
         *tensors, eps, offset, *needs
     )
-    if gate is not None:
-        dgate = dgate.to(gate.dtype)
-        dgate = dgate.view(gate.shape) if needs[3] else dgate
+    if gate is not None and needs[3]:
+        dgate = dgate.to(gate.dtype).view(gate.shape)
     return (
         dx,
         dresidual,
         dw.to(weight.dtype),
-        dgate.to(x.dtype) if gate is None else dgate,
-        dnext.to(x.dtype if next_weight is None else next_weight.dtype),
+        dgate if gate is not None and needs[3] else dgate.to(x.dtype),
+        dnext.to(next_weight.dtype if next_weight is not None and needs[4] else x.dtype),
     )
 
 

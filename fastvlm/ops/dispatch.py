@@ -63,7 +63,7 @@ def define(
     torch.library.register_fake(f"fastvlm::{name}", fake, lib=_LIBRARY)
     op = OPS[name] = Op(name, reference)
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _chooser(op, _candidates(device)), device)
+        _LIBRARY.impl(name, _chooser(op, _candidates(device), device.lower()), device)
     return getattr(torch.ops.fastvlm, name).default
 
 
@@ -77,11 +77,18 @@ def _candidates(device: str) -> list[str]:
     return [backend for backend in DEVICE_OF if DEVICE_OF[backend] == device]
 
 
-def _chooser(op: Op, candidates: list[str]) -> Callable[..., Any]:
+def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
     """The implementation under a dispatch key. A decoding step is hundreds of calls of this."""
     kernels, reference = op.kernels, op.reference
 
     def run(*args: Any) -> Any:
+        if torch.is_autocast_enabled(device):
+            # the public functions have cast what autocast casts; inside, float32 means float32
+            with torch.autocast(device, enabled=False):
+                return choose(*args)
+        return choose(*args)
+
+    def choose(*args: Any) -> Any:
         if _forced is not None:
             if _forced == "reference":
                 return reference(*args)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
@@ -171,6 +172,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "linear"
+    if _transformed():
+        return F.linear(x, weight, bias)
     if _plain_linear(x, weight, bias):
         return _as(x, _linear(_rows(x), weight, bias))
     features = _features(op, x)
@@ -182,6 +185,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = autocast(x, weight, bias)
     checks.same_kind(op, "x", x, weight=weight, bias=bias)
     return _as(x, _linear(_rows(x), weight, bias))
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which PyTorch's own product knows."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
