@@ -14,6 +14,8 @@ from fastvlm import extension
 TESTS = Path(__file__).parent
 FILES = (
     "test_cpu_kernels.py",
+    "test_cpu_norm.py",
+    "test_cpu_rope.py",
     "test_cpu_determinism.py",
     *(f"ops/test_{name}.py" for name in ("attention", "mlp", "norm", "rope", "loss")),
     "ops/test_low_precision.py",

@@ -20,6 +20,16 @@ void for_each_task(int64_t tasks, Body& body) {
       &body);
 }
 
+// Work on fewer elements than this is done before a second thread has begun.
+constexpr int64_t kFewElements = 32768;
+
+// The same for work on `elements` numbers, on the calling thread where they are few.
+template <class Body>
+void for_each_task(int64_t tasks, int64_t elements, Body& body) {
+  if (elements >= kFewElements) return for_each_task(tasks, body);
+  for (int64_t task = 0; task < tasks; ++task) body(task, int64_t{0});
+}
+
 // Scratch memory that goes with its scope.
 template <class T>
 class Scratch {

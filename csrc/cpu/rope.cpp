@@ -63,7 +63,7 @@ void rope(const RopeArgs& a) {
         heads(a.k, a.k_strides, a.kv_heads, t, cos, a.out_k);
       }
     };
-    for_each_task(divide_up(a.tokens, block), task);
+    for_each_task(divide_up(a.tokens, block), a.tokens * size, task);
   });
 }
 

@@ -1,4 +1,4 @@
-"""Launchers of csrc/cpu/norm.cpp."""
+"""Launchers of csrc/cpu/norm.cpp and norm_backward.cpp."""
 
 from __future__ import annotations
 
@@ -59,15 +59,21 @@ def _residual_rms_norm_backward(
     dx, dresidual, dw, dgate, dnext = torch.ops.fastvlm_cpu.residual_rms_norm_backward(
         *tensors, eps, offset, *needs
     )
-    if gate is not None and needs[3]:
-        dgate = dgate.to(gate.dtype).view(gate.shape)
+    # as the fake: what stands for a gradient that nobody wants has the dtype of x
     return (
         dx,
         dresidual,
         dw.to(weight.dtype),
-        dgate if gate is not None and needs[3] else dgate.to(x.dtype),
-        dnext.to(next_weight.dtype if next_weight is not None and needs[4] else x.dtype),
+        _for(gate, dgate, x) if needs[3] else x.new_empty(0),
+        _for(next_weight, dnext, x) if needs[4] else x.new_empty(0),
     )
+
+
+def _for(parameter: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its parameter; one of x's where there is none."""
+    if parameter is None:
+        return x.new_empty(0)
+    return grad.to(parameter.dtype).view(parameter.shape)
 
 
 def _residual_layer_norm(
