@@ -177,20 +177,28 @@ def test_rows_and_weights_of_larger_tensors(name: str, dtype: torch.dtype) -> No
                     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", list(RESULTS))
-def test_weight_gradients_of_many_rows(name: str) -> None:
-    """All of one sign, so that nothing cancels: a plain float32 sum loses more than PyTorch's."""
-    rows, n = 200_000, 9
-    _, args = inputs(name, rows, n, torch.float32, torch.float32)
-    args = [x.abs() if torch.is_tensor(x) and x.dim() == 2 else x for x in args]
-    needs = {
-        "rms_norm": [False, True],
-        "residual_rms_norm": [False, False, True, True, True],
-        "residual_layer_norm": [False, False, True, True],
-    }[name]
-    results = Results()
-    results.add(f"{name}_backward", [*args, needs])
-    results.check()
+@pytest.mark.parametrize(("rows", "n"), [(100_000, 33), (300_000, 5)])
+def test_weight_gradients_of_many_rows(rows: int, n: int) -> None:
+    """All of one sign, so that nothing cancels: one long float32 sum is off by several eps."""
+    x, grad = (torch.randn(rows, n).abs() + 0.1 for _ in range(2))
+    weight = torch.randn(n)
+
+    def gradients(cast: torch.dtype) -> list[Tensor]:
+        g, rows, w = (t.to(cast) for t in (grad, x, weight))
+        no = [False] * 4
+        rms = op("rms_norm_backward")(g, rows, w, EPS, 1.0, [False, True])
+        residual = op("residual_rms_norm_backward")(
+            None, g, rows, rows, w, None, w, EPS, 1.0, [*no, True]
+        )
+        layer = op("residual_layer_norm_backward")(
+            g, rows, rows, w, None, EPS, 0.0, [*no[:3], True]
+        )
+        return [rms[1], residual[4], layer[3]]
+
+    with fastvlm.use("cpu"):
+        ours = gradients(torch.float32)
+    for got, want in zip(ours, gradients(torch.float64), strict=True):
+        assert ((got - want).abs() <= torch.finfo(torch.float32).eps * want.abs()).all()
 
 
 @pytest.mark.parametrize("n", [3, 17, 768])
