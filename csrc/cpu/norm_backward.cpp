@@ -140,15 +140,11 @@ void residual_layer_norm_backward(const NormArgs& args) {
       float *scaled = scratch + rows.width(), *to_bias = place(rows, sums, dbias);
       float* to_weight = place(rows, sums, dweight);
       const T* grad = rows.row(args.grad, r);
-      if (to_bias != nullptr) {
-        for_row(args.cols,
-                [&](int64_t i, int64_t n, int) { add_to(to_bias, i, load_some(grad + i, n)); });
-      }
-      if (!inputs && to_weight == nullptr) return;
       const LayerNormRow<T> z(rows, r, scratch);
       RowSum total, products;
       for_row(args.cols, [&](int64_t i, int64_t n, int chain) {
         const Vec g = load_some(grad + i, n), normed = z.normed(i), s = g * weight.at(i);
+        if (to_bias != nullptr) add_to(to_bias, i, g);
         if (to_weight != nullptr) add_to(to_weight, i, g * normed);
         if (!inputs) return;
         total.add(chain, s);

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kBlockElements = 16384;
 constexpr int64_t kMostBlocks = 256;
 // so many rows are summed in float32 before the sum goes into a double
-constexpr int64_t kFloatRows = 16;
+constexpr int64_t kFloatRows = 32;
 
 inline int64_t block_rows(const NormArgs& a) {
   return larger(divide_up(kBlockElements, larger(1, a.cols)), divide_up(a.rows, kMostBlocks));
