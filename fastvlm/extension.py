@@ -96,7 +96,10 @@ def path() -> str | None:
 
 
 def capability() -> str | None:
-    """The instruction set in use, "DEFAULT", "AVX2" or "AVX512"; None without the extension."""
+    """The instruction set in use; None without the extension.
+
+    "DEFAULT", "AVX2", "AVX512", or "AVX512_BF16" where the CPU multiplies bfloat16 pairs besides.
+    """
     if not load():
         return None
     import torch

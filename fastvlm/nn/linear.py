@@ -18,8 +18,8 @@ _HOOKS = (
 class Linear(nn.Linear):
     """`torch.nn.Linear` over `fastvlm.ops.linear`: same parameters, same results.
 
-    A few rows without gradients (a decoding step) stream the weight once; everything else is
-    PyTorch's own product.
+    A few rows (a decoding step) stream the weight once; more, with gradients too, go through the
+    library whose product is the fastest here.
     """
 
     storage: str | None = None  # what a subclass keeps its weight in, where not as it is
