@@ -1,4 +1,4 @@
-# make demo | test | test-oldest | sanitize | lint | types | bench | gpu-check | clean
+# make demo | test | test-triton | test-oldest | sanitize | lint | types | bench | gpu-check | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
 
@@ -18,15 +18,19 @@ ARGS   ?=
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-oldest sanitize lint types bench gpu-check build clean
+.PHONY: demo test test-triton test-oldest sanitize lint types bench gpu-check build clean
 .DEFAULT_GOAL := demo
 
 demo: build
 	$(RUN) fastvlm demo $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGE),--image "$(IMAGE)") \
 	  $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-test: $(VENV)/.dev build
+test: $(VENV)/.dev $(VENV)/.emulator build
 	$(RUN) pytest $(ARGS)
+
+# every case of the Triton kernels, executed by an emulator, without a GPU
+test-triton: $(VENV)/.dev $(VENV)/.emulator build
+	$(RUN) pytest -m triton --triton full -n auto $(ARGS)
 
 # the lowest transformers that is supported, in an environment of its own
 OLDEST := $(VENV)-oldest
@@ -92,6 +96,13 @@ $(VENV)/.demo: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
 	$(PY) -m pip install "$(TRANSFORMERS)" -e ".[dev]"
 	@touch $@ $(VENV)/.demo
+
+# Triton and its emulator, neither asks for a GPU. ttsem's declaration of the
+# oldest Python is newer than it needs
+$(VENV)/.emulator: | $(VENV)/.torch
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --no-deps triton==3.8.0
+	$(PY) -m pip install --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # op's outputs a kept graph is wrong, and the tests must compile the ops as they are
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import emulator
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,34 @@ from fastvlm import extension
 from fastvlm.ops import dispatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--triton",
+        choices=("quick", "full"),
+        default="quick",
+        help="run every case of the Triton backend, or (quick) one in twelve of them",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what runs on the emulated Triton backend, and leaves most of it out when quick."""
+    why, kept, left_out = emulator.missing(), [], []
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and parameters.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.triton)
+        if "triton" in item.keywords and isinstance(item.get_closest_marker("triton"), pytest.Mark):
+            if why is not None:
+                item.add_marker(pytest.mark.skip(reason=why))
+            elif config.getoption("--triton") == "quick" and zlib.crc32(item.nodeid.encode()) % 12:
+                left_out.append(item)
+                continue
+        kept.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -58,7 +87,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return DTYPES[request.param]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -67,8 +96,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def on(backend: str) -> Iterator[Callable[..., Any]]:
     """Call an op on the backend of the test, which serves its backward pass too.
 
-    A case that the CPU kernels do not serve is skipped with their reason: nothing but the reference
+    A case that the kernels do not serve is skipped with their reason: nothing but the reference
     is left, and its own case tests that. EXPECTED_CPU in test_dispatch.py is what they must serve.
+    Triton kernels are executed by an emulator.
     """
 
     def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +112,7 @@ def on(backend: str) -> Iterator[Callable[..., Any]]:
                 raise
             pytest.skip(str(error))
 
-    with fastvlm.use(backend):
+    with emulator.emulated() if backend == "triton" else fastvlm.use(backend):
         yield call
 
 

@@ -1,8 +1,8 @@
 """The ops: public function, checks, dispatch to a backend, autograd."""
 
-from fastvlm import cpu as _cpu
+import fastvlm.cpu
+import fastvlm.triton  # noqa: F401 - each backend registers its kernels
 from fastvlm.ops.attention import cached_attention, cross_attention, self_attention
-from fastvlm.ops.dispatch import register as _register
 from fastvlm.ops.loss import linear_cross_entropy, linear_topk
 from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear, low_precision_linear, quantize_rows
 from fastvlm.ops.norm import residual_layer_norm, residual_rms_norm, rms_norm
@@ -24,6 +24,3 @@ __all__ = [
     "rope",
     "self_attention",
 ]
-
-for _name, _kernel in _cpu.KERNELS.items():
-    _register(_name, _kernel)

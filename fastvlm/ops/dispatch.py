@@ -10,8 +10,9 @@ a reason when it cannot, and the reference serves: the same reasons are what
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ import torch
 _LIBRARY = torch.library.Library("fastvlm", "FRAGMENT")
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-DEVICE_OF = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+# the backends under each dispatch key, the preferred one first
+CANDIDATES = {"CPU": ["cpu"], "CUDA": ["triton", "cuda"]}
 
 
 class BackendError(RuntimeError):
@@ -44,10 +46,12 @@ class Kernel:
 class Op:
     name: str
     reference: Callable[..., Any]
-    kernels: dict[str, Kernel] = field(default_factory=dict)
+    kernels: dict[str, Kernel]
 
 
 OPS: dict[str, Op] = {}
+# kernels by op and backend: a backend may be imported before the op is defined
+_KERNELS: defaultdict[str, dict[str, Kernel]] = defaultdict(dict)
 _forced: str | None = None
 
 
@@ -61,20 +65,15 @@ def define(
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvlm::{name}", fake, lib=_LIBRARY)
-    op = OPS[name] = Op(name, reference)
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _chooser(op, _candidates(device), device.lower()), device)
+    op = OPS[name] = Op(name, reference, _KERNELS[name])
+    for device, candidates in CANDIDATES.items():
+        _LIBRARY.impl(name, _chooser(op, candidates, device.lower()), device)
     return getattr(torch.ops.fastvlm, name).default
 
 
 def register(name: str, kernel: Kernel) -> None:
-    """Put a backend's kernel under an op that is already defined."""
-    OPS[name].kernels[kernel.backend] = kernel
-
-
-def _candidates(device: str) -> list[str]:
-    """Backends for a dispatch key, the preferred one first."""
-    return [backend for backend in DEVICE_OF if DEVICE_OF[backend] == device]
+    """Put a backend's kernel under an op."""
+    _KERNELS[name][kernel.backend] = kernel
 
 
 def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
@@ -136,7 +135,7 @@ def use(backend: str) -> Iterator[None]:
 def status(device: str) -> list[tuple[str, str, str]]:
     """For each public op: (name, backend that serves it on this device type, why not a better)."""
     wanted = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    candidates = _candidates(wanted)
+    candidates = CANDIDATES[wanted]
     rows = []
     for op in OPS.values():
         reasons, chosen = [], "reference"

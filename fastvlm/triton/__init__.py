@@ -1,0 +1,87 @@
+"""The Triton backend: kernels for CUDA and ROCm tensors.
+
+Nothing here imports Triton until the first call of a kernel: the package must import, quickly,
+where there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
+
+OLDEST = (3, 4)
+
+# the file under fastvlm/triton/ that launches each op
+FLOORS = {
+    "norm": (
+        "rms_norm",
+        "rms_norm_backward",
+        "residual_rms_norm",
+        "residual_rms_norm_backward",
+        "residual_layer_norm",
+        "residual_layer_norm_backward",
+    ),
+    "rope": ("rope", "rope_backward"),
+}
+
+_on_cpu_tensors = False
+
+
+def unavailable() -> str | None:
+    """Why no kernel here can be used on this machine; None when they can."""
+    return None if _on_cpu_tensors else _machine()
+
+
+@functools.cache
+def _machine() -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    try:
+        triton = importlib.import_module("triton")
+    except Exception as error:
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer"
+    return None
+
+
+@contextlib.contextmanager
+def on_cpu_tensors() -> Iterator[None]:
+    """Let ``fastvlm.use("triton")`` hand CPU tensors to the launchers, in the whole process.
+
+    For tools that stand in for a GPU: an emulator that executes the launches, or a compiler that
+    only compiles them.
+    """
+    global _on_cpu_tensors
+    before, _on_cpu_tensors = _on_cpu_tensors, True
+    CANDIDATES["CPU"].append("triton")
+    try:
+        yield
+    finally:
+        CANDIDATES["CPU"].remove("triton")
+        _on_cpu_tensors = before
+
+
+def _kernel(name: str, floor: str) -> Kernel:
+    @functools.cache
+    def launcher() -> Any:
+        return importlib.import_module(f"fastvlm.triton.{floor}").LAUNCHERS[name]
+
+    return Kernel(
+        "triton",
+        lambda *args: launcher().run(*args),
+        unavailable,
+        lambda *args: launcher().unsupported(*args),
+    )
+
+
+for _floor, _names in FLOORS.items():
+    for _name in _names:
+        register(_name, _kernel(_name, _floor))

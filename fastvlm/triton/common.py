@@ -1,0 +1,68 @@
+"""What the launchers of the Triton backend share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def wrong_dtype(x: Tensor) -> str | None:
+    return None if x.dtype in DTYPES else f"{x.dtype} (it has float32, bfloat16, float16)"
+
+
+def unsupported_dtype(*args: Any) -> str | None:
+    """The usual reason of a launcher: a floating tensor of another dtype than it has."""
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in DTYPES:
+            return wrong_dtype(x)
+    return None
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """run has the signature of the schema; unsupported(*args) says why a call cannot be served."""
+
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None] = unsupported_dtype
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the one of x."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many blocks the device of x works on at once, times their residency."""
+    return _multiprocessors(x.device.index) if x.device.type == "cuda" else 128
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """Kernels take any strides but in the last dimension, whose elements they load as vectors."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """The smallest 53-bit integer that the generator keeps: its value / 2^53 is at least p."""
+    return math.ceil(dropout_p * 2**53)

@@ -1,0 +1,37 @@
+"""Triton kernels executed without a GPU: every launch, from the compiler's own IR, on CPU tensors.
+
+ttsem reports an access outside of its tensor, a race between program instances and an undefined
+result as the failure of the test that launched the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import fastvlm
+from fastvlm import triton as backend
+
+
+def missing() -> str | None:
+    """Why there is no emulator here."""
+    for package in ("triton", "ttsem"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed (make test-triton installs it)"
+    return None
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[Any]:
+    """Inside, ``fastvlm.use("triton")`` serves CPU tensors. Gives ttsem's session, which counts."""
+    from ttsem._fakedriver import unstub_torch_cuda
+    from ttsem.sanitize import session
+
+    # cuda_is_cpu would replace attributes of torch.Tensor; our launchers take CPU tensors as such
+    with session(source="<pytest>", cuda_is_cpu=False) as counted:
+        unstub_torch_cuda()  # PyTorch is asked about the machine as it is
+        with backend.on_cpu_tensors(), fastvlm.use("triton"):
+            yield counted
+    assert counted.races_unchecked == 0, "a launch too large to be checked for races: take less"
