@@ -65,7 +65,8 @@ class Layout:
     rows_by_image: int64 [Tq], the query rows in image order, or None where they stand so already.
     reader_offsets: int32 [I + 1]. In image order, the query rows that read image i are
         reader_offsets[i] : reader_offsets[i + 1].
-    max_q, max_kv: longest segment and longest image. num_tokens, num_kv_tokens: Tq and Tk.
+    max_q, max_kv: longest segment and longest image. max_readers: the most query rows that read
+        one image. num_tokens, num_kv_tokens: Tq and Tk.
     reads_itself: segment s reads image s, of its own length: what self-attention needs.
     q_padding, kv_padding: the padded grids the rows came from; None for a batch packed from birth.
 
@@ -80,6 +81,7 @@ class Layout:
     reader_offsets: Tensor
     max_q: int
     max_kv: int
+    max_readers: int
     num_tokens: int
     num_kv_tokens: int
     reads_itself: bool
@@ -345,6 +347,7 @@ def _build(q: list[int], kv: list[int], images: list[int], device: torch.device)
         reader_offsets=_offsets(readers).to(device, torch.int32),
         max_q=max(q, default=0),
         max_kv=max(kv, default=0),
+        max_readers=int(readers.max()) if kv else 0,
         num_tokens=sum(q),
         num_kv_tokens=sum(kv),
         reads_itself=q == kv and images == list(range(len(q))),

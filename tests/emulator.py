@@ -13,6 +13,8 @@ from typing import Any
 
 import fastvlm
 from fastvlm import triton as backend
+from fastvlm.triton import configs
+from fastvlm.triton.configs import Config
 
 
 def missing() -> str | None:
@@ -23,15 +25,29 @@ def missing() -> str | None:
     return None
 
 
+# Blocks so small that the few rows of a test make several of them, with ragged ends; they also
+# cost the emulator less than true ones, most of which would be padding
+SMALL = {
+    "attention_forward": Config({"BLOCK_M": 16, "BLOCK_N": 32}),
+    "attention_backward_q": Config({"BLOCK_M": 16, "BLOCK_N": 32}),
+    "attention_backward_kv": Config({"BLOCK_M": 32, "BLOCK_N": 16}),
+    "cached_attention": Config({"BLOCK_N": 16}),
+}
+
+
 @contextlib.contextmanager
-def emulated() -> Iterator[Any]:
-    """Inside, ``fastvlm.use("triton")`` serves CPU tensors. Gives ttsem's session, which counts."""
+def emulated(small: bool = True) -> Iterator[Any]:
+    """Inside, ``fastvlm.use("triton")`` serves CPU tensors. Gives ttsem's session, which counts.
+
+    small: with the blocks of SMALL, else with those of the tables.
+    """
     from ttsem._fakedriver import unstub_torch_cuda
     from ttsem.sanitize import session
 
     # cuda_is_cpu would replace attributes of torch.Tensor; our launchers take CPU tensors as such
     with session(source="<pytest>", cuda_is_cpu=False) as counted:
         unstub_torch_cuda()  # PyTorch is asked about the machine as it is
-        with backend.on_cpu_tensors(), fastvlm.use("triton"):
+        blocks = configs.replaced(**SMALL) if small else contextlib.nullcontext()
+        with backend.on_cpu_tensors(), fastvlm.use("triton"), blocks:
             yield counted
     assert counted.races_unchecked == 0, "a launch too large to be checked for races: take less"

@@ -76,11 +76,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   AttentionArgs args = attention_args(q, k, v, q_offsets, kv_offsets, image_of, seed, scale,
                                       softcap, causal, window, dropout_p);
   Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});
-  Tensor lse = torch::stable::new_empty(q, {args.rows, args.heads}, ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(q, {args.rows, args.heads, 2}, ScalarType::Float);
   args.out = out.mutable_data_ptr();
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.stats = static_cast<float*>(stats.mutable_data_ptr());
   if (args.rows > 0 && args.heads > 0) FASTVLM_KERNEL(attention)(args);
-  return {out, lse};
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(

@@ -95,7 +95,8 @@ class Attention {
   void write(int64_t row, int64_t head, const float* sums, Running running) const {
     const int64_t at = row * a_.heads + head;
     write_row(sums, running, a_.dim, static_cast<T*>(a_.out) + at * a_.dim);
-    a_.lse[at] = running.largest + std::log(running.total);
+    a_.stats[2 * at] = running.largest * 1.44269504f;
+    a_.stats[2 * at + 1] = running.total;
   }
 
   // The total of a row counts what its values lose to dropout.

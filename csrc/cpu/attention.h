@@ -23,14 +23,14 @@ struct AttentionArgs {
   float scale, softcap;
   bool causal;
   int64_t window;
-  void* out;   // [rows, heads, dim]
-  float* lse;  // [rows, heads]
+  void* out;     // [rows, heads, dim]
+  float* stats;  // [rows, heads, 2]: largest score times log2 e, sum of exp(score - largest)
   Dropout dropout;
 };
 
 // The gradients are contiguous, in the forward's shapes and dtype; null where nobody wants one.
 struct AttentionBackwardArgs {
-  AttentionArgs forward;  // without out and lse
+  AttentionArgs forward;  // without out and stats
   Heads grad_out;
   int64_t keys;  // rows of k and v
   void *dq, *dk, *dv;

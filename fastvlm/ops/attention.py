@@ -16,15 +16,18 @@ from fastvlm.reference import attention as reference
 
 _SHAPE = (
     # SymInt: as int the longest segment would be a constant of a compiled graph, one graph for each
-    "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? seed, SymInt max_q, "
-    "SymInt max_kv, bool causal, int window, float scale, float softcap, float dropout_p"
+    "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? rows_by_image, "
+    "Tensor reader_offsets, Tensor? seed, SymInt max_q, SymInt max_kv, SymInt max_readers, "
+    "bool causal, int window, float scale, float softcap, float dropout_p"
 )
+
+_WHERE = 6  # of these, the tensors: where the rows are, and the seed
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    lse = q.new_empty(q.shape[:2], dtype=reference.compute_dtype(q))
-    return out, lse
+    stats = q.new_empty(*q.shape[:2], 2, dtype=reference.compute_dtype(q))
+    return out, stats
 
 
 def _fake_backward(
@@ -45,7 +48,7 @@ def _define(name: str) -> tuple[Any, Any]:
     )
     backward = define(
         f"{name}_backward",
-        f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SHAPE}, "
+        f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_SHAPE}, "
         "bool[3] needs) -> (Tensor, Tensor, Tensor)",
         reference.attention_backward,
         _fake_backward,
@@ -67,23 +70,19 @@ _CACHED = define(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: tuple[Any, Any], q: Tensor, k: Tensor, v: Tensor, seed: Any, *rest: Any
+        ctx: Any, ops: tuple[Any, Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any
     ) -> Tensor:
-        q_offsets, kv_offsets, image_of, *settings = rest
-        out, lse = ops[0](q, k, v, q_offsets, kv_offsets, image_of, seed, *settings)
-        ctx.save_for_backward(q, k, v, out, lse, q_offsets, kv_offsets, image_of, seed)
-        ctx.backward_op, ctx.settings = ops[1], settings
+        out, stats = ops[0](q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, out, stats, *rest[:_WHERE])
+        ctx.backward_op, ctx.settings = ops[1], rest[_WHERE:]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse, q_offsets, kv_offsets, image_of, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:4])
-        grads = ctx.backward_op(
-            grad_out, q, k, v, out, lse, q_offsets, kv_offsets, image_of, seed, *ctx.settings, needs
-        )
-        return (None, *wanted(grads, needs), *[None] * 11)
+        grads = ctx.backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, needs)
+        return (None, *wanted(grads, needs), *[None] * (_WHERE + len(ctx.settings)))
 
 
 def _run(
@@ -100,12 +99,27 @@ def _run(
 ) -> Tensor:
     q, k, v = autocast(q, k, v)
     seed = seed_for(q, dropout_p)
-    offsets = (layout.q_offsets, layout.kv_offsets, layout.image_of)
-    settings = (layout.max_q, layout.max_kv, causal, window, scale, softcap, dropout_p)
+    where = arguments_of(layout, seed)
+    settings = (causal, window, scale, softcap, dropout_p)
     if needs_grad(q, k, v):
-        out: Tensor = _Attention.apply(ops, q, k, v, seed, *offsets, *settings)
+        out: Tensor = _Attention.apply(ops, q, k, v, *where, *settings)
         return out
-    return ops[0](q, k, v, *offsets, seed, *settings)[0]
+    return ops[0](q, k, v, *where, *settings)[0]
+
+
+def arguments_of(layout: Layout, seed: Tensor | None = None) -> tuple[Any, ...]:
+    """What the schemas take of a layout, up to `max_readers`."""
+    return (
+        layout.q_offsets,
+        layout.kv_offsets,
+        layout.image_of,
+        layout.rows_by_image,
+        layout.reader_offsets,
+        seed,
+        layout.max_q,
+        layout.max_kv,
+        layout.max_readers,
+    )
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:

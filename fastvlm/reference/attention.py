@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fastvlm.reference._random import keep_scale
 
+LOG2E = 1.4426950408889634
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -103,32 +105,41 @@ def attention(
     q_offsets: Tensor,
     kv_offsets: Tensor,
     image_of: Tensor,
+    rows_by_image: Tensor | None,
+    reader_offsets: Tensor,
     seed: Tensor | None,
     max_q: int,
     max_kv: int,
+    max_readers: int,
     causal: bool,
     window: int,
     scale: float,
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Forward of cross_attention and self_attention: out [Tq, H, D] and logsumexp [Tq, H].
+    """Forward of cross_attention and self_attention: out [Tq, H, D] and stats [Tq, H, 2].
 
-    window 0 and softcap 0 stand for none. A row without a visible key gives zeros, logsumexp -inf.
+    stats: the largest score of each row, times log2 e (kernels count in powers of two), and the sum
+    of exp(score - largest). Their logsumexp in one float would lose digits that a backward needs.
+    window 0 and softcap 0 stand for none. A row without a visible key gives zeros, (-inf, 0).
     """
     dtype = compute_dtype(q)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
+    stats = q.new_zeros(*q.shape[:2], 2, dtype=dtype)
+    stats[..., 0] = float("-inf")
     for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
-        row_lse = torch.logsumexp(block.scores, -1)  # [Hkv, G, R]
+        largest = block.scores.amax(-1)  # [Hkv, G, R]
+        base = largest.masked_fill(largest.isneginf(), 0)
+        total = torch.exp(block.scores - base.unsqueeze(-1)).sum(-1)
         p = block.probabilities()
         keep = block.keep(seed, dropout_p, q.shape[1])
         if keep is not None:
             p = p * keep
         o = torch.einsum("hgrk,khd->rhgd", p, v[block.keys].to(dtype))
         out[block.rows] = o.flatten(1, 2).to(q.dtype)
-        lse[block.rows] = row_lse.flatten(0, 1).transpose(0, 1)
-    return out, lse
+        parts = torch.stack((largest * LOG2E, total), -1)
+        stats[block.rows] = parts.flatten(0, 1).transpose(0, 1)
+    return out, stats
 
 
 def attention_backward(
@@ -137,13 +148,16 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     q_offsets: Tensor,
     kv_offsets: Tensor,
     image_of: Tensor,
+    rows_by_image: Tensor | None,
+    reader_offsets: Tensor,
     seed: Tensor | None,
     max_q: int,
     max_kv: int,
+    max_readers: int,
     causal: bool,
     window: int,
     scale: float,
@@ -153,7 +167,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, those that needs[i] asks for; the probabilities are recomputed.
 
-    out and lse are there for kernels, which get by with them instead of whole rows. dK and dV
+    out and stats are there for kernels, which get by with them instead of whole rows. dK and dV
     of an image are sums over all its readers, in one product: deterministic.
     """
     dtype = compute_dtype(q)

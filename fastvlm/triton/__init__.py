@@ -20,6 +20,13 @@ OLDEST = (3, 4)
 
 # the file under fastvlm/triton/ that launches each op
 FLOORS = {
+    "attention": (
+        "cross_attention",
+        "cross_attention_backward",
+        "self_attention",
+        "self_attention_backward",
+        "cached_attention",
+    ),
     "norm": (
         "rms_norm",
         "rms_norm_backward",

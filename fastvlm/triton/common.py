@@ -66,3 +66,9 @@ def dense_last(x: Tensor) -> Tensor:
 def keep_threshold(dropout_p: float) -> int:
     """The smallest 53-bit integer that the generator keeps: its value / 2^53 is at least p."""
     return math.ceil(dropout_p * 2**53)
+
+
+def dot_precision(x: Tensor) -> str:
+    """How tensor cores may round float32 products: as PyTorch is told to for its own."""
+    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

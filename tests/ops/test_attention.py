@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvlm import Layout, ops
+from fastvlm.ops.attention import arguments_of
 
 # q lengths, kv lengths, image of each segment
 BATCHES = {
@@ -202,22 +204,20 @@ class TestDropout:
         assert torch.autograd.gradcheck(fixed, inputs)
 
 
-def test_lse_of_the_cpu_kernel_is_what_backward_needs(randn: Callable[..., Tensor]) -> None:
-    """The kernel's logsumexp feeds the reference's backward: it must be as good as PyTorch's."""
-    from fastvlm.cpu.attention import KERNELS
-    from fastvlm.cpu.common import unavailable
-
-    if unavailable():
-        pytest.skip(f"no CPU extension: {unavailable()}")
-    layout = Layout.from_lengths([3, 40], [100], [0, 0])
-    q, k, v = randn(43, 4, 64), randn(100, 2, 64), randn(100, 2, 64)
-    offsets = (layout.q_offsets, layout.kv_offsets, layout.image_of)
-    settings = (None, layout.max_q, layout.max_kv, False, 0, 0.125, 5.0, 0.0)
-    _, lse = KERNELS["cross_attention"].run(q, k, v, *offsets, *settings)
+def test_stats_are_what_a_backward_needs(on: Any, randn: Callable[..., Tensor]) -> None:
+    """The largest score and the sum of exp(score - largest), of one scale on every backend."""
+    layout = Layout.from_lengths([3, 40, 1], [100, 0], [0, 0, 1])
+    q, k, v = randn(44, 4, 64), randn(100, 2, 64), randn(100, 2, 64)
+    settings = (False, 0, 0.125, 5.0, 0.0)
+    _, stats = torch.ops.fastvlm.cross_attention(q, k, v, *arguments_of(layout), *settings)
+    assert stats[43, :, 0].isneginf().all()
+    assert (stats[43, :, 1] == 0).all()
     wide = [x.double() for x in (q, k)]
     scores = [
         5 * torch.tanh(torch.einsum("rhd,khd->rhk", a, b.repeat_interleave(2, 1)) * 0.125 / 5)
         for a, b in (wide, (q.float(), k.float()))
     ]
-    exact, theirs = (s.logsumexp(-1) for s in scores)
-    error_rule.check("logsumexp", lse, theirs, exact, error_rule.FORWARD)
+    largest, total = stats[:43].double().unbind(-1)
+    ours = (largest * math.log(2) + total.log()).float()
+    exact, theirs = (s[:43].logsumexp(-1) for s in scores)
+    error_rule.check("logsumexp", ours, theirs, exact, error_rule.FORWARD)

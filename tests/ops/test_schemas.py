@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastvlm
 from fastvlm import Layout, ops
+from fastvlm.ops.attention import arguments_of
 
 
 def _schema_arguments() -> dict[str, tuple[Any, ...]]:
@@ -30,25 +31,23 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
     def t(*shape: int) -> Tensor:
         return torch.randn(shape)
 
-    offsets = (READERS.q_offsets, READERS.kv_offsets, READERS.image_of)
-    rest = (None, READERS.max_q, READERS.max_kv, False, 0, 0.3, 5.0, 0.0)
-    own = (SEGMENTS.q_offsets, SEGMENTS.kv_offsets, SEGMENTS.image_of)
-    own_rest = (torch.tensor([7]), SEGMENTS.max_q, SEGMENTS.max_kv, True, 2, 0.3, 0.0, 0.1)
+    where, settings = arguments_of(READERS), (False, 0, 0.3, 5.0, 0.0)
+    own, own_settings = arguments_of(SEGMENTS, torch.tensor([7])), (True, 2, 0.3, 0.0, 0.1)
     read = (t(6, 4, 8), t(6, 2, 8), t(6, 2, 8))
     packed = (t(7, 4, 8), t(7, 2, 8), t(7, 2, 8))
     some = [True, False, True]
     mlp = (t(3, 5), t(6, 5), t(6), t(4, 6), t(4))
     gated = (t(6, 5), t(6, 5), t(4, 6))
     head = (t(4, 5), t(9, 5), LABELS, t(9))
-    back = (t(6, 4, 8), *read, t(6, 4, 8), t(6, 4))
-    own_back = (t(7, 4, 8), *packed, t(7, 4, 8), t(7, 4))
+    back = (t(6, 4, 8), *read, t(6, 4, 8), t(6, 4, 2))
+    own_back = (t(7, 4, 8), *packed, t(7, 4, 8), t(7, 4, 2))
     tables = (ANGLE.cos(), ANGLE.sin())
     norm = (t(3, 5), t(3, 5), t(5), t(1), t(5))
     return {
-        "cross_attention": (*read, *offsets, *rest),
-        "cross_attention_backward": (*back, *offsets, *rest, some),
-        "self_attention": (*packed, *own, *own_rest),
-        "self_attention_backward": (*own_back, *own, *own_rest, some),
+        "cross_attention": (*read, *where, *settings),
+        "cross_attention_backward": (*back, *where, *settings, some),
+        "self_attention": (*packed, *own, *own_settings),
+        "self_attention_backward": (*own_back, *own, *own_settings, some),
         "cached_attention": (
             *(t(3, 4, 8), t(3, 6, 2, 8), t(3, 6, 2, 8)),
             *(torch.tensor([1, 6, 3], dtype=torch.int32), None, 0, 0.3, 0.0),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 VARIABLE = "FASTVLM_AUTOTUNE"
-FAMILIES = ("sm80", "sm90", "sm100", "gfx9")
+FAMILIES = ("sm80", "sm86", "sm90", "sm100", "gfx9")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ _best: dict[tuple[Any, ...], Config] = {}
 
 
 def family_of(capability: tuple[int, int], hip: bool = False) -> str:
-    """The file that serves a compute capability: the newest family that is not newer than it."""
+    """The file that serves a compute capability."""
     if hip:
         return "gfx9"
-    if capability[0] >= 10:
-        return "sm100"
-    return "sm90" if capability[0] == 9 else "sm80"
+    major, minor = capability
+    if major == 9 or major in (10, 11):
+        return "sm90" if major == 9 else "sm100"
+    # 12 is the consumer's Blackwell: it has an 8.6's shared memory and none of a 10's instructions
+    return "sm80" if (major, minor) == (8, 0) or major < 8 else "sm86"
 
 
 @functools.cache
