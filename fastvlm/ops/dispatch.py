@@ -19,9 +19,11 @@ import torch
 
 _LIBRARY = torch.library.Library("fastvlm", "FRAGMENT")
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "flash", "triton", "cuda")
 # the backends under each dispatch key, the preferred one first
-CANDIDATES = {"CPU": ["cpu"], "CUDA": ["triton", "cuda"]}
+CANDIDATES = {"CPU": ["cpu"], "CUDA": ["flash", "triton", "cuda"]}
+# a library that serves some ops on purpose: that it has no kernel for another is no news
+_PARTIAL = ("flash",)
 
 
 class BackendError(RuntimeError):
@@ -117,9 +119,9 @@ def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
 def use(backend: str) -> Iterator[None]:
     """Force a backend for every op inside the ``with`` block, in the whole process.
 
-    backend: "reference" (plain PyTorch), "cpu" (C++), "triton" or "cuda". A call that the backend
-    cannot serve raises BackendError with the reason, instead of falling back; ops on the tensors of
-    another device are not affected. An unknown name raises ValueError.
+    backend: "reference" (plain PyTorch), "cpu" (C++), "flash" (flash-attn), "triton" or "cuda". A
+    call that the backend cannot serve raises BackendError with the reason, instead of falling back;
+    ops on the tensors of another device are not affected. An unknown name raises ValueError.
     """
     global _forced
     if backend not in BACKENDS:
@@ -141,6 +143,8 @@ def status(device: str) -> list[tuple[str, str, str]]:
         reasons, chosen = [], "reference"
         for backend in candidates:
             kernel = op.kernels.get(backend)
+            if kernel is None and backend in _PARTIAL:
+                continue
             reason = f"no {backend} kernel yet" if kernel is None else kernel.unavailable()
             if reason is None:
                 chosen = backend
