@@ -1,0 +1,267 @@
+"""Planted bugs in the Triton kernels, each of which must be caught by the checks that pass without.
+
+A mutant is a kernel file with one line changed. It is caught where a result breaks the error rule
+or the emulator reports an access outside of a tensor or a race.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import emulator
+import plain
+import pytest
+import torch
+from test_triton_attention import CROSS, OWN, SEED, cross, dropped, leaves, own
+
+from fastvlm import ops
+from fastvlm.ops import attention as public
+
+pytestmark = pytest.mark.triton
+Rule = Callable[..., None]
+
+
+def randn(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape).requires_grad_(grad)
+
+
+def check_cross(rule: Rule) -> None:
+    rule(
+        lambda *x: cross(*x, softcap=5.0, scale=0.3),
+        lambda *x: plain.attention(*x, *CROSS, softcap=5.0, scale=0.3),
+        leaves(randn, CROSS, (4, 2), 40),
+    )
+
+
+def check_window(rule: Rule) -> None:
+    # 18: row 32, the first of a block of rows, sees key 15, the last of a block of keys
+    for settings in ({"causal": True, "window": 18}, {"causal": False, "window": 7}):
+        rule(
+            lambda *x, s=settings: own(*x, **s),
+            lambda *x, s=settings: plain.attention(*x, *OWN, **s),
+            leaves(randn, OWN, (1, 1), 16),
+        )
+
+
+def check_causal(rule: Rule) -> None:
+    rule(
+        lambda *x: own(*x),
+        lambda *x: plain.attention(*x, *OWN, causal=True),
+        leaves(randn, OWN, (2, 1), 16),
+    )
+
+
+def check_dropout(rule: Rule) -> None:
+    before, public.seed_for = public.seed_for, lambda q, p: SEED
+    try:
+        rule(
+            lambda *x: cross(*x, softcap=5.0, dropout_p=0.3),
+            lambda *x: dropped(*x, CROSS, 0.3, 5.0, False, 0),
+            leaves(randn, CROSS, (2, 1), 16),
+        )
+    finally:
+        public.seed_for = before
+
+
+def check_splits(rule: Rule) -> None:
+    lengths = ([1, 1, 1, 2], [300, 140], [0, 0, 0, 1])
+    layout = public.Layout.from_lengths(*lengths)
+    rule(
+        lambda *x: ops.cross_attention(*x, layout),
+        lambda *x: plain.attention(*x, *lengths),
+        [x.detach() for x in leaves(randn, lengths, (2, 1), 16)],
+    )
+
+
+def check_cached(rule: Rule) -> None:
+    rows, time, filled = 3, 150, [150, 0, 131]
+    table = torch.where(torch.rand(rows, time) < 0.1, -1, torch.randint(0, 4, (rows, time))).int()
+    inputs = [randn(rows, 2, 16), randn(4, time, 1, 16), randn(4, time, 1, 16)]
+    for window in (None, 9):
+        settings = {"window": window, "softcap": 5.0}
+        rule(
+            lambda *x, s=settings: ops.cached_attention(
+                *x, torch.tensor(filled), ancestry=table, **s
+            ),
+            lambda *x, s=settings: plain.cached_attention(*x, filled, table, **s),
+            inputs,
+        )
+
+
+def check_rms(rule: Rule) -> None:
+    n = 50
+    shapes = [(130, n), (130, n), (n,), (1,), (n,)]
+    rule(
+        lambda x, r, w, g, y: ops.residual_rms_norm(x, r, w, gate=g, next_weight=y),
+        plain.residual_rms_norm,
+        [randn(*s, grad=True) for s in shapes],
+    )
+
+
+def check_layer(rule: Rule) -> None:
+    shapes = [(130, 50), (130, 50), (50,), (50,)]
+    rule(
+        ops.residual_layer_norm,
+        plain.residual_layer_norm,
+        [randn(*s, grad=True) for s in shapes],
+    )
+
+
+def check_rope(rule: Rule) -> None:
+    angle = torch.randn(5, 24).repeat(1, 2)
+    rule(
+        lambda q, k: ops.rope(q, k, angle.cos().to(q.dtype), angle.sin().to(q.dtype)),
+        lambda q, k: plain.rope(q, k, angle.cos().to(q.dtype), angle.sin().to(q.dtype)),
+        [randn(5, 3, 48, grad=True), randn(5, 2, 48, grad=True)],
+    )
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """old is one place of a kernel file; the launcher knows that file by the name `seen_as`."""
+
+    name: str
+    check: Callable[[Rule], None]
+    launcher: str
+    seen_as: str
+    old: str
+    new: str
+
+
+def _of(
+    launcher: str, seen_as: str, *mutants: tuple[str, Callable[[Rule], None], str, str]
+) -> list[Mutant]:
+    return [Mutant(name, check, launcher, seen_as, *change) for name, check, *change in mutants]
+
+
+MUTANTS = [
+    *_of(
+        "attention", "forward",
+        ("no-rescale", check_cross, "acc = acc * rescale[:, None]", "acc = acc * 1.0"),
+        ("sum-not-rescaled", check_cross, "total = total * rescale +", "total = total +"),
+        ("tail-not-masked", check_cross, "seen = key < keys", "seen = key < keys + 1"),
+        ("order-ignored", check_cross, "row = tl.load(ORDER + row, mask=real, other=0)", "pass"),
+        ("one-head-of-a-group", check_cross, "return real, place, row, m % GROUP",
+         "return real, place, row, m % 1"),
+        ("reads-outside", check_cross, "return tl.load(at, mask=real[:, None] & (d < D)[None, :], "
+         "other=0.0)", "return tl.load(at)"),
+        ("writes-outside", check_cross,
+         "tl.store(at, value, mask=real[:, None] & (d < D)[None, :])", "tl.store(at, value)"),
+        ("no-cap", check_cross, "s = outer * tanh(s * inner, ACCURATE)", "s = outer * s * inner"),
+        ("causal-off-by-one", check_causal, "key <= place", "key < place"),
+        ("causal-block-not-masked", check_causal,
+         "clear = tl.minimum(clear, (earliest + 1) // BLOCK_N * BLOCK_N)", "pass"),
+        ("window-off-by-one", check_window, "place - key < window", "place - key <= window"),
+        ("window-starts-late", check_window, "earliest - window + 1, 0",
+         "earliest - window + 17, 0"),
+        ("other-dropout", check_dropout, "(row_head[:, None] << 32)",
+         "(row_head[:, None] << 31)"),
+        ("dropout-not-scaled", check_dropout, "p * factor, 0.0", "p, 0.0"),
+        ("splits-overlap", check_splits, "hi = tl.minimum(lo + share, keys)", "hi = keys"),
+        ("parts-not-weighed", check_splits, "sums * tl.exp2(part - base)", "sums"),
+        ("splits-in-one-place", check_splits,
+         "row_head += split.to(tl.int64) * rows * heads", "row_head += 0"),
+    ),
+    *_of(
+        "attention", "backward",
+        ("no-delta", check_cross, "p * (dp - delta)", "p * dp"),
+        ("no-slope", check_cross, "ds = ds * (1.0 - t * t)", "ds = ds"),
+        ("dq-not-scaled", check_cross, "dq * scale", "dq"),
+        ("dk-not-scaled", check_cross, "dk * scale", "dk"),
+        ("dk-in-one-head", check_cross, "to = at * kv_heads + head", "to = at * kv_heads"),
+        ("readers-end-early", check_cross, "hi * GROUP, BLOCK_M",
+         "hi * GROUP - BLOCK_M, BLOCK_M"),
+        ("not-normalized", check_cross, "1.0 / tl.where(none, 1.0, total)", "1.0"),
+        ("causal-keys-skip-rows", check_causal, "lo = tl.minimum(block * BLOCK_N, readers)",
+         "lo = tl.minimum(block * BLOCK_N + 1, readers)"),
+        ("window-keys-skip-rows", check_window, "block * BLOCK_N + BLOCK_N - 1 + window",
+         "block * BLOCK_N + BLOCK_N - 2 + window"),
+        ("mask-of-dp-forgotten", check_dropout, "dp = tl.where(dropped, 0.0, dp * factor)",
+         "dp = dp * factor"),
+        ("mask-inverted", check_dropout, "met = tl.where(dropped, 0.0, p * factor)",
+         "met = tl.where(dropped, p * factor, 0.0)"),
+    ),
+    *_of(
+        "attention", "cached",
+        ("ancestry-of-its-own-row", check_cached, "mask=seen, other=-1).to(tl.int64)",
+         "mask=seen, other=-1).to(tl.int64) * 0 + r"),
+        ("sees-padding", check_cached, "seen = seen & (n >= 0)", "n = tl.maximum(n, 0)"),
+        ("window-off-by-one", check_cached, "length - window, 0", "length - window - 1, 0"),
+        ("split-loses-keys", check_cached, "lo = tl.minimum(lo + split * share, hi)",
+         "lo = tl.minimum(lo + split * share + split, hi)"),
+    ),
+    *_of(
+        "norm", "kernels",
+        ("mean-over-the-block", check_rms, "tl.rsqrt(tl.sum(x * x, 0) / n + eps)",
+         "tl.rsqrt(tl.sum(x * x, 0) / x.shape[0] + eps)"),
+        ("gate-of-the-raw-number", check_rms, "gate = _tanh_of_one(raw)", "gate = raw"),
+        ("no-projection", check_rms, "rstd * (scaled - normed * (tl.sum(scaled * normed, 0) / n))",
+         "rstd * scaled"),
+        ("parts-race", check_rms, "_put(DWEIGHT, part, n, columns, mask, dweight)",
+         "_put(DWEIGHT, part // 2, n, columns, mask, dweight)"),
+        ("last-row-lost", check_rms, "part * ROWS + ROWS, m)", "part * ROWS + ROWS, m - 1)"),
+        ("mean-of-padding", check_layer, "centred = tl.where(mask, z - tl.sum(z, 0) / n, 0.0)",
+         "centred = z - tl.sum(z, 0) / n"),
+        ("bias-forgotten", check_layer, " + _vector(BIAS, columns, mask)", ""),
+    ),
+    *_of(
+        "rope", "kernels",
+        ("turns-the-wrong-way", check_rope, "first * cos1[None, :] - second * sin1[None, :]",
+         "first * cos1[None, :] + second * sin1[None, :]"),
+        ("back-is-forward", check_rope, "if BACK:", "if not BACK:"),
+        ("heads-not-masked", check_rope, "real = (head < heads)[:, None]",
+         "real = (head < heads + 1)[:, None]"),
+    ),
+]  # fmt: skip
+CHECKS = {m.check.__name__: m.check for m in MUTANTS}
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    with emulator.emulated():
+        yield
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", sorted(CHECKS))
+def test_the_kernels_pass(name: str, follows_the_error_rule: Rule) -> None:
+    CHECKS[name](follows_the_error_rule)
+
+
+_numbers = itertools.count()
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.launcher}-{m.seen_as}-{m.name}")
+def test_a_mutant_is_caught(
+    mutant: Mutant,
+    follows_the_error_rule: Rule,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from ttsem.sanitize import KernelFault
+
+    launcher = importlib.import_module(f"fastvlm.triton.{mutant.launcher}")
+    source = Path(getattr(launcher, mutant.seen_as).__file__).read_text()
+    assert source.count(mutant.old) >= 1, "the kernel has changed: plant this bug anew"
+    name = f"fastvlm_mutant_{next(_numbers)}"
+    file = tmp_path / f"{name}.py"
+    file.write_text(source.replace(mutant.old, mutant.new))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(launcher, mutant.seen_as, module)
+    with pytest.raises((AssertionError, KernelFault)) as caught:
+        mutant.check(follows_the_error_rule)
+    # an error in the mutant itself would prove nothing
+    assert "error_rule" in str(caught.traceback[-1].path) or caught.type is KernelFault
