@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a device type; PyTorch does not answer for every type."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as matmuls get."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -22,7 +27,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def autocast_wide(*tensors: Tensor) -> tuple[Any, ...]:
     """The tensors in float32 where autocast is on, as PyTorch's own layer_norm gets them."""
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    if not autocasts(tensors[0].device.type):
         return tensors
     return tuple(t.float() if t.dtype != torch.float64 else t for t in tensors)
 

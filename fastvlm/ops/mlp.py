@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
-from fastvlm.ops._autograd import autocast, needs_grad, seed_for, wanted
+from fastvlm.ops._autograd import autocast, autocasts, needs_grad, seed_for, wanted
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import mlp as reference
 
@@ -179,7 +179,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     features = _features(op, x)
     _check_weights(op, weight=(weight, [None, features]), bias=(bias, [_width(weight, 0)]))
     if x.device.type != "cpu" and needs_grad(x, weight, bias):
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device.type):
             checks.same_kind(op, "x", x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
