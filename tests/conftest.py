@@ -17,11 +17,13 @@ import emulator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import fastvlm
 from fastvlm import extension
 from fastvlm.ops import dispatch
 
+ON_GPU = torch.cuda.is_available()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,19 +37,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what runs on the emulated Triton backend, and leaves most of it out when quick."""
+    """Marks what runs on the Triton backend, and leaves most of it out when quick.
+
+    Where there is a GPU the cases of an op's tests run on it, else in the emulator.
+    """
     why, kept, left_out = emulator.missing(), [], []
     for item in items:
         parameters = getattr(item, "callspec", None)
         if parameters is not None and parameters.params.get("backend") == "triton":
             item.add_marker(pytest.mark.triton)
-        if "triton" in item.keywords and isinstance(item.get_closest_marker("triton"), pytest.Mark):
-            if why is not None:
-                item.add_marker(pytest.mark.skip(reason=why))
-            elif config.getoption("--triton") == "quick" and zlib.crc32(item.nodeid.encode()) % 12:
-                left_out.append(item)
-                continue
-        kept.append(item)
+            if ON_GPU:
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu") is not None and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device (make gpu-check)"))
+        emulates = item.get_closest_marker("triton") and not item.get_closest_marker("gpu")
+        if emulates and why is not None:
+            item.add_marker(pytest.mark.skip(reason=why))
+        quick = emulates and why is None and config.getoption("--triton") == "quick"
+        one_in_twelve = zlib.crc32(item.nodeid.encode()) % 12 == 0
+        (kept if one_in_twelve or not quick else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
@@ -98,22 +106,35 @@ def on(backend: str) -> Iterator[Callable[..., Any]]:
 
     A case that the kernels do not serve is skipped with their reason: nothing but the reference
     is left, and its own case tests that. EXPECTED_CPU in test_dispatch.py is what they must serve.
-    Triton kernels are executed by an emulator.
+    Triton kernels run on the GPU where there is one, on copies of the arguments, and in an emulator
+    where there is none.
     """
+    on_gpu = backend == "triton" and ON_GPU
 
     def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = op.__name__
         if backend not in ("reference", *dispatch.OPS[name].kernels):
             pytest.skip(f"{name} has no {backend} kernel")
         try:
+            if on_gpu:
+                args, kwargs = _moved((args, kwargs), "cuda")
+                return _moved(op(*args, **kwargs), "cpu")
             return op(*args, **kwargs)
         except dispatch.BackendError as error:
             if backend == "reference":
                 raise
             pytest.skip(str(error))
 
-    with emulator.emulated() if backend == "triton" else fastvlm.use(backend):
+    emulated = backend == "triton" and not on_gpu
+    with emulator.emulated() if emulated else fastvlm.use(backend):
         yield call
+
+
+def _moved(values: Any, device: str) -> Any:
+    """Tensors and layouts on another device; gradients flow back through the copies."""
+    return tree_map(
+        lambda x: x.to(device) if isinstance(x, (Tensor, fastvlm.Layout)) else x, values
+    )
 
 
 @pytest.fixture
