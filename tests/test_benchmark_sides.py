@@ -12,7 +12,7 @@ import torch
 # the benchmarks are not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cases, engines, kinds, measure, memory
+from benchmarks import cases, engines, gpu_baselines, kinds, measure, memory
 from benchmarks.micro import test_attention as attention
 from benchmarks.micro import test_attention_training as training
 from benchmarks.micro import test_linear as linear
@@ -60,6 +60,26 @@ def test_tiny_captions_agree_with_the_padded_baselines(
     tiny = kinds.CaptionsCase("attention-tiny", 2, (3, 1, 5, 2), keys, 4, 2, 8, softcap)
     operands = training.operands(tiny, F32, "cpu")
     agree(training.functions(tiny), operands, training.packed_results(tiny))
+
+
+@pytest.mark.parametrize(("keys", "softcap"), [(9, None), (9, 5.0), (None, 5.0)])
+def test_packed_baselines_of_a_gpu_agree_as_far_as_they_run_here(
+    keys: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    tiny = kinds.CaptionsCase("attention-tiny", 2, (3, 1, 5, 2), keys, 4, 2, 8, softcap)
+    sides = gpu_baselines.attention(keys is None, 8**-0.5, softcap)
+    assert "flex" in sides
+    (q, k, v, layout, _), _ = training.operands(tiny, F32, "cpu")
+    op = ops.self_attention if keys is None else ops.cross_attention
+    answers = {
+        "fastvlm": op(q, k, v, layout, softcap=softcap),
+        "flex": sides["flex"](q, k, v, layout),
+    }
+    measure.check_agreement(answers, F32)
+    for library in ("flash-attn", "liger", "cut-cross-entropy"):
+        gpu_baselines.cross_entropy(30.0, -100)
+        assert library in sides or library in measure.MISSING, library
 
 
 @pytest.mark.parametrize("trains", [False, True])

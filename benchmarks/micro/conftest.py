@@ -26,6 +26,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-out", type=Path, default=RESULTS, help="folder of the results file")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """16 bits in training are a GPU's work, float32 there nobody's."""
+    on_gpu = config.getoption("--bench-device") == "cuda"
+
+    def runs(item: Any) -> bool:
+        case, dtype = (item.callspec.params[name] for name in ("case", "dtype"))
+        name = str(dtype).removeprefix("torch.")
+        return name == "bfloat16" if on_gpu and case.trains else name in case.dtypes or on_gpu
+
+    parts: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        measured = parameters is not None and {"case", "dtype"} <= parameters.params.keys()
+        parts[not measured or runs(item)].append(item)
+    if parts[False]:
+        config.hook.pytest_deselected(items=parts[False])
+        items[:] = parts[True]
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.config.getoption("--bench-device")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu_baselines
 from benchmarks.cases import ATTENTION
 from benchmarks.kinds import AttentionCase
 from benchmarks.measure import Function, Operands
@@ -46,7 +47,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float |
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def functions(case: AttentionCase) -> dict[str, Function]:
+def functions(case: AttentionCase, device: str = "cpu") -> dict[str, Function]:
     def ours(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *_: Tensor) -> Tensor:
         return ops.cross_attention(q, k, v, layout, softcap=case.softcap)
 
@@ -63,11 +64,18 @@ def functions(case: AttentionCase) -> dict[str, Function]:
 
     # sdpa has no softcap: there transformers itself must take the eager path
     baseline = {"sdpa": sdpa} if case.softcap is None else {"eager": by_hand}
+    if device == "cuda":
+        packed = gpu_baselines.attention(False, case.head_dim**-0.5, case.softcap)
+        baseline |= {name: _first_four(side) for name, side in packed.items()}
     return {**baseline, "fastvlm": ours}
+
+
+def _first_four(side: Function) -> Function:
+    return lambda *operands: side(*operands[:4])
 
 
 @each(ATTENTION)
 def test_attention(
     run_case: Callable[..., None], case: AttentionCase, dtype: torch.dtype, device: str
 ) -> None:
-    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case))
+    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case, device))

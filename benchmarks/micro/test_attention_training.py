@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu_baselines
 from benchmarks.cases import CAPTIONS_ATTENTION
 from benchmarks.kinds import CaptionsCase
 from benchmarks.measure import Function, Operands, trained
@@ -75,7 +76,7 @@ def operands(case: CaptionsCase, dtype: torch.dtype, device: str) -> Operands:
     return (q, k, v, _layout(case).to(device), grad), theirs
 
 
-def functions(case: CaptionsCase) -> dict[str, Function]:
+def functions(case: CaptionsCase, device: str = "cpu") -> dict[str, Function]:
     op = ops.self_attention if case.keys is None else ops.cross_attention
 
     def packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -94,8 +95,20 @@ def functions(case: CaptionsCase) -> dict[str, Function]:
     theirs = trained(padded, (Q, K, V))
     return {
         name: lambda mine, other: theirs(*other),
+        **{n: _of_mine(trained(side, (Q, K, V))) for n, side in _on_gpu(case, device).items()},
         "fastvlm": lambda mine, other: ours(*mine),
     }
+
+
+def _of_mine(side: Function) -> Function:
+    return lambda mine, other: side(*mine)
+
+
+def _on_gpu(case: CaptionsCase, device: str) -> dict[str, Function]:
+    """The libraries that take packed rows as ours does."""
+    if device != "cuda":
+        return {}
+    return gpu_baselines.attention(case.keys is None, case.head_dim**-0.5, case.softcap)
 
 
 def packed_results(case: CaptionsCase) -> Function:
@@ -118,6 +131,6 @@ def packed_results(case: CaptionsCase) -> Function:
 def test_attention_training(
     run_case: Callable[..., None], case: CaptionsCase, dtype: torch.dtype, device: str
 ) -> None:
-    sides = functions(case)
-    comparable = {name: packed_results(case) for name in sides if name != "fastvlm"}
+    sides = functions(case, device)
+    comparable = {name: packed_results(case) for name in sides if name in ("sdpa", "eager")}
     run_case(case, dtype, lambda: operands(case, dtype, device), sides, comparable)

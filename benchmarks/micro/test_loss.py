@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import memory
+from benchmarks import gpu_baselines, memory
 from benchmarks.cases import LOSS, TOPK
 from benchmarks.kinds import LossCase, TopkCase
 from benchmarks.measure import Function, Operands, trained
@@ -33,7 +33,7 @@ def loss_operands(case: LossCase, dtype: torch.dtype, device: str) -> Operands:
     return *head(case, dtype, device), labels.to(device), grad
 
 
-def loss_functions(case: LossCase) -> dict[str, Function]:
+def loss_functions(case: LossCase, device: str = "cpu") -> dict[str, Function]:
     def eager(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         logits = F.linear(h, weight)
         logits = torch.tanh(logits / case.softcap) * case.softcap
@@ -43,7 +43,9 @@ def loss_functions(case: LossCase) -> dict[str, Function]:
         loss: Tensor = ops.linear_cross_entropy(h, weight, labels, softcap=case.softcap)  # type: ignore[assignment]
         return loss
 
-    return {"eager": trained(eager, (0, 1)), "fastvlm": trained(ours, (0, 1))}
+    libraries = gpu_baselines.cross_entropy(case.softcap, IGNORED) if device == "cuda" else {}
+    sides = {"eager": eager, **libraries, "fastvlm": ours}
+    return {name: trained(side, (0, 1)) for name, side in sides.items()}
 
 
 def topk_functions(case: TopkCase) -> dict[str, Function]:
@@ -64,7 +66,7 @@ def topk_functions(case: TopkCase) -> dict[str, Function]:
 def test_loss(
     run_case: Callable[..., None], case: LossCase, dtype: torch.dtype, device: str
 ) -> None:
-    sides = loss_functions(case)
+    sides = loss_functions(case, device)
     run_case(
         case,
         dtype,

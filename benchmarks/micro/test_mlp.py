@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import engines
+from benchmarks import engines, gpu_baselines
 from benchmarks.cases import MLP
 from benchmarks.kinds import MlpCase
 from benchmarks.measure import Function, Operands
@@ -62,4 +62,6 @@ def functions(case: MlpCase, sessions: Iterable[str] = ()) -> dict[str, Function
 def test_mlp(run_case: Callable[..., None], case: MlpCase, dtype: torch.dtype, device: str) -> None:
     held = engines.names(dtype) if case.engines and device == "cpu" else []
     sides = functions(case, held)
+    if case.gated and device == "cuda":
+        sides |= gpu_baselines.geglu_mlp()
     run_case(case, dtype, lambda: operands(case, dtype, device), sides, settle=bool(held))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import engines
+from benchmarks import engines, gpu_baselines
 from benchmarks.cases import NORM
 from benchmarks.kinds import NormCase
 from benchmarks.measure import Function, Operands, trained
@@ -71,9 +71,11 @@ def operands(case: NormCase, dtype: torch.dtype, device: str) -> Operands:
     return (*rows, *weights, grads)
 
 
-def functions(case: NormCase, *, compiled: bool = True) -> dict[str, Function]:
+def functions(case: NormCase, device: str = "cpu", *, compiled: bool = True) -> dict[str, Function]:
     eager, ours, *_ = _OPS[case.op]
     sides = {"eager": eager, **(engines.compiled(eager) if compiled else {}), "fastvlm": ours}
+    if device == "cuda" and case.op == "rms_norm":
+        sides |= gpu_baselines.rms_norm(RMS_EPS)
     if not case.trains:
         return sides
     # every operand but the gradients, which come last
@@ -85,4 +87,4 @@ def functions(case: NormCase, *, compiled: bool = True) -> dict[str, Function]:
 def test_norm(
     run_case: Callable[..., None], case: NormCase, dtype: torch.dtype, device: str
 ) -> None:
-    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case))
+    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case, device))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import engines
+from benchmarks import engines, gpu_baselines
 from benchmarks.cases import ROPE
 from benchmarks.kinds import RopeCase
 from benchmarks.measure import Function, Operands, trained
@@ -39,12 +39,14 @@ def rope_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     return q * cos + half_turned(q) * sin, k * cos + half_turned(k) * sin
 
 
-def functions(case: RopeCase, *, compiled: bool = True) -> dict[str, Function]:
+def functions(case: RopeCase, device: str = "cpu", *, compiled: bool = True) -> dict[str, Function]:
     sides = {
         "eager": rope_eager,
         **(engines.compiled(rope_eager) if compiled else {}),
         "fastvlm": ops.rope,
     }
+    if device == "cuda":
+        sides |= gpu_baselines.rope()
     if not case.trains:
         return sides
     return {name: trained(side, (0, 1)) for name, side in sides.items()}
@@ -54,4 +56,4 @@ def functions(case: RopeCase, *, compiled: bool = True) -> dict[str, Function]:
 def test_rope(
     run_case: Callable[..., None], case: RopeCase, dtype: torch.dtype, device: str
 ) -> None:
-    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case))
+    run_case(case, dtype, lambda: operands(case, dtype, device), functions(case, device))
