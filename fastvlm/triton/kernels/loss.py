@@ -62,21 +62,18 @@ def tile_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(
-    H, WEIGHT, BIAS, row, column, stride_h, stride_w, d, vocabulary, cap,
-    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, EVEN: tl.constexpr, ACCURATE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def product_tile(
+    H, WEIGHT, row, column, stride_h, stride_w, d, vocabulary,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BLOCK_M, BLOCK_N] float32, -inf beyond the vocabulary, and tanh where there is a cap.
-
-    row int64 [BLOCK_M], all of them valid. EVEN: d is a multiple of BLOCK_K.
-    """
+    """H WEIGHT^T float32 [BLOCK_M, BLOCK_N]. row int64, all valid. EVEN: BLOCK_K divides d."""
     inner = tl.arange(0, BLOCK_K)
     # a token beyond the vocabulary reads the last one's weight: no mask in the loop
-    real = tl.minimum(column, vocabulary - 1)
+    real = tl.minimum(column, vocabulary - 1).to(tl.int64)
     at_h = H + row[:, None] * stride_h + inner[None, :]
-    at_w = WEIGHT + real.to(tl.int64)[None, :] * stride_w + inner[:, None]
-    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    at_w = WEIGHT + real[None, :] * stride_w + inner[:, None]
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, d, BLOCK_K):
         if EVEN:
             h = tl.load(at_h)
@@ -84,16 +81,25 @@ def logits_tile(
         else:
             h = tl.load(at_h, mask=(inner < d - k)[None, :], other=0.0)
             w = tl.load(at_w, mask=(inner < d - k)[:, None], other=0.0)
-        logits = tl.dot(h, w, logits, input_precision=PRECISION)
+        product = tl.dot(h, w, product, input_precision=PRECISION)
         at_h += BLOCK_K
         at_w += BLOCK_K
+    return product
+
+
+@triton.jit
+def logits_of(
+    product, BIAS, column, vocabulary, cap,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ACCURATE: tl.constexpr,
+):  # fmt: skip
+    """With bias and cap; -inf beyond the vocabulary."""
+    inside = column < vocabulary
+    logits = product
     if HAS_BIAS:
-        logits += tl.load(BIAS + real).to(tl.float32)[None, :]
-    t = logits
+        logits += tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        t = tanh(logits / cap, ACCURATE)
-        logits = cap * t
-    return tl.where((column < vocabulary)[None, :], logits, float("-inf")), t
+        logits = cap * tanh(logits / cap, ACCURATE)
+    return tl.where(inside[None, :], logits, float("-inf"))
 
 
 @triton.jit
@@ -127,14 +133,15 @@ def cross_entropy_tiles(
     place = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.load(ORDER + tl.minimum(place, count - 1)).to(tl.int64)
-    logits, _ = logits_tile(
-        H, WEIGHT, BIAS, row, column, stride_h, stride_w, d, vocabulary, cap,
-        HAS_BIAS, CAP, EVEN, ACCURATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    product = product_tile(
+        H, WEIGHT, row, column, stride_h, stride_w, d, vocabulary,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    logits = logits_of(product, BIAS, column, vocabulary, cap, HAS_BIAS, CAP, ACCURATE)
     _put_part(LARGEST, SUMS, block_n.to(tl.int64) * rows + place, logits, place < count)
-    label = tl.load(LABELS + row)
+    label = tl.load(LABELS + row).to(tl.int32)
     picked = tl.sum(tl.where(label[:, None] == column[None, :], logits, 0.0), 1)
-    mine = (label >= block_n * BLOCK_N) & (label < block_n * BLOCK_N + BLOCK_N)
+    mine = label // BLOCK_N == block_n
     tl.store(PICKED + place, picked, mask=mine & (place < count))
 
 
@@ -198,10 +205,11 @@ def topk_tiles(
     place = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(place, rows - 1).to(tl.int64)
-    logits, _ = logits_tile(
-        H, WEIGHT, BIAS, row, column, stride_h, stride_w, d, vocabulary, cap,
-        HAS_BIAS, CAP, EVEN, ACCURATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    product = product_tile(
+        H, WEIGHT, row, column, stride_h, stride_w, d, vocabulary,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    logits = logits_of(product, BIAS, column, vocabulary, cap, HAS_BIAS, CAP, ACCURATE)
     at = row * blocks_n + block_n
     _put_part(LARGEST, SUMS, at, logits, place < rows)
     keys = tl.where((column < vocabulary)[None, :], _key(logits, column[None, :]), _NONE)

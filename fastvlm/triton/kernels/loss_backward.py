@@ -10,13 +10,36 @@ a loss to about 4096: in float16 a probability of 1e-6, over a mean of a thousan
 import triton
 import triton.language as tl
 
-from fastvlm.triton.kernels.loss import logits_tile, tile_of
+from fastvlm.triton.kernels.loss import logits_of, product_tile, tile_of
 
 
 @triton.jit
 def wide(x):
     """A scalar as int64, be it an argument that is compiled in, being 1."""
     return tl.full([], 0, tl.int64) + x
+
+
+@triton.jit
+def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile: what is done with it takes half as many registers."""
+    return tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _put_dlogits(
+    product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ACCURATE: tl.constexpr,
+):  # fmt: skip
+    """to: pointers to the rows; label counted from the first token of the chunk."""
+    logits = logits_of(product, BIAS, column, vocabulary, cap, HAS_BIAS, CAP, ACCURATE)
+    dlogits = tl.exp((logits - largest[:, None]) - rest[:, None])
+    dlogits = tl.where(label[:, None] == column[None, :], dlogits - 1.0, dlogits) * grad[:, None]
+    if CAP:
+        # tanh once more from its product, which takes no second tile of registers
+        t = logits / cap
+        dlogits *= 1.0 - t * t
+    mask = counts[:, None] & (column < vocabulary)[None, :]
+    tl.store(to[:, None] + column[None, :], dlogits.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -37,23 +60,48 @@ def cross_entropy_dlogits(
     place = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     real = tl.minimum(place, count - 1)
-    logits, t = logits_tile(
-        X, WEIGHT, BIAS, real.to(tl.int64), column, d, stride_w, d, vocabulary, cap,
-        HAS_BIAS, CAP, EVEN, ACCURATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    product = product_tile(
+        X, WEIGHT, real.to(tl.int64), column, d, stride_w, d, vocabulary,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     row = tl.load(ORDER + real)
     largest, rest = tl.load(LSE + 2 * row), tl.load(LSE + 2 * row + 1)
-    label = tl.load(LABELS + row) - start
+    label = tl.load(LABELS + row).to(tl.int32) - start
     grad = tl.load(GRAD + row) / tl.load(SCALE)
-    dlogits = tl.exp((logits - largest[:, None]) - rest[:, None])
-    dlogits = tl.where(label[:, None] == column[None, :], dlogits - 1.0, dlogits) * grad[:, None]
-    if CAP:
-        dlogits *= 1.0 - t * t
-    tl.store(
-        DLOGITS + place.to(tl.int64)[:, None] * stride_d + column[None, :],
-        dlogits.to(DLOGITS.dtype.element_ty),
-        mask=(place < count)[:, None] & (column < vocabulary)[None, :],
-    )
+    to = DLOGITS + place.to(tl.int64) * stride_d
+    counts = place < count
+    if BLOCK_N < 128:
+        _put_dlogits(
+            product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+            HAS_BIAS, CAP, ACCURATE,
+        )  # fmt: skip
+    else:
+        left, right = halves(product, BLOCK_M, BLOCK_N)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _put_dlogits(
+            left, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+            HAS_BIAS, CAP, ACCURATE,
+        )  # fmt: skip
+        _put_dlogits(
+            right, BIAS, to, column + BLOCK_N // 2, label, grad, largest, rest, counts,
+            vocabulary, cap, HAS_BIAS, CAP, ACCURATE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_to_dh(
+    total, SUMS, DH, row, place, column, count, rows, d, scale, first, last
+):  # fmt: skip
+    """A tile of the chunk's products, row int64: to the sums so far, or with them to dh."""
+    at = row[:, None] * d + column[None, :]
+    counts = (place < count)[:, None] & (column < d)[None, :]
+    total += tl.load(SUMS + at, mask=counts & (first == 0), other=0.0)
+    if last == 0:
+        tl.store(SUMS + at, total, mask=counts)
+    else:
+        mask = (place < rows)[:, None] & (column < d)[None, :]
+        total = tl.where(counts, total * scale, 0.0)
+        tl.store(DH + at, total.to(DH.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "last"])
@@ -92,15 +140,15 @@ def cross_entropy_dh(
         at_d += BLOCK_K
         at_w += BLOCK_K * wide(stride_w)
     row = tl.load(ORDER + tl.minimum(place, rows - 1)).to(tl.int64)
-    at = row[:, None] * d + column[None, :]
-    counts = (place < count)[:, None] & (column < d)[None, :]
-    total += tl.load(SUMS + at, mask=counts & (first == 0), other=0.0)
-    if last == 0:
-        tl.store(SUMS + at, total, mask=counts)
+    scale = tl.load(SCALE)
+    if BLOCK_N < 128:
+        _add_to_dh(total, SUMS, DH, row, place, column, count, rows, d, scale, first, last)
     else:
-        total = tl.where(counts, total * tl.load(SCALE), 0.0)
-        mask = (place < rows)[:, None] & (column < d)[None, :]
-        tl.store(DH + at, total.to(DH.dtype.element_ty), mask=mask)
+        left, right = halves(total, BLOCK_M, BLOCK_N)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _add_to_dh(left, SUMS, DH, row, place, column, count, rows, d, scale, first, last)
+        column += BLOCK_N // 2
+        _add_to_dh(right, SUMS, DH, row, place, column, count, rows, d, scale, first, last)
 
 
 @triton.jit
