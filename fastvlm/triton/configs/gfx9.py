@@ -21,8 +21,8 @@ _ROWS = Case(
     lambda rows, wide: not wide,
 )
 _ROWS_RANKED = Case([tile(64, 64, 64, 4, 2), tile(64, 128, 32, 4, 2)], lambda rows, wide: not wide)
-_FLOAT32_16 = Case([tile(16, 64, 64, 4, 2), tile(16, 64, 32, 4, 2)], lambda rows, wide: rows <= 16)
-_FLOAT32 = Case([tile(64, 64, 32, 4, 2), tile(128, 64, 16, 4, 2)])
+_FLOAT32_16 = Case([tile(16, 128, 32, 4, 2), tile(16, 64, 64, 4, 2)], lambda rows, wide: rows <= 16)
+_FLOAT32 = Case([tile(64, 64, 16, 4, 2), tile(128, 64, 16, 4, 2)])
 
 _BY_ROWS = [_ROWS_16, _ROWS_32, _ROWS_64, _ROWS, _FLOAT32_16, _FLOAT32]
 
