@@ -27,10 +27,12 @@ from fastvlm.triton.kernels import loss_backward as backward
 
 MOST_K = 64
 # its blocks must fit into the registers of the program that merges them
-LARGEST_VOCABULARY = 2**20
+LARGEST_VOCABULARY = 2**19
 # the gradients of a chunk's logits: about this much memory, but chunks long enough that reading and
 # writing the sums of dh for each costs little beside the products
 SCRATCH_BYTES, FEWEST_COLUMNS, COLUMNS = 64 * 2**20, 2048, 256
+# rows ranked at one time, however much memory the best of each block take: a decoding step
+FEWEST_RANKED = 64
 # row blocks that run over the same block of the vocabulary: their weight is read once
 _BAND, _SMALL_BAND = 32, 8
 
@@ -210,22 +212,22 @@ def _cross_entropy_backward(
     dbias = h.new_empty(weight.shape[0] if need_b else 0)
     if not (need_h or need_w or need_b):
         return dh, dweight, dbias
-    pass_ = _Backward(h, weight, bias, softcap)
+    work = _Backward(h, weight, bias, softcap)
     # float32 sums need no room of their own beside a float32 dh
     sums = dh
-    if need_h and h.dtype != torch.float32 and pass_.columns < pass_.vocabulary:
+    if need_h and h.dtype != torch.float32 and work.columns < work.vocabulary:
         sums = _float32(h, *h.shape)
     with device_of(h):
-        pass_.prepare(grad_nll.contiguous(), labels.contiguous(), lse.contiguous(), ignore_index)
-        for start in range(0, pass_.vocabulary, pass_.columns):
-            chunk = start, min(start + pass_.columns, pass_.vocabulary)
-            pass_.chunk_dlogits(*chunk)
+        work.prepare(grad_nll.contiguous(), labels.contiguous(), lse.contiguous(), ignore_index)
+        for start in range(0, work.vocabulary, work.columns):
+            chunk = start, min(start + work.columns, work.vocabulary)
+            work.chunk_dlogits(*chunk)
             if need_h and dh.numel():
-                pass_.chunk_dh(*chunk, sums, dh)
+                work.chunk_dh(*chunk, sums, dh)
             if need_w and dweight.numel():
-                pass_.chunk_dweight(*chunk, dweight)
+                work.chunk_dweight(*chunk, dweight)
             if need_b:
-                pass_.chunk_dbias(*chunk, dbias)
+                work.chunk_dbias(*chunk, dbias)
     return dh, dweight, dbias
 
 
@@ -243,19 +245,22 @@ def _topk(
     def run(config: Config) -> None:
         size = config.blocks
         blocks = cdiv(vocabulary, size["BLOCK_N"])
-        kept = min(k, size["BLOCK_N"])
-        largest, sums = _float32(h, rows, blocks), _float32(h, rows, blocks)
-        keys = h.new_empty((rows, blocks, kept), dtype=torch.int64)
-        kernels.topk_tiles[(cdiv(rows, size["BLOCK_M"]) * blocks,)](
-            h, weight, bias, largest, sums, keys, h.stride(0), weight.stride(0),
-            rows, d, vocabulary, softcap, kept,
-            **_logits(h, bias, softcap, config), **config.arguments,
-        )  # fmt: skip
-        heads = next_power_of_2(blocks)
-        kernels.topk_merge[(rows,)](
-            largest, sums, keys, values, indices, lse, blocks, kept, k,
-            BLOCK=heads, num_warps=min(16, max(1, heads // 256)),
-        )  # fmt: skip
+        kept, heads = min(k, size["BLOCK_N"]), next_power_of_2(blocks)
+        slab = min(rows, max(FEWEST_RANKED, SCRATCH_BYTES // (8 * blocks * kept)))
+        largest, sums = _float32(h, slab, blocks), _float32(h, slab, blocks)
+        keys = h.new_empty((slab, blocks, kept), dtype=torch.int64)
+        for start in range(0, rows, slab):
+            part = slice(start, min(start + slab, rows))
+            x, count = h[part], part.stop - start
+            kernels.topk_tiles[(cdiv(count, size["BLOCK_M"]) * blocks,)](
+                x, weight, bias, largest, sums, keys, h.stride(0), weight.stride(0),
+                count, d, vocabulary, softcap, kept,
+                **_logits(h, bias, softcap, config), **config.arguments,
+            )  # fmt: skip
+            kernels.topk_merge[(count,)](
+                largest, sums, keys, values[part], indices[part], lse[part], blocks, kept, k,
+                BLOCK=heads, num_warps=min(16, max(1, heads // 256)),
+            )  # fmt: skip
 
     with device_of(h):
         configs.launch("linear_topk", h, run, **_key(h))

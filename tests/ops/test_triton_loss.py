@@ -43,6 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loss, "SCRATCH_BYTES", 0)
     monkeypatch.setattr(loss, "FEWEST_COLUMNS", 32)
     monkeypatch.setattr(loss, "COLUMNS", 32)
+    monkeypatch.setattr(loss, "FEWEST_RANKED", 20)
     with configs.replaced(**SMALL), emulator.emulated():
         yield
 
@@ -127,6 +128,15 @@ def test_sizes(
         randn(vocabulary, grad=True),
     ]
     cross_entropy_follows(follows_the_error_rule, torch.randint(0, vocabulary, (rows,)), inputs)
+
+
+def test_more_blocks_than_are_combined_at_once(
+    small: None, randn: Any, follows_the_error_rule: Any
+) -> None:
+    """Later ones hold larger logits, so the sums of the earlier ones are scaled down."""
+    weight = randn(2100, 3) * torch.arange(1, 2101)[:, None].to(torch.float32).sqrt() / 10
+    inputs = [randn(3, 3), weight.to(randn(1).dtype), None]
+    cross_entropy_follows(follows_the_error_rule, torch.tensor([5, -100, 2099]), inputs)
 
 
 def test_only_what_is_needed_is_computed(

@@ -28,7 +28,7 @@ _ROWS_SUMMED = Case(
 _ROWS_RANKED = Case(
     [tile(64, 128, 64, 4, 3), tile(128, 128, 64, 8, 4)], lambda rows, wide: not wide
 )
-_FLOAT32_16 = Case([tile(16, 128, 32, 4, 4), tile(16, 64, 64, 4, 4)], lambda rows, wide: rows <= 16)
+_FLOAT32_16 = Case([tile(16, 64, 32, 4, 4), tile(16, 64, 64, 4, 4)], lambda rows, wide: rows <= 16)
 _FLOAT32 = Case([tile(64, 64, 16, 4, 4), tile(64, 128, 32, 8, 3)])
 
 _BY_ROWS = [_ROWS_16, _ROWS_32, _ROWS_64, _ROWS, _FLOAT32_16, _FLOAT32]

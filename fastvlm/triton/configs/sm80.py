@@ -18,7 +18,7 @@ _ROWS_64 = Case(
     [tile(64, 128, 64, 4, 3), tile(64, 64, 64, 4, 4)], lambda rows, wide: rows <= 64 and not wide
 )
 _ROWS = Case(
-    [tile(128, 128, 32, 8, 4), tile(128, 128, 64, 8, 3), tile(128, 64, 64, 4, 4)],
+    [tile(128, 128, 32, 8, 4), tile(128, 128, 64, 8, 3), tile(128, 64, 32, 4, 4)],
     lambda rows, wide: not wide,
 )
 _ROWS_RANKED = Case([tile(64, 64, 64, 4, 4), tile(64, 128, 32, 8, 4)], lambda rows, wide: not wide)
