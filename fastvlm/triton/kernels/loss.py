@@ -179,7 +179,7 @@ def cross_entropy_combine(
 @triton.jit
 def _key(score, column):
     """int64, in the order of the scores, then of falling index; no two are equal."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 is no less
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered.to(tl.int64) << 32) | (_LAST - column).to(tl.int64)
 
