@@ -15,7 +15,8 @@ _ROWS_32 = Case(
     [tile(32, 128, 64, 4, 4), tile(32, 64, 128, 4, 3)], lambda rows, wide: rows <= 32 and not wide
 )
 _ROWS_64 = Case(
-    [tile(64, 128, 64, 4, 3), tile(64, 256, 64, 8, 4)], lambda rows, wide: rows <= 64 and not wide
+    [tile(64, 64, 64, 4, 4), tile(64, 128, 64, 4, 3), tile(64, 256, 64, 8, 4)],
+    lambda rows, wide: rows <= 64 and not wide,
 )
 _ROWS = Case(
     [tile(128, 128, 64, 8, 3), tile(128, 256, 64, 8, 3), tile(128, 256, 64, 8, 4)],
