@@ -36,6 +36,7 @@ FLOORS = {
         "residual_layer_norm_backward",
     ),
     "rope": ("rope", "rope_backward"),
+    "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 
 _on_cpu_tensors = False

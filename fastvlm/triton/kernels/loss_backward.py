@@ -1,0 +1,209 @@
+"""The output head backward, over one chunk of the vocabulary: its gradients of the logits exist.
+
+Kernels get slices of weight and bias that hold the chunk, so "vocabulary" is the chunk's width
+here. Rows are in the order of ORDER: those that count come first.
+
+Gradients of logits are kept in units of SCALE, a power of two that brings the largest gradient of
+a loss to about 4096: in float16 a probability of 1e-6, over a mean of a thousand rows, would be 0.
+"""
+
+import triton
+import triton.language as tl
+
+from fastvlm.triton.kernels.loss import logits_of, product_tile, tile_of
+
+
+@triton.jit
+def wide(x):
+    """A scalar as int64, be it an argument that is compiled in, being 1."""
+    return tl.full([], 0, tl.int64) + x
+
+
+@triton.jit
+def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile: what is done with it takes half as many registers."""
+    return tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _put_dlogits(
+    product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ACCURATE: tl.constexpr,
+):  # fmt: skip
+    """to: pointers to the rows; label counted from the first token of the chunk."""
+    logits = logits_of(product, BIAS, column, vocabulary, cap, HAS_BIAS, CAP, ACCURATE)
+    dlogits = tl.exp((logits - largest[:, None]) - rest[:, None])
+    dlogits = tl.where(label[:, None] == column[None, :], dlogits - 1.0, dlogits) * grad[:, None]
+    if CAP:
+        # tanh once more from its product, which takes no second tile of registers
+        t = logits / cap
+        dlogits *= 1.0 - t * t
+    mask = counts[:, None] & (column < vocabulary)[None, :]
+    tl.store(to[:, None] + column[None, :], dlogits.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["start"])
+def cross_entropy_dlogits(
+    GRAD, X, WEIGHT, BIAS, LABELS, LSE, ORDER, COUNT, SCALE, DLOGITS,
+    stride_w, stride_d, d, start, vocabulary, cap,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, EVEN: tl.constexpr, ACCURATE: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """DLOGITS [rows, stride_d] from X [rows, d], which is in order; start: the first token."""
+    count = tl.load(COUNT)
+    blocks_m = tl.cdiv(count, BLOCK_M)
+    blocks_n = tl.cdiv(vocabulary, BLOCK_N)
+    if tl.program_id(0) >= blocks_m * blocks_n:
+        return
+    block_m, block_n = tile_of(tl.program_id(0), blocks_m, blocks_n, GROUP)
+    place = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = tl.minimum(place, count - 1)
+    product = product_tile(
+        X, WEIGHT, real.to(tl.int64), column, d, stride_w, d, vocabulary,
+        EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    row = tl.load(ORDER + real)
+    largest, rest = tl.load(LSE + 2 * row), tl.load(LSE + 2 * row + 1)
+    label = tl.load(LABELS + row).to(tl.int32) - start
+    grad = tl.load(GRAD + row) / tl.load(SCALE)
+    to = DLOGITS + place.to(tl.int64) * stride_d
+    counts = place < count
+    if BLOCK_N < 128:
+        _put_dlogits(
+            product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+            HAS_BIAS, CAP, ACCURATE,
+        )  # fmt: skip
+    else:
+        left, right = halves(product, BLOCK_M, BLOCK_N)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _put_dlogits(
+            left, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+            HAS_BIAS, CAP, ACCURATE,
+        )  # fmt: skip
+        _put_dlogits(
+            right, BIAS, to, column + BLOCK_N // 2, label, grad, largest, rest, counts,
+            vocabulary, cap, HAS_BIAS, CAP, ACCURATE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_to_dh(
+    total, SUMS, DH, row, place, column, count, rows, d, scale, first, last
+):  # fmt: skip
+    """A tile of the chunk's products, row int64: to the sums so far, or with them to dh."""
+    at = row[:, None] * d + column[None, :]
+    counts = (place < count)[:, None] & (column < d)[None, :]
+    total += tl.load(SUMS + at, mask=counts & (first == 0), other=0.0)
+    if last == 0:
+        tl.store(SUMS + at, total, mask=counts)
+    else:
+        mask = (place < rows)[:, None] & (column < d)[None, :]
+        total = tl.where(counts, total * scale, 0.0)
+        tl.store(DH + at, total.to(DH.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "first", "last"])
+def cross_entropy_dh(
+    DLOGITS, WEIGHT, SUMS, DH, ORDER, COUNT, SCALE,
+    stride_d, stride_w, rows, d, vocabulary, first, last,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """SUMS float32 [rows, d] += DLOGITS WEIGHT, of the first chunk =; the last one writes DH.
+
+    DH of the rows that do not count is 0. A block of such rows has no product to compute.
+    """
+    count = tl.load(COUNT)
+    block_m, block_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(d, BLOCK_N), GROUP)
+    if (block_m * BLOCK_M >= count) & (last == 0):
+        return
+    place = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    real = tl.maximum(tl.minimum(place, count - 1), 0).to(tl.int64)
+    at_d = DLOGITS + real[:, None] * stride_d + inner[None, :]
+    at_w = WEIGHT + inner.to(tl.int64)[:, None] * stride_w + column[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, tl.where(block_m * BLOCK_M < count, vocabulary, 0), BLOCK_K):
+        inside = inner < vocabulary - k
+        if EVEN_K:
+            dlogits = tl.load(at_d)
+        else:
+            dlogits = tl.load(at_d, mask=inside[None, :], other=0.0)
+        if EVEN_K and EVEN_N:
+            w = tl.load(at_w)
+        else:
+            w = tl.load(at_w, mask=inside[:, None] & (column < d)[None, :], other=0.0)
+        total = tl.dot(dlogits, w, total, input_precision=PRECISION)
+        at_d += BLOCK_K
+        at_w += BLOCK_K * wide(stride_w)
+    row = tl.load(ORDER + tl.minimum(place, rows - 1)).to(tl.int64)
+    scale = tl.load(SCALE)
+    if BLOCK_N < 128:
+        _add_to_dh(total, SUMS, DH, row, place, column, count, rows, d, scale, first, last)
+    else:
+        left, right = halves(total, BLOCK_M, BLOCK_N)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _add_to_dh(left, SUMS, DH, row, place, column, count, rows, d, scale, first, last)
+        column += BLOCK_N // 2
+        _add_to_dh(right, SUMS, DH, row, place, column, count, rows, d, scale, first, last)
+
+
+@triton.jit
+def cross_entropy_dweight(
+    DLOGITS, X, DWEIGHT, COUNT, SCALE, stride_d, d, vocabulary,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """DWEIGHT [vocabulary, d] = DLOGITS^T X over the rows that count."""
+    count = tl.load(COUNT)
+    block_m, block_n = tile_of(
+        tl.program_id(0), tl.cdiv(vocabulary, BLOCK_M), tl.cdiv(d, BLOCK_N), GROUP
+    )
+    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    at_d = DLOGITS + inner.to(tl.int64)[None, :] * stride_d + token[:, None]
+    at_x = X + inner.to(tl.int64)[:, None] * d + column[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, count, BLOCK_K):
+        inside = inner < count - k
+        of_d, of_x = inside[None, :], inside[:, None]
+        if not EVEN_M:
+            of_d = of_d & (token < vocabulary)[:, None]
+        if not EVEN_N:
+            of_x = of_x & (column < d)[None, :]
+        dlogits = tl.load(at_d, mask=of_d, other=0.0)
+        x = tl.load(at_x, mask=of_x, other=0.0)
+        total = tl.dot(dlogits, x, total, input_precision=PRECISION)
+        at_d += BLOCK_K * wide(stride_d)
+        at_x += BLOCK_K * wide(d)
+    total *= tl.load(SCALE)
+    tl.store(
+        DWEIGHT + token.to(tl.int64)[:, None] * d + column[None, :],
+        total.to(DWEIGHT.dtype.element_ty),
+        mask=(token < vocabulary)[:, None] & (column < d)[None, :],
+    )
+
+
+@triton.jit
+def cross_entropy_dbias(
+    DLOGITS, DBIAS, COUNT, SCALE, stride_d, vocabulary,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """DBIAS [vocabulary]: the sums of DLOGITS over the rows that count, in their order."""
+    count = tl.load(COUNT)
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_M):
+        place = start + inner
+        total += tl.load(
+            DLOGITS + place.to(tl.int64)[:, None] * stride_d + token[None, :],
+            mask=(place < count)[:, None] & (token < vocabulary)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    total_of_token = tl.sum(total, 0) * tl.load(SCALE)
+    tl.store(DBIAS + token, total_of_token.to(DBIAS.dtype.element_ty), mask=token < vocabulary)
