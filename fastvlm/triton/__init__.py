@@ -20,6 +20,13 @@ OLDEST = (3, 4)
 
 # the file under fastvlm/triton/ that launches each op
 FLOORS = {
+    "mlp": (
+        "geglu_mlp",
+        "geglu_mlp_backward",
+        "gelu_mlp",
+        "gelu_mlp_backward",
+        "low_precision_linear",
+    ),
     "norm": (
         "rms_norm",
         "rms_norm_backward",

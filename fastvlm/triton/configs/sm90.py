@@ -1,9 +1,12 @@
 """Hopper: compute capability 9."""
 
-from fastvlm.triton.configs import Table
+from fastvlm.triton.configs import Case, Config, Table
 
 ATTENTION: Table = {}
 
-MLP: Table = {}
+MLP: Table = {
+    name: [Case([Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8})])]
+    for name in ("geglu_forward", "geglu_backward", "gelu_forward", "gelu_backward", "low_precision_linear")
+}
 
 LOSS: Table = {}

@@ -1,0 +1,259 @@
+"""Products with the activation of an MLP in their epilogue, and the product of a stored weight.
+
+A program computes one [BLOCK_M, BLOCK_N] tile in float32. Rows and columns beyond the last are
+computed for others over again (their indices wrap around) and left out when the tile is stored, so
+that the loop over K has no mask but that of a ragged last step.
+"""
+
+import triton
+import triton.language as tl
+
+from fastvlm.triton.kernels.activation import gelu, gelu_and_slope
+from fastvlm.triton.kernels.random import kept
+
+
+@triton.jit
+def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The row block and column block of this program.
+
+    Neighbours in time are GROUP row blocks by all columns: what they read stays in the L2 cache.
+    """
+    program = tl.program_id(0)
+    across = GROUP * tl.cdiv(n, BLOCK_N)
+    first = program // across * GROUP
+    rows = tl.minimum(tl.cdiv(m, BLOCK_M) - first, GROUP)
+    return first + program % across % rows, program % across // rows
+
+
+@triton.jit
+def _indices(block, n, BLOCK: tl.constexpr):
+    """Indices of a block as they are, and wrapped into [0, n)."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    return index, (index % n).to(tl.int64)
+
+
+@triton.jit
+def _step(AT, left, AXIS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """The next BLOCK_K along the AXIS of K; zeros where fewer are left."""
+    if EVEN_K:
+        return tl.load(AT)
+    else:
+        inside = tl.expand_dims(tl.arange(0, BLOCK_K) < left, 1 - AXIS)
+        return tl.load(AT, mask=inside, other=0.0)
+
+
+@triton.jit
+def _far(stride, BLOCK: tl.constexpr):
+    """stride * BLOCK in 64 bits."""
+    return tl.full([], BLOCK, tl.int64) * stride
+
+
+@triton.jit
+def _product(
+    AT_A, AT_B, k, step_b,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a [BLOCK_M, K] b [K, BLOCK_N]; AT_A and AT_B point to their first BLOCK_K along K."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for done in range(0, k, BLOCK_K):
+        a = _step(AT_A, k - done, 1, BLOCK_K, EVEN_K)
+        b = _step(AT_B, k - done, 0, BLOCK_K, EVEN_K)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        AT_A += BLOCK_K
+        AT_B += step_b
+    return total
+
+
+@triton.jit(do_not_specialize=["m"])
+def geglu_forward(
+    X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
+    TANH: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """hidden = gelu(x w_gate^T) * x w_up^T [M, F] by one reading of x; KEEP stores both factors."""
+    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    row, from_row = _indices(block_m, m, BLOCK_M)
+    column, from_column = _indices(block_n, f, BLOCK_N)
+    along = tl.arange(0, BLOCK_K)
+    at_x = X + from_row[:, None] * stride_x + along[None, :]
+    at_gate = W_GATE + from_column[None, :] * stride_g + along[:, None]
+    at_up = W_UP + from_column[None, :] * stride_u + along[:, None]
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for done in range(0, k, BLOCK_K):
+        x = _step(at_x, k - done, 1, BLOCK_K, EVEN_K)
+        w_gate = _step(at_gate, k - done, 0, BLOCK_K, EVEN_K)
+        w_up = _step(at_up, k - done, 0, BLOCK_K, EVEN_K)
+        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+        up = tl.dot(x, w_up, up, input_precision=PRECISION)
+        at_x += BLOCK_K
+        at_gate += BLOCK_K
+        at_up += BLOCK_K
+    to = row.to(tl.int64)[:, None] * f + column[None, :]
+    mask = (row < m)[:, None] & (column < f)[None, :]
+    kind = HIDDEN.dtype.element_ty
+    if KEEP:
+        tl.store(GATE + to, gate.to(kind), mask=mask)
+        tl.store(UP + to, up.to(kind), mask=mask)
+    tl.store(HIDDEN + to, (gelu(gate, TANH) * up).to(kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["m"])
+def geglu_backward(
+    GRAD, W_DOWN, GATE, UP, DGATE, DUP, HIDDEN, stride_g, stride_w, m, f, n,
+    TANH: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
+    NEED_HIDDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dhidden = grad w_down [M, F] goes on as dgate and dup; hidden again for dw_down.
+
+    grad [M, N], w_down [N, F]; what is [M, F] is contiguous.
+    """
+    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    row, from_row = _indices(block_m, m, BLOCK_M)
+    column, from_column = _indices(block_n, f, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * f + column[None, :]
+    mask = (row < m)[:, None] & (column < f)[None, :]
+    kind = GRAD.dtype.element_ty
+    if NEED_GATE or NEED_UP:
+        along = tl.arange(0, BLOCK_K)
+        dhidden = _product(
+            GRAD + from_row[:, None] * stride_g + along[None, :],
+            W_DOWN + along.to(tl.int64)[:, None] * stride_w + from_column[None, :],
+            n, _far(stride_w, BLOCK_K), BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+    gate = tl.load(GATE + at, mask=mask, other=0.0).to(tl.float32)
+    act, slope = gelu_and_slope(gate, TANH)
+    if NEED_UP:
+        tl.store(DUP + at, (dhidden * act).to(kind), mask=mask)
+    if NEED_GATE or NEED_HIDDEN:
+        up = tl.load(UP + at, mask=mask, other=0.0).to(tl.float32)
+        if NEED_GATE:
+            tl.store(DGATE + at, (dhidden * up * slope).to(kind), mask=mask)
+        if NEED_HIDDEN:
+            tl.store(HIDDEN + at, (act * up).to(kind), mask=mask)
+
+
+@triton.jit
+def _dropout(SEED, at, threshold, factor):
+    """The factor of each element of the activation; at is row * columns + column."""
+    return tl.where(kept(tl.load(SEED), at, threshold), factor, 0.0)
+
+
+@triton.jit(do_not_specialize=["m", "threshold"])
+def gelu_forward(
+    X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """hidden = dropout(gelu(x w^T + bias)) [M, F]; KEEP stores what the activation is taken of."""
+    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    row, from_row = _indices(block_m, m, BLOCK_M)
+    column, from_column = _indices(block_n, f, BLOCK_N)
+    along = tl.arange(0, BLOCK_K)
+    pre = _product(
+        X + from_row[:, None] * stride_x + along[None, :],
+        W + from_column[None, :] * stride_w + along[:, None],
+        k, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        pre += tl.load(BIAS + column, mask=column < f, other=0.0).to(tl.float32)[None, :]
+    to = row.to(tl.int64)[:, None] * f + column[None, :]
+    mask = (row < m)[:, None] & (column < f)[None, :]
+    kind = HIDDEN.dtype.element_ty
+    if KEEP:
+        tl.store(PRE + to, pre.to(kind), mask=mask)
+    hidden = gelu(pre, TANH)
+    if DROPOUT:
+        hidden *= _dropout(SEED, to, threshold, factor)
+    tl.store(HIDDEN + to, hidden.to(kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["m", "threshold"])
+def gelu_backward(
+    GRAD, W, PRE, SEED, DPRE, HIDDEN, DBIAS, stride_g, stride_w, m, f, n, threshold, factor,
+    TANH: tl.constexpr, DROPOUT: tl.constexpr, NEED_PRE: tl.constexpr, NEED_HIDDEN: tl.constexpr,
+    NEED_BIAS: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dhidden = grad w [M, F] goes on as dpre; hidden again for dw2, as geglu_backward.
+
+    DBIAS float32 [row blocks, F] takes the sums over each block of rows, to be added in order.
+    """
+    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    row, from_row = _indices(block_m, m, BLOCK_M)
+    column, from_column = _indices(block_n, f, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * f + column[None, :]
+    mask = (row < m)[:, None] & (column < f)[None, :]
+    kind = GRAD.dtype.element_ty
+    if NEED_PRE or NEED_BIAS:
+        along = tl.arange(0, BLOCK_K)
+        dhidden = _product(
+            GRAD + from_row[:, None] * stride_g + along[None, :],
+            W + along.to(tl.int64)[:, None] * stride_w + from_column[None, :],
+            n, _far(stride_w, BLOCK_K), BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+    act, slope = gelu_and_slope(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), TANH)
+    if DROPOUT:
+        scale = _dropout(SEED, at, threshold, factor)
+        act *= scale
+        slope *= scale
+    if NEED_HIDDEN:
+        tl.store(HIDDEN + at, act.to(kind), mask=mask)
+    if NEED_PRE or NEED_BIAS:
+        dpre = dhidden * slope
+        if NEED_PRE:
+            tl.store(DPRE + at, dpre.to(kind), mask=mask)
+        if NEED_BIAS:
+            sums = tl.sum(tl.where(mask, dpre, 0.0), 0)
+            tl.store(DBIAS + block_m.to(tl.int64) * f + column, sums, mask=column < f)
+
+
+@triton.jit
+def _upper_half(x):
+    """float32 without its lower 16 bits: exact in bfloat16, and x less it is exact too."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["m"])
+def low_precision_linear(
+    X, W, SCALE, BIAS, OUT, stride_x, stride_w, m, n, k,
+    PARTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x w^T * scale + bias [M, N] for a bfloat16 or int8 weight [N, K].
+
+    The weight is the left factor, which is widened in the registers that the product takes it
+    from. It is exact in 16 bits, and x is the sum of PARTS of 16 bits: the products lose nothing
+    and run on tensor cores even where x is float32.
+    """
+    block_m, block_n = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row, from_row = _indices(block_m, m, BLOCK_M)
+    column, from_column = _indices(block_n, n, BLOCK_N)
+    along = tl.arange(0, BLOCK_K)
+    at_x = X + from_row[None, :] * stride_x + along[:, None]
+    at_w = W + from_column[:, None] * stride_w + along[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for done in range(0, k, BLOCK_K):
+        x = _step(at_x, k - done, 0, BLOCK_K, EVEN_K)
+        w = _step(at_w, k - done, 1, BLOCK_K, EVEN_K)
+        if PARTS == 1:
+            total = tl.dot(w.to(x.dtype), x, total)
+        else:
+            wide = w.to(tl.bfloat16)
+            rest = x.to(tl.float32)
+            for _ in tl.static_range(PARTS):
+                part = _upper_half(rest)
+                total = tl.dot(wide, part.to(tl.bfloat16), total)
+                rest = tl.where(rest == part, 0.0, rest - part)  # infinity less itself is no part
+        at_x += BLOCK_K
+        at_w += BLOCK_K
+    if HAS_SCALE:
+        total *= tl.load(SCALE + column, mask=column < n, other=0.0)[:, None]
+    if HAS_BIAS:
+        total += tl.load(BIAS + column, mask=column < n, other=0.0).to(tl.float32)[:, None]
+    to = row.to(tl.int64)[None, :] * n + column[:, None]
+    mask = (row < m)[None, :] & (column < n)[:, None]
+    tl.store(OUT + to, total.to(OUT.dtype.element_ty), mask=mask)
