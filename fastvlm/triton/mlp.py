@@ -210,14 +210,14 @@ def _low_precision_linear(
     bias = None if bias is None else dense_last(bias)
     out = x.new_empty(m, n)
     if x.dtype == torch.float32:
-        parts = 3
+        terms = 3
     else:
-        parts = 2 if (x.dtype, weight.dtype) == (torch.float16, torch.bfloat16) else 1
+        terms = 2 if (x.dtype, weight.dtype) == (torch.float16, torch.bfloat16) else 1
 
     def run(config: Config) -> None:
         kernels.low_precision_linear[_grid(m, n, config)](
             x, weight, scale, bias, out, x.stride(0), weight.stride(0), m, n, k,
-            PARTS=parts, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+            TERMS=terms, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
             EVEN_K=_even(k, config), **config.arguments,
         )  # fmt: skip
 
