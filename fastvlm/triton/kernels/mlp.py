@@ -255,6 +255,7 @@ def low_precision_linear(
     X, W, SCALE, BIAS, OUT, stride_x, stride_w, m, n, k,
     TERMS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     """x w^T * scale + bias [M, N] for a bfloat16 or int8 weight [N, K].
 

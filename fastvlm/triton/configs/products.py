@@ -1,0 +1,49 @@
+"""What the tables of the MLP kernels share: how a tile is written, and the cases of a product."""
+
+from __future__ import annotations
+
+from fastvlm.triton.configs import Case, Config
+
+
+def tile(
+    m: int, n: int, k: int, *, warps: int, stages: int, slices: int = 1, group: int = 8
+) -> Config:
+    """m by n results of a program, k of the sum at a time; its epilogue in slices of columns."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "SLICES": slices}
+    return Config(blocks, warps, stages)
+
+
+def cases(
+    *,
+    few: list[Config],
+    some: list[Config],
+    many: list[Config],
+    float32_few: list[Config],
+    float32: list[Config],
+) -> list[Case]:
+    """few rows: a decoding step's, up to 16. some: up to 64. Of 16 bits where nothing is said."""
+    return [
+        Case(float32_few, lambda bits, rows, **_: bits == 32 and rows <= 16),
+        Case(float32, lambda bits, **_: bits == 32),
+        Case(few, lambda rows, **_: rows <= 16),
+        Case(some, lambda rows, **_: rows <= 64),
+        Case(many),
+    ]
+
+
+def stored_cases(
+    *,
+    float32_few: list[Config],
+    narrow: list[Config],
+    few: list[Config],
+    some: list[Config],
+    many: list[Config],
+) -> list[Case]:
+    """low_precision_linear. narrow: few rows, and so few columns that programs would be scarce."""
+    return [
+        Case(float32_few, lambda bits, rows, **_: bits == 32 and rows <= 16),
+        Case(narrow, lambda rows, columns, **_: rows <= 16 and columns <= 4096),
+        Case(few, lambda rows, **_: rows <= 16),
+        Case(some, lambda rows, **_: rows <= 64),
+        Case(many),
+    ]
