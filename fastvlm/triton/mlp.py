@@ -223,8 +223,9 @@ def _low_precision_linear(
 
     if out.numel():
         stored = 8 * weight.element_size()
+        key = _key(x, n, k)
         with device_of(x):
-            configs.launch("low_precision_linear", x, run, **_key(x, n, k), stored=stored)
+            configs.launch("low_precision_linear", x, run, **key, stored=stored, terms=terms)
     return out
 
 

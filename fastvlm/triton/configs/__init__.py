@@ -56,10 +56,13 @@ _best: dict[tuple[Any, ...], Config] = {}
 
 
 def family_of(capability: tuple[int, int], hip: bool = False) -> str:
-    """The file that serves a compute capability: the newest family that is not newer than it."""
+    """The file that serves a compute capability.
+
+    12, the consumer's Blackwell, has the instructions and the 99 KB of shared memory of Ada.
+    """
     if hip:
         return "gfx9"
-    if capability[0] >= 10:
+    if capability[0] in (10, 11):
         return "sm100"
     return "sm90" if capability[0] == 9 else "sm80"
 

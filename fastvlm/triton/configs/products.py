@@ -33,15 +33,18 @@ def cases(
 
 def stored_cases(
     *,
-    float32_few: list[Config],
+    split_few: list[Config],
     narrow: list[Config],
     few: list[Config],
     some: list[Config],
     many: list[Config],
 ) -> list[Case]:
-    """low_precision_linear. narrow: few rows, and so few columns that programs would be scarce."""
+    """low_precision_linear. split_few: few rows, each of several terms, which take registers.
+
+    narrow: few rows, and so few columns that wider tiles would leave multiprocessors idle.
+    """
     return [
-        Case(float32_few, lambda bits, rows, **_: bits == 32 and rows <= 16),
+        Case(split_few, lambda rows, terms, **_: rows <= 16 and terms > 1),
         Case(narrow, lambda rows, columns, **_: rows <= 16 and columns <= 4096),
         Case(few, lambda rows, **_: rows <= 16),
         Case(some, lambda rows, **_: rows <= 64),

@@ -1,11 +1,11 @@
-"""Blackwell: compute capability 10 and 12."""
+"""Blackwell: compute capability 10."""
 
 from fastvlm.triton.configs import Table
 from fastvlm.triton.configs.products import cases, stored_cases, tile
 
 ATTENTION: Table = {}
 
-# From 64 rows on, the accumulators of a tile are in tensor memory and reach the registers in slices.
+# From 64 rows on, the sums are in tensor memory and reach the registers in slices.
 MLP: Table = {
     "geglu_forward": cases(
         few=[
@@ -60,7 +60,7 @@ MLP: Table = {
         ),
     ),
     "low_precision_linear": stored_cases(
-        float32_few=[tile(16, 16, 128, warps=1, stages=4), tile(16, 32, 128, warps=2, stages=4)],
+        split_few=[tile(16, 16, 128, warps=1, stages=4), tile(16, 32, 128, warps=2, stages=4)],
         narrow=[tile(16, 16, 256, warps=1, stages=4), tile(16, 16, 512, warps=2, stages=3)],
         few=[tile(16, 32, 128, warps=2, stages=4), tile(16, 64, 128, warps=4, stages=4)],
         some=[tile(64, 64, 64, warps=4, stages=3), tile(64, 32, 64, warps=4, stages=4)],

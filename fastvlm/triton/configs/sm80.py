@@ -1,12 +1,11 @@
-"""Ampere and Ada: compute capability 8."""
+"""Ampere, Ada and the consumer's Blackwell: compute capability 8 and 12."""
 
 from fastvlm.triton.configs import Table
 from fastvlm.triton.configs.products import cases, stored_cases, tile
 
 ATTENTION: Table = {}
 
-# At most 99 KB of shared memory, which is what compute capability 8.6 and 8.9 have; the options after
-# the first may take the 163 KB of 8.0.
+# At most 99 KB of shared memory: 8.0 has 163 KB, but 8.6, 8.9 and 12 have no more.
 MLP: Table = {
     "geglu_forward": cases(
         few=[
@@ -21,7 +20,7 @@ MLP: Table = {
         many=[
             tile(128, 64, 64, warps=8, stages=3, slices=4),
             tile(128, 64, 32, warps=8, stages=4, slices=4),
-            tile(128, 64, 64, warps=8, stages=4, slices=4),
+            tile(64, 64, 64, warps=4, stages=4, slices=2),
         ],
         float32_few=[tile(16, 32, 64, warps=4, stages=3)],
         float32=[
@@ -61,7 +60,7 @@ MLP: Table = {
         ),
     ),
     "low_precision_linear": stored_cases(
-        float32_few=[tile(16, 16, 128, warps=1, stages=4), tile(16, 32, 128, warps=2, stages=4)],
+        split_few=[tile(16, 16, 128, warps=1, stages=4), tile(16, 32, 128, warps=2, stages=4)],
         narrow=[tile(16, 16, 256, warps=1, stages=4), tile(16, 16, 512, warps=2, stages=3)],
         few=[tile(16, 32, 128, warps=2, stages=4), tile(16, 64, 128, warps=4, stages=3)],
         some=[tile(64, 64, 64, warps=4, stages=3), tile(64, 32, 64, warps=4, stages=4)],

@@ -5,8 +5,8 @@ from fastvlm.triton.configs.products import cases, stored_cases, tile
 
 ATTENTION: Table = {}
 
-# From 64 rows on, tiles of 64 rows for each four warps: the shape of a warpgroup's product. A decoding
-# step reads weights and little else: narrow tiles, so that every multiprocessor streams some.
+# From 64 rows on, 64 rows for each four warps: the shape of a warpgroup's product. A decoding step
+# reads weights and little else: narrow tiles, so that every multiprocessor streams some.
 MLP: Table = {
     "geglu_forward": cases(
         few=[
@@ -61,7 +61,7 @@ MLP: Table = {
         ),
     ),
     "low_precision_linear": stored_cases(
-        float32_few=[tile(16, 16, 128, warps=1, stages=4), tile(16, 32, 128, warps=2, stages=4)],
+        split_few=[tile(16, 16, 128, warps=1, stages=4), tile(16, 32, 128, warps=2, stages=4)],
         narrow=[tile(16, 16, 256, warps=1, stages=4), tile(16, 16, 512, warps=2, stages=3)],
         few=[tile(16, 32, 128, warps=2, stages=4), tile(16, 64, 128, warps=4, stages=4)],
         some=[tile(64, 64, 64, warps=4, stages=3), tile(64, 32, 64, warps=4, stages=4)],

@@ -88,7 +88,10 @@ def _slices(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexp
 
 
 @triton.jit
-def _place(block_m, block_n, SLICE, m, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr):  # fmt: skip
+def _place(
+    block_m, block_n, SLICE: tl.constexpr, m, f,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
     """Of one slice of a tile of a contiguous [M, F]: its columns, its offsets, which are inside."""
     WIDTH: tl.constexpr = BLOCK_N // SLICES
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
