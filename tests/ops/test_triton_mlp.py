@@ -96,6 +96,22 @@ def test_stored_weight_in_several_tiles(
 
 
 @pytest.mark.triton
+def test_float16_rows_take_weights_that_float16_has_not(
+    small: None, follows_the_error_rule: Any
+) -> None:
+    weight = (torch.randn(17, 20) * torch.logspace(-9, -5, 17)[:, None]).bfloat16()
+    weight[:, 3] = 1e5
+    x = torch.randn(4, 20) * 1e3
+    x[:, 3] = 0
+    exact = weight.double()
+    follows_the_error_rule(
+        lambda x: ops.low_precision_linear(x, weight),
+        lambda x: (x.double() @ exact.t()).to(x.dtype),
+        [x.half()],
+    )
+
+
+@pytest.mark.triton
 def test_infinity_and_nan_stay_what_they_are(small: None) -> None:
     """float32 rows are multiplied in three parts, of which infinity has one."""
     x = torch.randn(4, 20)

@@ -279,10 +279,13 @@ def low_precision_linear(
         else:
             wide = w.to(tl.bfloat16)
             rest = x.to(tl.float32)
+            # in a sum of its own: small terms added to a large total would each be rounded to it
+            block = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for _ in tl.static_range(TERMS):
                 term = _upper_half(rest)
-                total = tl.dot(wide, term.to(tl.bfloat16), total)
+                block = tl.dot(wide, term.to(tl.bfloat16), block)
                 rest = tl.where(rest == term, 0.0, rest - term)  # infinity leaves nothing
+            total += block
         at_x += BLOCK_K
         at_w += BLOCK_K
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
