@@ -32,6 +32,7 @@ MLP: Table = {
     ),
     "low_precision_linear": stored_cases(
         split_few=[tile(16, 16, 128, warps=1, stages=2)],
+        split=[tile(64, 64, 32, warps=4, stages=2), tile(64, 128, 32, warps=8, stages=2)],
         narrow=[tile(16, 16, 256, warps=1, stages=2), tile(16, 16, 512, warps=2, stages=2)],
         few=[tile(16, 32, 128, warps=2, stages=2), tile(16, 64, 128, warps=4, stages=2)],
         some=[tile(64, 64, 64, warps=4, stages=2)],

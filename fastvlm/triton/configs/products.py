@@ -34,17 +34,19 @@ def cases(
 def stored_cases(
     *,
     split_few: list[Config],
+    split: list[Config],
     narrow: list[Config],
     few: list[Config],
     some: list[Config],
     many: list[Config],
 ) -> list[Case]:
-    """low_precision_linear. split_few: few rows, each of several terms, which take registers.
+    """low_precision_linear. split: rows of several terms, which take registers.
 
     narrow: few rows, and so few columns that wider tiles would leave multiprocessors idle.
     """
     return [
         Case(split_few, lambda rows, terms, **_: rows <= 16 and terms > 1),
+        Case(split, lambda terms, **_: terms > 1),
         Case(narrow, lambda rows, columns, **_: rows <= 16 and columns <= 4096),
         Case(few, lambda rows, **_: rows <= 16),
         Case(some, lambda rows, **_: rows <= 64),
