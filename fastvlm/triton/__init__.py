@@ -36,6 +36,13 @@ FLOORS = {
         "residual_layer_norm_backward",
     ),
     "rope": ("rope", "rope_backward"),
+    "mlp": (
+        "geglu_mlp",
+        "geglu_mlp_backward",
+        "gelu_mlp",
+        "gelu_mlp_backward",
+        "low_precision_linear",
+    ),
     "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 

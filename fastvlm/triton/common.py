@@ -63,13 +63,14 @@ def dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def dot_precision(x: Tensor) -> str:
-    """How products of x are multiplied: float32 as PyTorch's own setting for matrices says."""
-    if x.dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def keep_threshold(dropout_p: float) -> int:
     """The smallest 53-bit integer that the generator keeps: its value / 2^53 is at least p."""
     return math.ceil(dropout_p * 2**53)
+
+
+def dot_precision(x: Tensor) -> str:
+    """input_precision of a product: full float32, unless PyTorch's own products may use TF32."""
+    # 16-bit factors have one precision, and AMD's compiler has no other for float32
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -18,7 +18,7 @@ from fastvlm import ops
 from fastvlm.ops.dispatch import BackendError
 from fastvlm.triton import configs
 from fastvlm.triton.common import dot_precision
-from fastvlm.triton.configs import tile
+from fastvlm.triton.configs.products import tile
 
 pytest.importorskip("triton")
 from fastvlm.triton import loss

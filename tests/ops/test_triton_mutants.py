@@ -19,6 +19,8 @@ import emulator
 import plain
 import pytest
 import torch
+
+pytest.importorskip("triton")
 from test_triton_attention import CROSS, OWN, SEED, cross, dropped, leaves, own
 
 from fastvlm import ops

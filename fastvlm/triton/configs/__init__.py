@@ -48,11 +48,6 @@ class Case:
 Table = dict[str, list[Case]]
 
 
-def tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
-    """A matrix product in tiles of m x n, k at a time."""
-    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps, num_stages)
-
-
 # the family whose table serves CPU tensors: an emulator's, or a compiler's that has no GPU
 _assumed = "sm90"
 _replaced: dict[str, Config] = {}

@@ -1,6 +1,7 @@
 """AMD CDNA: gfx90a and gfx942, 64 KiB of local memory a block."""
 
-from fastvlm.triton.configs import Case, Config, Table, tile
+from fastvlm.triton.configs import Case, Config, Table
+from fastvlm.triton.configs.products import cases, sliced, stored_cases, tile
 
 _HALF, _FULL = 2, 4  # bytes of an element: 16-bit dtypes, float32
 
@@ -48,7 +49,40 @@ ATTENTION: Table = {
     ],
 }
 
-MLP: Table = {}
+# 64 KB of local memory; one tile of each factor on its way while another is multiplied.
+MLP: Table = {
+    "geglu_forward": cases(
+        few=[sliced(16, 32, 128, warps=4, stages=2), sliced(16, 64, 64, warps=4, stages=2)],
+        some=[sliced(64, 64, 64, warps=4, stages=2, slices=2)],
+        many=[
+            sliced(128, 64, 64, warps=8, stages=2, slices=2),
+            sliced(128, 128, 32, warps=8, stages=2, slices=4),
+        ],
+        float32_few=[sliced(16, 32, 64, warps=4, stages=2)],
+        float32=[sliced(64, 64, 32, warps=4, stages=2, slices=2)],
+    ),
+    **dict.fromkeys(
+        ("gelu_forward", "geglu_backward", "gelu_backward"),
+        cases(
+            few=[sliced(16, 32, 128, warps=4, stages=2), sliced(16, 64, 64, warps=4, stages=2)],
+            some=[sliced(64, 64, 64, warps=4, stages=2, slices=2)],
+            many=[
+                sliced(128, 64, 64, warps=8, stages=2, slices=2),
+                sliced(128, 128, 32, warps=8, stages=2, slices=4),
+            ],
+            float32_few=[sliced(16, 32, 64, warps=4, stages=2)],
+            float32=[sliced(64, 64, 32, warps=4, stages=2, slices=2)],
+        ),
+    ),
+    "low_precision_linear": stored_cases(
+        split_few=[sliced(16, 16, 128, warps=1, stages=2)],
+        split=[sliced(64, 64, 32, warps=4, stages=2), sliced(64, 128, 32, warps=8, stages=2)],
+        narrow=[sliced(16, 16, 256, warps=1, stages=2), sliced(16, 16, 512, warps=2, stages=2)],
+        few=[sliced(16, 32, 128, warps=2, stages=2), sliced(16, 64, 128, warps=4, stages=2)],
+        some=[sliced(64, 64, 64, warps=4, stages=2)],
+        many=[sliced(128, 128, 32, warps=8, stages=2), sliced(64, 128, 32, warps=4, stages=2)],
+    ),
+}
 
 # 64 KB of LDS
 _ROWS_16 = Case(

@@ -1,6 +1,7 @@
 """Hopper: compute capability 9, 227 KiB of shared memory a block."""
 
-from fastvlm.triton.configs import Case, Config, Table, tile
+from fastvlm.triton.configs import Case, Config, Table
+from fastvlm.triton.configs.products import cases, sliced, stored_cases, tile
 
 _HALF, _FULL = 2, 4  # bytes of an element: 16-bit dtypes, float32
 
@@ -48,7 +49,76 @@ ATTENTION: Table = {
     ],
 }
 
-MLP: Table = {}
+# From 64 rows on, 64 rows for each four warps: the shape of a warpgroup's product. A decoding step
+# reads weights and little else: narrow tiles, so that every multiprocessor streams some.
+MLP: Table = {
+    "geglu_forward": cases(
+        few=[
+            sliced(16, 32, 128, warps=4, stages=3),
+            sliced(16, 16, 128, warps=2, stages=4),
+            sliced(16, 64, 64, warps=4, stages=4),
+        ],
+        some=[
+            sliced(64, 64, 64, warps=4, stages=4, slices=2),
+            sliced(64, 32, 64, warps=4, stages=4),
+        ],
+        many=[
+            sliced(128, 128, 64, warps=8, stages=3, slices=4),
+            sliced(128, 128, 64, warps=8, stages=4, slices=4),
+            sliced(128, 64, 64, warps=8, stages=3, slices=4),
+        ],
+        float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
+        float32=[
+            sliced(64, 64, 32, warps=8, stages=2, slices=2),
+            sliced(128, 64, 32, warps=8, stages=2, slices=4),
+        ],
+    ),
+    "gelu_forward": cases(
+        few=[sliced(16, 16, 256, warps=2, stages=4), sliced(16, 32, 128, warps=4, stages=4)],
+        some=[
+            sliced(64, 64, 64, warps=4, stages=4, slices=4),
+            sliced(64, 32, 64, warps=4, stages=4),
+        ],
+        many=[
+            sliced(128, 128, 64, warps=8, stages=3, slices=8),
+            sliced(128, 256, 64, warps=8, stages=3, slices=8),
+            sliced(128, 128, 64, warps=8, stages=4, slices=8),
+        ],
+        float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
+        float32=[
+            sliced(64, 64, 32, warps=8, stages=2, slices=4),
+            sliced(128, 64, 32, warps=8, stages=2, slices=4),
+        ],
+    ),
+    **dict.fromkeys(
+        ("geglu_backward", "gelu_backward"),
+        cases(
+            few=[sliced(16, 64, 64, warps=4, stages=4), sliced(16, 32, 128, warps=4, stages=3)],
+            some=[
+                sliced(64, 64, 64, warps=4, stages=4, slices=4),
+                sliced(64, 128, 64, warps=4, stages=3, slices=8),
+            ],
+            many=[
+                sliced(128, 128, 64, warps=8, stages=3, slices=8),
+                sliced(128, 256, 64, warps=8, stages=3, slices=8),
+                sliced(128, 128, 64, warps=8, stages=4, slices=8),
+            ],
+            float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
+            float32=[
+                sliced(64, 64, 32, warps=8, stages=2, slices=4),
+                sliced(128, 64, 32, warps=8, stages=2, slices=4),
+            ],
+        ),
+    ),
+    "low_precision_linear": stored_cases(
+        split_few=[sliced(16, 16, 128, warps=1, stages=4), sliced(16, 32, 128, warps=2, stages=4)],
+        split=[sliced(64, 64, 32, warps=4, stages=4), sliced(64, 128, 32, warps=8, stages=3)],
+        narrow=[sliced(16, 16, 256, warps=1, stages=4), sliced(16, 16, 512, warps=2, stages=3)],
+        few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 64, 128, warps=4, stages=4)],
+        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=4, stages=4)],
+        many=[sliced(128, 128, 64, warps=8, stages=3), sliced(64, 128, 64, warps=8, stages=3)],
+    ),
+}
 
 # 64 rows or more: a warp group's own instruction computes the product
 _ROWS_16 = Case(

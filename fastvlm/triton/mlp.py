@@ -1,0 +1,238 @@
+"""Launchers of the MLPs and of the product with a stored weight.
+
+Whose product is whose. Ours are those that something is fused to, all [rows, F]:
+
+    x w_gate^T, x w_up^T    two products by one reading of x, GELU and the product in the epilogue
+    x w1^T + b1             GELU and dropout in the epilogue
+    grad w_down, grad w2    the activation's derivative in the epilogue, sums for the bias
+    x w^T, w stored in      widened in registers, so that a decoding step reads the stored bytes
+    bfloat16 or int8
+
+The library's (`_product`: cuBLAS, or hipBLASLt) are those that only multiply, in which nothing is
+saved by fusing and its hand-scheduled kernels are the ones to beat: the down projections, the
+gradients of x and of every weight, a bfloat16 weight at more rows than a decoding step has if x is
+bfloat16 too, and `linear`, which is left to the reference for that reason.
+
+No product is split over K: with few rows the tiles are narrow instead, which fills the device with
+programs and needs no second launch to add up parts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvlm.triton import configs
+from fastvlm.triton.common import (
+    Launcher,
+    cdiv,
+    dense_last,
+    device_of,
+    dot_precision,
+    keep_threshold,
+    next_power_of_2,
+)
+from fastvlm.triton.configs import Config
+from fastvlm.triton.kernels import mlp as kernels
+
+# rows up to which low_precision_linear has them all in one tile and reads each weight once
+STREAMED = 64
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, K] b [K, N] + bias [N] by the library."""
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _key(x: Tensor, columns: int, depth: int) -> dict[str, int]:
+    """What a config is chosen by; the rows in powers of two, since batches differ."""
+    rows = max(16, min(8192, next_power_of_2(x.shape[0])))
+    return {"rows": rows, "columns": columns, "depth": depth, "bits": 8 * x.element_size()}
+
+
+def _grid(m: int, n: int, config: Config) -> tuple[int]:
+    return (cdiv(m, config.blocks["BLOCK_M"]) * cdiv(n, config.blocks["BLOCK_N"]),)
+
+
+def _even(depth: int, config: Config) -> bool:
+    return depth % config.blocks["BLOCK_K"] == 0
+
+
+def _rows_of(x: Tensor, columns: int, need: bool) -> Tensor:
+    return x.new_empty(x.shape[0], columns) if need else x.new_empty(0)
+
+
+def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[bool, int, float]:
+    """Whether there is one, the generator's threshold, the factor of what is kept."""
+    on = seed is not None and dropout_p > 0
+    return on, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)
+
+
+def _geglu_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w_gate, w_up = dense_last(x), dense_last(w_gate), dense_last(w_up)
+    (m, k), f = x.shape, w_gate.shape[0]
+    hidden, gate, up = _rows_of(x, f, True), _rows_of(x, f, keep), _rows_of(x, f, keep)
+    precision = dot_precision(x)
+
+    def run(config: Config) -> None:
+        kernels.geglu_forward[_grid(m, f, config)](
+            x, w_gate, w_up, hidden, gate, up, x.stride(0), w_gate.stride(0), w_up.stride(0),
+            m, f, k, TANH=tanh, KEEP=keep, PRECISION=precision, EVEN_K=_even(k, config),
+            **config.arguments,
+        )  # fmt: skip
+
+    if hidden.numel():
+        with device_of(x):
+            configs.launch("geglu_forward", x, run, **_key(x, f, k))
+    return _product(hidden, w_down.t()), gate, up
+
+
+def _geglu_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tanh: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, w = dense_last(grad_out), dense_last(w_down)
+    gate, up = gate.contiguous(), up.contiguous()
+    (m, n), f = grad.shape, w.shape[1]
+    need_gate, need_up, need_hidden = needs[0] or needs[1], needs[0] or needs[2], needs[3]
+    dgate, dup = _rows_of(grad, f, need_gate), _rows_of(grad, f, need_up)
+    hidden = _rows_of(grad, f, need_hidden)
+    precision = dot_precision(x)
+
+    def run(config: Config) -> None:
+        kernels.geglu_backward[_grid(m, f, config)](
+            grad, w, gate, up, dgate, dup, hidden, grad.stride(0), w.stride(0), m, f, n,
+            TANH=tanh, NEED_GATE=need_gate, NEED_UP=need_up, NEED_HIDDEN=need_hidden,
+            PRECISION=precision, EVEN_K=_even(n, config), **config.arguments,
+        )  # fmt: skip
+
+    if gate.numel() and any(needs):
+        with device_of(grad):
+            configs.launch("geglu_backward", grad, run, **_key(grad, f, n))
+    return (
+        _product(dgate, w_gate).addmm_(dup, w_up) if needs[0] else x.new_empty(0),
+        _product(dgate.t(), x) if needs[1] else x.new_empty(0),
+        _product(dup.t(), x) if needs[2] else x.new_empty(0),
+        _product(grad.t(), hidden) if needs[3] else x.new_empty(0),
+    )
+
+
+def _gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    seed: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    x, w1 = dense_last(x), dense_last(w1)
+    b1 = None if b1 is None else dense_last(b1)
+    (m, k), f = x.shape, w1.shape[0]
+    hidden, pre = _rows_of(x, f, True), _rows_of(x, f, keep)
+    on, threshold, factor = _dropout(seed, dropout_p)
+    precision = dot_precision(x)
+
+    def run(config: Config) -> None:
+        kernels.gelu_forward[_grid(m, f, config)](
+            x, w1, b1, seed, hidden, pre, x.stride(0), w1.stride(0), m, f, k, threshold, factor,
+            TANH=tanh, HAS_BIAS=b1 is not None, DROPOUT=on, KEEP=keep, PRECISION=precision,
+            EVEN_K=_even(k, config), **config.arguments,
+        )  # fmt: skip
+
+    if hidden.numel():
+        with device_of(x):
+            configs.launch("gelu_forward", x, run, **_key(x, f, k))
+    return _product(hidden, w2.t(), b2), pre
+
+
+def _gelu_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    seed: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, w, pre = dense_last(grad_out), dense_last(w2), pre.contiguous()
+    (m, n), f = grad.shape, w.shape[1]
+    need_pre, need_bias, need_hidden = needs[0] or needs[1], needs[2], needs[3]
+    dpre, hidden = _rows_of(grad, f, need_pre), _rows_of(grad, f, need_hidden)
+    sums = torch.empty(0, f, dtype=torch.float32, device=x.device)
+    on, threshold, factor = _dropout(seed, dropout_p)
+    precision = dot_precision(x)
+
+    def run(config: Config) -> None:
+        nonlocal sums
+        if need_bias:
+            sums = sums.new_empty(cdiv(m, config.blocks["BLOCK_M"]), f)
+        kernels.gelu_backward[_grid(m, f, config)](
+            grad, w, pre, seed, dpre, hidden, sums, grad.stride(0), w.stride(0), m, f, n,
+            threshold, factor, TANH=tanh, DROPOUT=on, NEED_PRE=need_pre, NEED_HIDDEN=need_hidden,
+            NEED_BIAS=need_bias, PRECISION=precision, EVEN_K=_even(n, config),
+            **config.arguments,
+        )  # fmt: skip
+
+    if pre.numel() and any(needs[:4]):
+        with device_of(grad):
+            configs.launch("gelu_backward", grad, run, **_key(grad, f, n))
+    return (
+        _product(dpre, w1) if needs[0] else x.new_empty(0),
+        _product(dpre.t(), x) if needs[1] else x.new_empty(0),
+        sums.sum(0).to(x.dtype) if needs[2] else x.new_empty(0),
+        _product(grad.t(), hidden) if needs[3] else x.new_empty(0),
+        grad.sum(0, dtype=torch.float32).to(x.dtype) if needs[4] else x.new_empty(0),
+    )
+
+
+def _low_precision_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    if weight.dtype == x.dtype and m > STREAMED:
+        return _product(x, weight.t(), bias)
+    x, weight = dense_last(x), dense_last(weight)
+    scale = None if scale is None else dense_last(scale)
+    bias = None if bias is None else dense_last(bias)
+    out = x.new_empty(m, n)
+    if x.dtype == torch.float32:
+        terms = 3
+    else:
+        terms = 2 if (x.dtype, weight.dtype) == (torch.float16, torch.bfloat16) else 1
+
+    def run(config: Config) -> None:
+        kernels.low_precision_linear[_grid(m, n, config)](
+            x, weight, scale, bias, out, x.stride(0), weight.stride(0), m, n, k,
+            TERMS=terms, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+            EVEN_K=_even(k, config), **config.arguments,
+        )  # fmt: skip
+
+    if out.numel():
+        stored = 8 * weight.element_size()
+        key = _key(x, n, k)
+        with device_of(x):
+            configs.launch("low_precision_linear", x, run, **key, stored=stored, terms=terms)
+    return out
+
+
+LAUNCHERS = {
+    "geglu_mlp": Launcher(_geglu_mlp),
+    "geglu_mlp_backward": Launcher(_geglu_mlp_backward),
+    "gelu_mlp": Launcher(_gelu_mlp),
+    "gelu_mlp_backward": Launcher(_gelu_mlp_backward),
+    "low_precision_linear": Launcher(_low_precision_linear),
+}
