@@ -12,7 +12,7 @@ WIDTHS = (256, 128, 96, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class Instruction:
-    """opcode with its suffixes; target: the label it may jump to; falls: whether the next follows."""
+    """target: the label it may jump to. falls: whether the next instruction may follow it."""
 
     opcode: str
     target: str | None = None

@@ -95,17 +95,22 @@ class Job:
         parts = [
             f"{names[key[0]]}={_short(value)}"
             for key, value in zip(said["constant_keys"], said["constant_vals"])
-            if len(key) == 1 and said["signature"][names[key[0]]] == "constexpr"
+            if len(key) == 1
+            and said["signature"][names[key[0]]] == "constexpr"
             # an argument of None is a constexpr too, and a flag beside it says so
             and value is not None
         ]
-        return " ".join([*parts, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
+        return " ".join(
+            [*parts, f"warps={options['num_warps']}", f"stages={options['num_stages']}"]
+        )
 
     @property
     def arguments(self) -> str:
         """Types of the run-time arguments, with /16 at those that are multiples of 16."""
         said = json.loads(self.data)
-        attributes = {tuple(key): value for key, value in zip(said["attrs_keys"], said["attrs_vals"])}
+        attributes = {
+            tuple(key): value for key, value in zip(said["attrs_keys"], said["attrs_vals"])
+        }
         return " ".join(
             f"{kind}{'/16' if _divisible(attributes.get((index,))) else ''}"
             for index, kind in enumerate(said["signature"].values())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def compile_all(
         futures = {pool.submit(compile_one, job): job for job in jobs}
         for future in as_completed(futures):
             # of a pool that broke no future says whose fault it was
-            with _unless_broken():
+            with suppress(BrokenProcessPool):
                 results[futures[future]] = future.result()
                 log(results[futures[future]])
     for job in jobs:
@@ -93,14 +93,6 @@ def compile_all(
             results[job] = _alone(job)
             log(results[job])
     return [results[job] for job in jobs]
-
-
-@contextmanager
-def _unless_broken() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool:
-        pass
 
 
 def _alone(job: Job) -> Result:
@@ -116,9 +108,11 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that compile afresh: a kept binary may be of other flags than these."""
     # spawned, not forked: PyTorch has threads, and a fork has only the locks they held
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="fastvlm-compile-") as folder:
-        with ProcessPoolExecutor(processes, context, _prepare, (folder,)) as pool:
-            yield pool
+    with (
+        tempfile.TemporaryDirectory(prefix="fastvlm-compile-") as folder,
+        ProcessPoolExecutor(processes, context, _prepare, (folder,)) as pool,
+    ):
+        yield pool
 
 
 def _prepare(folder: str) -> None:
