@@ -23,7 +23,6 @@ Build = Callable[[torch.dtype], tuple[Any, ...]]
 FLORENCE = {768: (12, 12, 64), 1024: (16, 16, 64)}
 GEMMA = {2304: (8, 4, 256), 3584: (16, 8, 256)}
 TRAINING, STEP = 4096, 32
-# as _rows_per_program of the norms has it, one row and several are two cases of every backward
 ROWS = (TRAINING, STEP)
 EPS, OFFSET, DROPOUT = 1e-6, 1.0, 0.1
 
@@ -104,10 +103,14 @@ def _residual_rms_norm_backward() -> list[tuple[str, Build]]:
         for m in ROWS
         for n in (*FLORENCE, *GEMMA)
         for gate, following in itertools.product((False, True), repeat=2)
-        # the last layer's h has no reader beside y
-        for grad_h in ((True, False) if following else (True,))
-        # all train; the weights are frozen; as in a frozen decoder, only the gate trains
-        for needs in (_frozen(5), _frozen(5, 2, 3, 4), *([_frozen(5, 2, 4)] if gate else []))
+        # the last layer's h has no reader beside y; all train, the weights are frozen, and, as in a
+        # frozen decoder, only the gate trains
+        for grad_h, needs in (
+            (True, _frozen(5)),
+            (True, _frozen(5, 2, 3, 4)),
+            *([(True, _frozen(5, 2, 4))] if gate else []),
+            *([(False, _frozen(5))] if following else []),
+        )
     ]
 
 
@@ -157,12 +160,13 @@ def _rope() -> list[tuple[str, Build]]:
 
         return args
 
+    models = [(heads, heads[2]) for heads in (*FLORENCE.values(), *GEMMA.values())]
+    # the second half of the dimensions passing through is other models' way
+    part = [(heads, heads[2] // 2) for heads in GEMMA.values()]
     return [
-        # the second half of the dimensions passing through is other models' way
         (f"{m} x {heads}, rotary {rotary}", build(m, heads, rotary))
         for m in ROWS
-        for heads in (*FLORENCE.values(), *GEMMA.values())
-        for rotary in (heads[2], heads[2] // 2)
+        for heads, rotary in (*models, *part)
     ]
 
 

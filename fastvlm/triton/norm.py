@@ -25,19 +25,15 @@ from fastvlm.triton.kernels import norm as kernels
 WIDEST = 16384
 
 
-def _block(x: Tensor, each: int = 16) -> dict[str, int]:
-    """The power of two that holds a row of x, and the warps that share it: each elements a thread.
+def _block(x: Tensor) -> dict[str, int]:
+    """The power of two that holds a row of x, and the warps that share it: 16 elements a thread.
 
-    Forward 16, two loads of 128 bits of a 16-bit dtype, so that many rows are under way. Backward
-    8: a thread keeps several sums of each of its columns, and 16 would leave one program of few
-    warps on a multiprocessor.
+    Two loads of 128 bits of a 16-bit dtype. By the counts of the compiled kernels 8 elements leave
+    as many rows under way on a multiprocessor, or fewer, at a quarter more instructions; 32 leave
+    the backward kernels at the last of their registers.
     """
     block = max(16, next_power_of_2(x.shape[1]))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // (each * lanes(x))))}
-
-
-def _block_backward(x: Tensor) -> dict[str, int]:
-    return _block(x, 8)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // (16 * lanes(x))))}
 
 
 def _rows_per_program(x: Tensor) -> int:
@@ -87,7 +83,7 @@ def _rms_norm_backward(
         with device_of(x):
             kernels.rms_norm_backward[(programs,)](
                 grad_out, x, weight, dx, dw, grad_out.stride(0), x.stride(0), m, n, rows, eps,
-                offset, NEED_X=needs[0], NEED_W=needs[1], **_block_backward(x),
+                offset, NEED_X=needs[0], NEED_W=needs[1], **_block(x),
             )  # fmt: skip
     return dx, _sum(dw, needs[1], weight, x)
 
@@ -149,7 +145,7 @@ def _residual_rms_norm_backward(
                 HAS_GRAD_H=grad_h is not None, HAS_GRAD_Y=grad_y is not None,
                 HAS_GATE=gate is not None, NEED_X=needs[0], NEED_RESIDUAL=needs[1],
                 NEED_W=needs[2], NEED_GATE=need_gate, NEED_NEXT=need_next,
-                **_block_backward(x),
+                **_block(x),
             )  # fmt: skip
     # as the fake: what stands for a gradient that nobody wants has the dtype of x
     return (
@@ -212,7 +208,7 @@ def _residual_layer_norm_backward(
                 grad_out, x, residual, weight, seed, dx, dresidual, dw, db,
                 grad_out.stride(0), x.stride(0), residual.stride(0), m, n, rows, eps, threshold,
                 factor, DROPOUT=on, NEED_X=needs[0], NEED_RESIDUAL=needs[1], NEED_W=needs[2],
-                NEED_BIAS=needs[3], **_block_backward(x),
+                NEED_BIAS=needs[3], **_block(x),
             )  # fmt: skip
     return dx, dresidual, _sum(dw, needs[2], weight, x), _sum(db, needs[3], weight, x)
 

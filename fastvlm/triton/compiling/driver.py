@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +133,11 @@ def _divisible(attributes: Any) -> bool:
 
 
 @contextlib.contextmanager
-def recording(arch: str) -> Iterator[list[Job]]:
-    """Inside, each launch of a Triton kernel adds a job to the list and does nothing else."""
+def recording(arch: str, value: float | None = None) -> Iterator[list[Job]]:
+    """Inside, each launch of a Triton kernel adds a job to the list and does nothing else.
+
+    value: what a launcher gets that asks for a value of a tensor. None: that is a fault.
+    """
     launches: list[Job] = []
 
     def take(*, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
@@ -146,7 +149,7 @@ def recording(arch: str) -> Iterator[list[Job]]:
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = take
     try:
-        with driver(arch), _Untouched():
+        with driver(arch), _Untouched(value):
             yield launches
     finally:
         knobs.runtime.jit_cache_hook = before
@@ -158,6 +161,10 @@ class _Untouched(TorchDispatchMode):
     The operands are garbage as large as those of training: a product of them would take minutes.
     """
 
+    def __init__(self, value: float | None) -> None:
+        super().__init__()
+        self.value = value
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -166,7 +173,9 @@ class _Untouched(TorchDispatchMode):
             with self:
                 return run(func.name().partition("::")[2].partition(".")[0], *args)
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise Fault("the launcher asks for a value of a tensor: on a GPU it would wait for it")
+            if self.value is None:
+                raise Fault("the launcher asks for a value of a tensor: a GPU would be waited for")
+            return self.value
         if func.is_view:
             return func(*args, **kwargs)
         if func._schema.is_mutable:
@@ -209,10 +218,10 @@ def function(job: Job) -> Any:
     return found
 
 
-def compiled(job: Job, say: Callable[[Job], Any] = function) -> Any:
+def compiled(job: Job) -> Any:
     """Triton's compiled kernel. Raises whatever the compiler raises."""
     with driver(job.arch):
-        kernel = say(job).preload(job.data)
+        kernel = function(job).preload(job.data)
     if kernel is None:
         raise Fault("Triton gave no kernel")
     return kernel
