@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastvlm import triton as backend
 from fastvlm.__main__ import main
@@ -146,6 +147,15 @@ def test_every_op_with_a_launcher_has_calls() -> None:
     from fastvlm.triton.calls import CALLS
 
     assert [op for names in backend.FLOORS.values() for op in names if op not in CALLS] == []
+
+
+def test_calls_fit_the_schemas_of_their_ops() -> None:
+    from fastvlm.triton.calls import CALLS
+
+    for op, calls in CALLS.items():
+        for _, build in calls:
+            with FakeTensorMode():
+                getattr(torch.ops.fastvlm, op).default(*build(torch.bfloat16))
 
 
 def _planted(name: str) -> Any:
