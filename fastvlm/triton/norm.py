@@ -25,15 +25,14 @@ from fastvlm.triton.kernels import norm as kernels
 WIDEST = 16384
 
 
-def _block(x: Tensor) -> dict[str, int]:
-    """The power of two that holds a row of x, and the warps that share it: 16 elements a thread.
+def _block(x: Tensor, each: int = 16) -> dict[str, int]:
+    """The power of two that holds a row of x, and the warps that share it: each elements a thread.
 
-    Two loads of 128 bits of a 16-bit dtype. By the counts of the compiled kernels 8 elements leave
-    as many rows under way on a multiprocessor, or fewer, at a quarter more instructions; 32 leave
-    the backward kernels at the last of their registers.
+    16 are two loads of 128 bits of a 16-bit dtype. By the counts of the compiled kernels 8 elements
+    leave as many rows under way on a multiprocessor, or fewer, at a quarter more instructions.
     """
     block = max(16, next_power_of_2(x.shape[1]))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // (16 * lanes(x))))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // (each * lanes(x))))}
 
 
 def _rows_per_program(x: Tensor) -> int:
@@ -145,7 +144,8 @@ def _residual_rms_norm_backward(
                 HAS_GRAD_H=grad_h is not None, HAS_GRAD_Y=grad_y is not None,
                 HAS_GATE=gate is not None, NEED_X=needs[0], NEED_RESIDUAL=needs[1],
                 NEED_W=needs[2], NEED_GATE=need_gate, NEED_NEXT=need_next,
-                **_block(x),
+                # 16 elements a thread of two norms at once spill on sm_120
+                **_block(x, each=8),
             )  # fmt: skip
     # as the fake: what stands for a gradient that nobody wants has the dtype of x
     return (
