@@ -1,6 +1,7 @@
 """Proof that the Triton kernels compile: ``python -m fastvlm compile``, on a machine without a GPU.
 
 driver.py         records what the launchers launch, and compiles it, without a device
+jobs.py           the calls of fastvlm/triton/calls, recorded for all dtypes and configs
 architectures.py  the GPUs and their limits
 code.py           instructions, loops, counts
 nvidia.py amd.py  read a compiled kernel
