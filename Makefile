@@ -1,4 +1,4 @@
-# make demo | test | test-triton | test-oldest | sanitize | lint | types | bench | gpu-check | clean
+# make demo | test | test-triton | compile-check | test-oldest | sanitize | lint | types | bench | gpu-check | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
 
@@ -18,7 +18,7 @@ ARGS   ?=
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-triton test-oldest sanitize lint types bench gpu-check build clean
+.PHONY: demo test test-triton compile-check test-oldest sanitize lint types bench gpu-check build clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -31,6 +31,10 @@ test: $(VENV)/.dev $(VENV)/.emulator build
 # every case of the Triton kernels, executed by an emulator, without a GPU
 test-triton: $(VENV)/.dev $(VENV)/.emulator build
 	$(RUN) pytest -m triton --triton full -n auto $(ARGS)
+
+# every Triton kernel compiled for several GPUs, without one, and its counts compared with those kept
+compile-check: $(VENV)/.emulator
+	$(RUN) fastvlm compile --check benchmarks/results/triton-compiled.json $(ARGS)
 
 # the lowest transformers that is supported, in an environment of its own
 OLDEST := $(VENV)-oldest

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastvlm  env | build | demo | bench``."""
+"""The command line: ``python -m fastvlm  env | build | demo | bench | compile``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm.demo import arguments
+from fastvlm.triton.compiling import command
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -36,6 +37,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the kernel benchmarks against PyTorch, interleaved, with their floors.",
     )
     bench.add_argument("case", nargs="*", help="only cases whose name contains one of these")
+    compiling = commands.add_parser(
+        "compile",
+        help="compile every Triton kernel for several GPUs, without one, and count what came of it",
+        description="Compile every Triton kernel in every configuration, as the launchers ask for "
+        "it, for several GPUs and without one. Prints registers, spills, shared memory, occupancy, "
+        "widths of loads and tensor core instructions. Exit code 1 if something does not compile, "
+        "does not fit, spills, loads narrowly or leaves the tensor cores out.",
+    )
+    command.add(compiling)
     return parser
 
 
@@ -90,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _build()
         if args.command == "bench":
             return _bench(args.case)
+        if args.command == "compile":
+            return command.run(args)
         from fastvlm.demo import run
 
         return run(args)

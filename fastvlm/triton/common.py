@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.triton import configs
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,6 +50,11 @@ def _multiprocessors(index: int) -> int:
 def multiprocessors(x: Tensor) -> int:
     """How many blocks the device of x works on at once, times their residency."""
     return _multiprocessors(x.device.index) if x.device.type == "cuda" else 128
+
+
+def lanes(x: Tensor) -> int:
+    """Threads of a warp on the device of x."""
+    return 64 if configs.family(x) == "gfx9" else 32
 
 
 def next_power_of_2(n: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvlm.triton.common import Launcher, cdiv, dense_last, device_of, next_power_of_2
+from fastvlm.triton.common import Launcher, cdiv, dense_last, device_of, lanes, next_power_of_2
 from fastvlm.triton.kernels import rope as kernels
 
 # elements of a half that one program turns at once
 _TILE = 1024
+# and of them those of a thread: 128 bits of a 16-bit dtype
+_EACH = 8
 
 
 def _run(
@@ -28,7 +30,7 @@ def _run(
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0),
                 heads, kv_heads, BLOCKS_Q=blocks_q, D=d, ROTARY=rotary, BACK=back,
                 BLOCK_H=together, BLOCK_HALF=half, BLOCK_PASS=next_power_of_2(max(1, d - rotary)),
-                num_warps=min(4, max(1, together * half // 256)),
+                num_warps=min(4, max(1, together * half // (_EACH * lanes(q)))),
             )  # fmt: skip
     return out_q, out_k
 

@@ -1,8 +1,9 @@
 """Normalizations: a program takes whole rows, each in registers, float32 inside.
 
-The backward kernels walk over ROWS rows and keep the sums for the weights in registers; each
+The backward kernels walk over some rows and keep the sums for the weights in registers; each
 program leaves its sums in a row of its own, so that they are added in one order, whatever the
-schedule.
+schedule. How many rows there are is no part of a specialization: packed batches differ in it, and
+each new number would be a compilation in the middle of training.
 """
 
 import triton
@@ -64,28 +65,29 @@ def rms_norm(
 
 @triton.jit
 def _rms_backward(grad, x, w, n, eps):
-    """dx, and grad * normed, whose sum over the rows is dweight; w with its offset."""
+    """dx; grad * normed, whose sum over the rows is dweight; grad . output. w has its offset."""
     rstd = _rstd(x, n, eps)
     normed = x * rstd
     scaled = grad * w
-    dx = rstd * (scaled - normed * (tl.sum(scaled * normed, 0) / n))
-    return dx, grad * normed
+    along = tl.sum(scaled * normed, 0)
+    dx = rstd * (scaled - normed * (along / n))
+    return dx, grad * normed, along
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "rows"])
 def rms_norm_backward(
-    GRAD, X, WEIGHT, DX, DWEIGHT, stride_g, stride_x, m, n, eps, offset,
-    ROWS: tl.constexpr, NEED_X: tl.constexpr, NEED_W: tl.constexpr, BLOCK: tl.constexpr,
+    GRAD, X, WEIGHT, DX, DWEIGHT, stride_g, stride_x, m, n, rows, eps, offset,
+    NEED_X: tl.constexpr, NEED_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < n
     w = offset + _vector(WEIGHT, columns, mask)
     total = tl.zeros([BLOCK], tl.float32)
-    for row in range(part * ROWS, tl.minimum(part * ROWS + ROWS, m)):
+    for row in range(part * rows, tl.minimum(part * rows + rows, m)):
         x = _row(X, row, stride_x, columns, mask)
         grad = _row(GRAD, row, stride_g, columns, mask)
-        dx, dw = _rms_backward(grad, x, w, n, eps)
+        dx, dw, _ = _rms_backward(grad, x, w, n, eps)
         if NEED_X:
             _put(DX, row, n, columns, mask, dx)
         total += dw
@@ -115,14 +117,14 @@ def residual_rms_norm(
         _put(Y, row, n, columns, mask, h * _rstd(h, n, eps) * following)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "rows"])
 def residual_rms_norm_backward(
     GRAD_H, GRAD_Y, X, H, WEIGHT, GATE, NEXT, DX, DRESIDUAL, DWEIGHT, DGATE, DNEXT,
-    stride_gh, stride_gy, stride_x, stride_h, m, n, eps, offset,
+    stride_gh, stride_gy, stride_x, stride_h, m, n, rows, eps, offset,
     HAS_GRAD_H: tl.constexpr, HAS_GRAD_Y: tl.constexpr, HAS_GATE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_W: tl.constexpr,
     NEED_GATE: tl.constexpr, NEED_NEXT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -136,33 +138,33 @@ def residual_rms_norm_backward(
         following = offset + _vector(NEXT, columns, mask)
     dweight = tl.zeros([BLOCK], tl.float32)
     dnext = tl.zeros([BLOCK], tl.float32)
-    dgate = tl.zeros([BLOCK], tl.float32)
-    for row in range(part * ROWS, tl.minimum(part * ROWS + ROWS, m)):
+    dgate = 0.0
+    for row in range(part * rows, tl.minimum(part * rows + rows, m)):
         dh = tl.zeros([BLOCK], tl.float32)
         if HAS_GRAD_H:
             dh = _row(GRAD_H, row, stride_gh, columns, mask)
         if HAS_GRAD_Y:
             h = _row(H, row, stride_h, columns, mask)
             grad = _row(GRAD_Y, row, stride_gy, columns, mask)
-            through, dn = _rms_backward(grad, h, following, n, eps)
+            through, dn, _ = _rms_backward(grad, h, following, n, eps)
             dh += through
             dnext += dn
         if NEED_RESIDUAL:
             _put(DRESIDUAL, row, n, columns, mask, dh)
         if NEED_X or NEED_W or NEED_GATE:
             x = _row(X, row, stride_x, columns, mask)
-            dx, dw = _rms_backward(dh * gate, x, w, n, eps)
+            # all three are linear in the gradient: the gate, 0 at first, is put in afterwards
+            dx, dw, along = _rms_backward(dh, x, w, n, eps)
             if NEED_X:
-                _put(DX, row, n, columns, mask, dx)
+                _put(DX, row, n, columns, mask, dx * gate)
             dweight += dw
-            if NEED_GATE:
-                dgate += dh * (x * _rstd(x, n, eps) * w)
+            dgate += along
     if NEED_W:
-        _put(DWEIGHT, part, n, columns, mask, dweight)
+        _put(DWEIGHT, part, n, columns, mask, dweight * gate)
     if NEED_NEXT:
         _put(DNEXT, part, n, columns, mask, dnext)
     if NEED_GATE:
-        tl.store(DGATE + part, tl.sum(dgate, 0) * _tanh_slope(raw))
+        tl.store(DGATE + part, dgate * _tanh_slope(raw))
 
 
 @triton.jit
@@ -204,12 +206,12 @@ def residual_layer_norm(
     _put(OUT, row, n, columns, mask, out)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["m", "rows", "threshold"])
 def residual_layer_norm_backward(
     GRAD, X, RESIDUAL, WEIGHT, SEED, DX, DRESIDUAL, DWEIGHT, DBIAS,
-    stride_g, stride_x, stride_r, m, n, eps, threshold, factor,
+    stride_g, stride_x, stride_r, m, n, rows, eps, threshold, factor,
     DROPOUT: tl.constexpr, NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr,
-    NEED_W: tl.constexpr, NEED_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_W: tl.constexpr, NEED_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -220,7 +222,7 @@ def residual_layer_norm_backward(
         seed = tl.load(SEED)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    for row in range(part * ROWS, tl.minimum(part * ROWS + ROWS, m)):
+    for row in range(part * rows, tl.minimum(part * rows + rows, m)):
         z, scale = _sum_with_dropout(
             X, RESIDUAL, row, stride_x, stride_r, n, columns, mask, seed, threshold, factor, DROPOUT
         )

@@ -1,0 +1,142 @@
+"""Calls of attention: captions of an image in training, beams of it in decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvlm.triton.calls.shapes import (
+    DROPOUT,
+    FLORENCE,
+    GEMMA,
+    TRAINING,
+    Build,
+    empty,
+    frozen,
+    ints,
+    seed,
+)
+
+IMAGES, CAPTIONS, KEYS, LONGEST = 8, 36, 594, 128
+WINDOW, SOFTCAP = 4096, 50.0
+PAST = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """causal and window are of self-attention; few rows are the beams of a step."""
+
+    heads: tuple[int, int, int]
+    rows: int
+    softcap: float = 0.0
+    dropout: bool = False
+    causal: bool = False
+    window: int = 0
+
+    @property
+    def label(self) -> str:
+        on = [name for name in ("softcap", "dropout", "causal", "window") if getattr(self, name)]
+        return f"{self.rows} x {self.heads} {' '.join(on)}".strip()
+
+
+def _models() -> list[Options]:
+    florence = [
+        Options(heads, TRAINING, dropout=on) for heads in FLORENCE.values() for on in (False, True)
+    ]
+    gemma = [Options(heads, TRAINING, softcap=SOFTCAP) for heads in GEMMA.values()]
+    # what transformers runs where its sdpa attention leaves the softcap out
+    return [*florence, *gemma, Options(GEMMA[2304], TRAINING)]
+
+
+def _steps() -> list[Options]:
+    return [
+        Options(heads, rows, softcap=cap)
+        for models, cap in ((FLORENCE, 0.0), (GEMMA, SOFTCAP))
+        for heads in models.values()
+        for rows in (3, 32)
+    ]
+
+
+def _own(models: list[Options]) -> list[Options]:
+    causal = [Options(o.heads, o.rows, o.softcap, o.dropout, True) for o in models]
+    windows = [Options(GEMMA[2304], TRAINING, SOFTCAP, False, True, WINDOW)]
+    # the encoder of Florence-2 reads both ways
+    return [*causal, *windows, *(o for o in models if o.heads in FLORENCE.values())]
+
+
+def _tensors(o: Options, own: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    h, kv, d = o.heads
+    return empty(o.rows, h, d, dtype=dtype), empty(
+        o.rows if own else IMAGES * KEYS, kv, d, dtype=dtype
+    )
+
+
+def _shape(o: Options, own: bool) -> tuple[Any, ...]:
+    segments = IMAGES if o.rows < TRAINING else IMAGES * CAPTIONS
+    readers = max(1, o.rows // IMAGES) if o.rows < TRAINING else LONGEST
+    offsets, images = ints(segments + 1), ints(IMAGES + 1)
+    return (
+        offsets, offsets if own else images, ints(segments), seed(o.dropout), readers,
+        readers if own else KEYS, o.causal, o.window, o.heads[2] ** -0.5, o.softcap,
+        DROPOUT if o.dropout else 0.0,
+    )  # fmt: skip
+
+
+def _forward(own: bool, options: list[Options]) -> list[tuple[str, Build]]:
+    def build(o: Options) -> Build:
+        def args(dtype: torch.dtype) -> tuple[Any, ...]:
+            q, k = _tensors(o, own, dtype)
+            return q, k, k, *_shape(o, own)
+
+        return args
+
+    return [(o.label, build(o)) for o in options]
+
+
+def _backward(own: bool, options: list[Options]) -> list[tuple[str, Build]]:
+    def build(o: Options, needs: list[bool]) -> Build:
+        def args(dtype: torch.dtype) -> tuple[Any, ...]:
+            q, k = _tensors(o, own, dtype)
+            lse = torch.empty(q.shape[:2])
+            return q, q, k, k, q, lse, *_shape(o, own), needs
+
+        return args
+
+    # of a frozen encoder nobody wants the gradients of k and v
+    return [
+        (f"{o.label}, needs {needs}", build(o, needs))
+        for o in options
+        for needs in ((frozen(3),) if own else (frozen(3), frozen(3, 1, 2)))
+    ]
+
+
+def _cached() -> list[tuple[str, Build]]:
+    def build(o: Options, beams: bool) -> Build:
+        def args(dtype: torch.dtype) -> tuple[Any, ...]:
+            h, kv, d = o.heads
+            cache = empty(o.rows, PAST, kv, d, dtype=dtype)
+            ancestry = ints(o.rows, PAST) if beams else None
+            scale = d**-0.5
+            return (
+                empty(o.rows, h, d, dtype=dtype), cache, cache, ints(o.rows), ancestry, o.window,
+                scale, o.softcap,
+            )  # fmt: skip
+
+        return args
+
+    steps = [*_steps(), Options(GEMMA[2304], 32, SOFTCAP, window=WINDOW)]
+    return [
+        (f"{o.label}, ancestry {beams}", build(o, beams)) for o in steps for beams in (False, True)
+    ]
+
+
+CALLS = {
+    "cross_attention": _forward(False, [*_models(), *_steps()]),
+    "cross_attention_backward": _backward(False, _models()),
+    "self_attention": _forward(True, _own(_models())),
+    "self_attention_backward": _backward(True, _own(_models())),
+    "cached_attention": _cached(),
+}

@@ -1,0 +1,12 @@
+"""Proof that the Triton kernels compile: ``python -m fastvlm compile``, on a machine without a GPU.
+
+driver.py         records what the launchers launch, and compiles it, without a device
+jobs.py           the calls of fastvlm/triton/calls, recorded for all dtypes and configs
+architectures.py  the GPUs and their limits
+code.py           instructions, loops, counts
+nvidia.py amd.py  read a compiled kernel
+work.py           the pool of processes that compiles
+verdicts.py       what makes the command fail
+report.py         tables, the results file, the comparison with a kept one
+command.py        the command
+"""

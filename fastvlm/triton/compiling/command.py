@@ -1,0 +1,125 @@
+"""``python -m fastvlm compile``: record, compile, print, judge, compare."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvlm import triton as backend
+from fastvlm.triton.compiling.architectures import ARCHITECTURES, DEFAULT
+
+
+class UsageError(ValueError):
+    """Nothing can be compiled as it was asked for."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch", nargs="+", default=list(DEFAULT), metavar="ARCH",
+        help=f"of {', '.join(ARCHITECTURES)} (default: {' '.join(DEFAULT)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME",
+        help="only ops and kernels whose name contains one of these",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts here, as JSON")
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE",
+        help="compare with the counts of this file; any difference is exit code 1",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: everything compiles and is as it should be. 1: something is not. 2: nothing was done."""
+    try:
+        return _run(args)
+    except UsageError as error:
+        print(f"fastvlm compile: {error}", file=sys.stderr)
+        return 2
+
+
+def _triton() -> str:
+    """The version of Triton, or why there is none."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UsageError("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    try:
+        triton: Any = importlib.import_module("triton")
+    except ImportError as error:
+        raise UsageError(f"triton is not installed, or broken: {error}") from None
+    version = str(triton.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < backend.OLDEST:
+        raise UsageError(
+            f"triton {version} is too old: {'.'.join(map(str, backend.OLDEST))} or newer"
+        )
+    return version
+
+
+def _kept(path: Path, version: str) -> list[dict[str, Any]]:
+    from fastvlm.triton.compiling import report
+
+    try:
+        kept_version, rows = report.load(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--check {path}: {type(error).__name__}: {error}") from None
+    if kept_version != version:
+        raise UsageError(
+            f"--check {path}: its counts are of triton {kept_version}, this is {version}; nothing "
+            "was compared"
+        )
+    return rows
+
+
+def _run(args: argparse.Namespace) -> int:
+    unknown = [arch for arch in args.arch if arch not in ARCHITECTURES]
+    if unknown:
+        raise UsageError(f"unknown {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
+    version = _triton()
+    from fastvlm.triton.compiling import jobs, report, verdicts, work
+
+    kept = None if args.check is None else _kept(args.check, version)
+    archs = list(dict.fromkeys(args.arch))
+    recorded = jobs.record(archs, args.only)
+    todo = sorted(recorded.jobs)
+    if not todo and not recorded.faults:
+        raise UsageError(f"no op or kernel has {' or '.join(map(repr, args.only))} in its name")
+    print(f"triton {version}: {recorded.launches} launches, {len(todo)} compilations")
+    results = work.compile_all(todo, log=_log)
+    rows = [report.row(result, recorded.jobs[result.job]) for result in results]
+    print(report.text(rows))
+    found = verdicts.judge(results)
+    wrong = sum(not verdict.exception for verdict in found)
+    if recorded.faults:
+        print("\nfaults of launchers:\n" + "\n".join(recorded.faults))
+    if found:
+        print("\n" + report.verdicts(found))
+    if args.out is not None:
+        report.save(args.out, version, rows)
+    changed = _compare(kept, rows, archs, args.only) if kept is not None else 0
+    print(
+        f"\n{len(results)} compiled, {wrong + len(recorded.faults)} wrong"
+        + (f", {changed} changed" if kept is not None else "")
+    )
+    return 1 if wrong or recorded.faults or changed else 0
+
+
+def _compare(
+    kept: list[dict[str, Any]], rows: list[dict[str, Any]], archs: Sequence[str],
+    only: Sequence[str],
+) -> int:  # fmt: skip
+    from fastvlm.triton.compiling import report
+
+    changes = report.differences(report.selected(kept, archs, only), rows)
+    if changes:
+        print("\nchanged:\n" + "\n".join(changes))
+    return len(changes)
+
+
+def _log(result: Any) -> None:
+    """Seconds belong to the machine, not to the kernel: they are said here and kept nowhere."""
+    job = result.job
+    print(f"{result.seconds:6.2f} s  {job.kernel} {job.arch} {job.config}", file=sys.stderr)

@@ -1,0 +1,149 @@
+"""Compiled kernels as rows: the printed table, the results file, the comparison with a kept one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvlm import env
+from fastvlm.tables import text_table
+from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from fastvlm.triton.compiling.jobs import Origin, chosen
+from fastvlm.triton.compiling.verdicts import Verdict
+from fastvlm.triton.compiling.work import Result
+
+Row = dict[str, Any]
+# what tells rows apart; everything else in a row is compared
+KEY = ("kernel", "arch", "dtype", "config", "arguments")
+_NOT_COMPARED = (*KEY, "ops")
+
+
+def row(result: Result, origin: Origin) -> Row:
+    job, counts = result.job, result.counts
+    found: Row = {
+        "kernel": job.kernel,
+        "arch": job.arch,
+        "dtype": "/".join(sorted(origin.dtypes)),
+        "config": job.config,
+        "arguments": job.arguments,
+        "ops": sorted(origin.ops),
+    }
+    if counts is None:
+        return {**found, "failure": result.failure.splitlines()[0]}
+    programs, limit = ARCHITECTURES[job.arch].occupancy(counts.registers, counts.shared, job.warps)
+    return {**found, **dataclasses.asdict(counts), "programs": programs, "limit": limit}
+
+
+def key(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def text(rows: Iterable[Row]) -> str:
+    """One line for each kernel; a failed one is among the verdicts."""
+    headers = (
+        "kernel", "arch", "dtype", "config", "regs", "local", "LDL/STL", "shared", "programs",
+        "warps", "limited by", "loads", "tensor cores", "loop", "instructions",
+    )  # fmt: skip
+    return text_table(headers, [_cells(row) for row in rows if "failure" not in row])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    warps = next(int(p.partition("=")[2]) for p in row["config"].split() if p.startswith("warps="))
+    full = ARCHITECTURES[row["arch"]].full(row["programs"], warps)
+    return (
+        row["kernel"],
+        row["arch"],
+        row["dtype"],
+        row["config"],
+        str(row["registers"]),
+        str(row["local"]),
+        f"{row['spill_loads']}/{row['spill_stores']}",
+        str(row["shared"]),
+        str(row["programs"]),
+        f"{full:.0%}",
+        row["limit"],
+        _pairs(row["loads"]),
+        _pairs(row["tensor"]),
+        str(row["loop"]),
+        str(row["instructions"]),
+    )
+
+
+def _pairs(counts: dict[str, int]) -> str:
+    return " ".join(f"{name}:{n}" for name, n in counts.items()) or "-"
+
+
+def verdicts(found: Sequence[Verdict]) -> str:
+    """What counts first, then the exceptions with their reasons."""
+    parts = []
+    wrong = [v for v in found if not v.exception]
+    if wrong:
+        lines = [
+            f"{v.result.job.kernel}  {v.result.job.arch}  {v.result.job.config}  "
+            f"{v.result.job.arguments}\n    {v.rule}: {v.words}"
+            for v in wrong
+        ]
+        parts.append("wrong:\n" + "\n".join(lines))
+    excepted: defaultdict[tuple[str, str, str, str], int] = defaultdict(int)
+    for v in found:
+        if v.exception:
+            excepted[v.rule, v.result.job.kernel, v.result.job.arch, v.exception] += 1
+    if excepted:
+        table = [(*cells, str(n)) for cells, n in excepted.items()]
+        parts.append(text_table(("excepted", "kernel", "arch", "reason", "compiled"), table))
+    return "\n\n".join(parts)
+
+
+def save(path: Path, triton: str, rows: Sequence[Row]) -> None:
+    """One line for each row, so that a change shows in a diff as what changed."""
+    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=key))
+    head = json.dumps({**env.stamp(), "triton": triton})[:-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head}, "kernels": [\n{lines}\n]}}\n')
+
+
+def load(path: Path) -> tuple[str, list[Row]]:
+    """The version of Triton that a results file is of, and its rows."""
+    kept = json.loads(path.read_text())
+    return kept["triton"], kept["kernels"]
+
+
+def selected(rows: Iterable[Row], archs: Sequence[str], only: Sequence[str]) -> list[Row]:
+    """The rows that a run with these arguments makes again."""
+    return [
+        row
+        for row in rows
+        if row["arch"] in archs and any(chosen(only, op, row["kernel"]) for op in row["ops"])
+    ]
+
+
+def differences(kept: Sequence[Row], now: Sequence[Row]) -> list[str]:
+    before, after = {key(row): row for row in kept}, {key(row): row for row in now}
+    lines = []
+    for name in sorted({*before, *after}):
+        title = "  ".join(name)
+        if name not in after:
+            lines.append(f"{title}: gone")
+        elif name not in before:
+            lines.append(f"{title}: new")
+        else:
+            changes = _changes(before[name], after[name])
+            lines += [f"{title}: {', '.join(changes)}"] if changes else []
+    return lines
+
+
+def _changes(before: Row, after: Row) -> list[str]:
+    names = [name for name in {**before, **after} if name not in _NOT_COMPARED]
+    return [
+        f"{name} {_said(before.get(name))} -> {_said(after.get(name))}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _said(value: Any) -> str:
+    return _pairs(value) if isinstance(value, dict) else str(value)

@@ -1,0 +1,112 @@
+"""What makes the command fail: each rule says of one compiled kernel what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from fastvlm.triton.compiling.code import Counts
+from fastvlm.triton.compiling.work import Result
+
+TENSOR_MEMORY = 512
+# rows of a tile from which Hopper's instruction for four warps at once can be used
+WARPGROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Excepted:
+    """A rule that does not hold for a kernel, on the architectures that match, and why."""
+
+    rule: str
+    kernel: str
+    arch: str
+    reason: str
+
+    def covers(self, rule: str, result: Result) -> bool:
+        job = result.job
+        return (
+            rule == self.rule and fnmatch(job.kernel, self.kernel) and fnmatch(job.arch, self.arch)
+        )
+
+
+EXCEPTIONS = (
+    Excepted("wide loads", "order_rows", "*", "one program sorts the labels of a batch, once"),
+    Excepted("wide loads", "cross_entropy_combine", "*", "two numbers of each block of a row"),
+    Excepted("wide loads", "topk_merge", "*", "a few candidates of each block of a row"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """exception: the reason why it does not count."""
+
+    rule: str
+    result: Result
+    words: str
+    exception: str = ""
+
+
+def _fits(result: Result, counts: Counts) -> str:
+    limit = ARCHITECTURES[result.job.arch].shared
+    if counts.shared > limit:
+        return f"{counts.shared} bytes of shared memory; the limit is {limit}"
+    if result.tensor_memory > TENSOR_MEMORY:
+        return f"{result.tensor_memory} columns of tensor memory; the limit is {TENSOR_MEMORY}"
+    return ""
+
+
+def _spills(result: Result, counts: Counts) -> str:
+    if counts.spill_loads or counts.spill_stores or counts.local:
+        return (
+            f"{counts.local} bytes of local memory, {counts.spill_loads} loads and "
+            f"{counts.spill_stores} stores of it"
+        )
+    return ""
+
+
+def _wide_loads(result: Result, counts: Counts) -> str:
+    """Only of kernels without a matrix product, whose loads are all they wait for."""
+    if result.dots:
+        return ""
+    narrow = {bits: n for bits, n in counts.loads.items() if bits.isdigit() and int(bits) < 128}
+    if sum(narrow.values()) <= result.scalar_loads:
+        return ""
+    many = ", ".join(f"{n} of {bits} bits" for bits, n in narrow.items())
+    scalars = f" ({result.scalar_loads} are of single numbers)" if result.scalar_loads else ""
+    return f"narrow loads: {many}{scalars}"
+
+
+def _tensor_cores(result: Result, counts: Counts) -> str:
+    rows = max((m for m, bits in result.dots if bits == 16), default=0)
+    if not rows:
+        return ""
+    if not counts.tensor:
+        return "a product of 16-bit matrices without an instruction of the tensor cores"
+    if result.job.arch == "sm_90" and rows >= WARPGROUP_ROWS and not counts.tensor.get("HGMMA"):
+        return f"tiles of {rows} rows by {' and '.join(counts.tensor)} instead of HGMMA"
+    return ""
+
+
+RULES: dict[str, Callable[[Result, Counts], str]] = {
+    "fits": _fits,
+    "spills": _spills,
+    "wide loads": _wide_loads,
+    "tensor cores": _tensor_cores,
+}
+
+
+def judge(results: Iterable[Result], exceptions: Iterable[Excepted] = EXCEPTIONS) -> list[Verdict]:
+    """What is wrong, in the order of the results; excepted findings carry their reason."""
+    exceptions, found = tuple(exceptions), []
+    for result in results:
+        if result.counts is None:
+            found.append(Verdict("compiles", result, result.failure))
+            continue
+        for rule, says in RULES.items():
+            words = says(result, result.counts)
+            if words:
+                reason = next((e.reason for e in exceptions if e.covers(rule, result)), "")
+                found.append(Verdict(rule, result, words, reason))
+    return found

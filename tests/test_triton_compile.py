@@ -1,0 +1,348 @@
+"""`python -m fastvlm compile`: it reads machine code rightly and finds what was planted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from fastvlm import triton as backend
+from fastvlm.__main__ import main
+from fastvlm.triton import configs
+from fastvlm.triton.compiling import amd, code, nvidia, work
+from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from fastvlm.triton.compiling.verdicts import Excepted, judge
+
+SASS = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.64 [R3], desc[UR4][R4.64] ;
+.L_x_0:
+        /*0020*/              @!P1 LDG.E.128 R24, desc[UR22][R2.64+0x1000] ;
+.L_x_1:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   LDG.E.U16.CONSTANT R7, desc[UR4][R4.64] ;
+        /*0060*/                   BRA P2, `(.L_x_3) ;
+.L_x_2:
+        /*0070*/              @!P0 BRA `(.L_x_0) ;
+        /*0080*/                   LDL.128 R4, [R1] ;
+        /*0090*/                   STG.E desc[UR4][R4.64], R7 ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   LDG.E R7, desc[UR4][R4.64] ;
+        /*00c0*/                   BRA `(.L_x_2) ;
+.L_x_4:
+        /*00d0*/                   BRA `(.L_x_4);
+        /*00e0*/                   NOP;
+"""
+
+AMDGCN = """
+kernel:
+; %bb.0:
+	s_load_dwordx4 s[12:15], s[0:1], 0x28
+	s_cbranch_vccnz .LBB0_2
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	buffer_load_dwordx4 v[4:7], v13, s[20:23], 0 offen
+	global_load_ushort v1, v2, s[4:5]
+	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[2:3], v[4:5], a[0:15]
+	s_nop 1
+	s_cbranch_vccnz .LBB0_1
+.LBB0_2:
+	global_store_dwordx2 v0, v[2:3], s[2:3]
+	s_endpgm
+	.section	.rodata,"a",@progbits
+	.amdhsa_next_free_vgpr 61
+amdhsa.kernels:
+    .private_segment_fixed_size: 8
+    .sgpr_count:     49
+    .vgpr_count:     61
+    .vgpr_spill_count: 2
+"""
+
+
+def test_sass_is_read() -> None:
+    parsed = nvidia.parse(SASS)
+    counts = nvidia.counts(40, 16, 512, parsed)
+    assert counts.loads == {"128": 1, "64": 1, "32": 1, "16": 1}
+    assert counts.stores == {"32": 1}
+    assert counts.tensor == {"HMMA": 1}
+    assert (counts.spill_loads, counts.spill_stores, counts.local) == (1, 0, 16)
+    assert counts.instructions == 14
+    # .L_x_2 is reached by a jump backwards from behind the exit, which is no loop
+    assert sorted(len(loop) for loop in code.loops(parsed)) == [2, 8]
+    assert counts.loop == 2
+
+
+def test_resource_usage_is_read() -> None:
+    line = "  REG:109 STACK:8 SHARED:1024 LOCAL:16 CONSTANT[0]:448 TEXTURE:0 SURFACE:0 SAMPLER:0"
+    assert nvidia.resources(f" Function rope:\n{line}") == (109, 24)
+    with pytest.raises(ValueError, match="no resource usage"):
+        nvidia.resources("cuobjdump fatal")
+
+
+@pytest.mark.parametrize(
+    ("opcode", "bits"),
+    [("LDG.E", 32), ("LDG.E.64.CONSTANT", 64), ("LDG.E.ENL2.256", 256), ("LDG.E.S8", 8)],
+)
+def test_width_of_an_access(opcode: str, bits: int) -> None:
+    assert nvidia.width(opcode) == bits
+
+
+def test_amdgcn_is_read() -> None:
+    counts = amd.counts(AMDGCN, 0)
+    assert (counts.registers, counts.local) == (61, 8)
+    assert (counts.spill_loads, counts.spill_stores) == (2, 2)
+    assert (counts.loads, counts.stores) == ({"128": 1, "16": 1}, {"64": 1})
+    assert counts.tensor == {"MFMA": 1}
+    assert (counts.loop, counts.instructions) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "expected"),
+    [
+        ("sm_90", 32, 0, 4, (16, "warps")),
+        ("sm_90", 109, 8192, 8, (2, "registers")),
+        ("sm_90", 64, 100 * 1024, 4, (2, "shared memory")),
+        ("sm_90", 16, 0, 1, (32, "programs")),
+        ("sm_120", 32, 0, 4, (12, "warps")),
+        ("gfx942", 128, 0, 4, (4, "registers")),
+    ],
+)
+def test_occupancy(
+    arch: str, registers: int, shared: int, warps: int, expected: tuple[int, str]
+) -> None:
+    assert ARCHITECTURES[arch].occupancy(registers, shared, warps) == expected
+
+
+def test_what_a_kernel_asks_for_is_read_from_its_ttir() -> None:
+    ttir = """
+    %6 = tt.load %SEED : !tt.ptr<i64> loc(#loc)
+    %7 = tt.load %6, %5, %cst : tensor<128x!tt.ptr<bf16>> loc(#loc)
+    %9 = tt.dot %a, %b, %c : tensor<64x32xbf16> * tensor<32x64xbf16> -> tensor<64x64xf32>
+    """
+    assert work.asked(ttir) == (1, ((64, 16),))
+
+
+def test_exit_codes_and_words_of_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "--arch", "sm_91"]) == 2
+    assert "sm_91; there are sm_80, " in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(["compile"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastvlm compile: triton is not installed")
+    assert err.count("\n") == 1
+
+
+def test_every_op_with_a_launcher_has_calls() -> None:
+    from fastvlm.triton.calls import CALLS
+
+    assert [op for names in backend.FLOORS.values() for op in names if op not in CALLS] == []
+
+
+def test_calls_fit_the_schemas_of_their_ops() -> None:
+    from fastvlm.triton.calls import CALLS
+
+    for op, calls in CALLS.items():
+        for _, build in calls:
+            with FakeTensorMode():
+                getattr(torch.ops.fastvlm, op).default(*build(torch.bfloat16))
+
+
+def _planted(name: str) -> Any:
+    pytest.importorskip("triton", reason="triton is not installed (make test-triton installs it)")
+    return getattr(importlib.import_module("planted"), name)
+
+
+def _launched(arch: str, launch: Callable[[Any], None], name: str) -> Any:
+    kernel = _planted(name)
+    from fastvlm.triton.compiling.driver import recording
+
+    with recording(arch) as launches:
+        launch(kernel)
+    return launches[0]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, work.Result]:
+    """The planted kernels, each compiled once."""
+    x = torch.empty(8192, dtype=torch.bfloat16)
+    product = {"M": 64, "N": 64, "K": 64, "num_warps": 4}
+    jobs = {
+        "copy": _launched("sm_90", lambda k: k[(1,)](x, x, 8192, BLOCK=1024), "copy"),
+        "copy on AMD": _launched("gfx942", lambda k: k[(1,)](x, x, 8192, BLOCK=2048), "copy"),
+        "narrow": _launched("sm_90", lambda k: k[(1,)](x, x, BLOCK=1024), "narrow"),
+        "spilling": _launched(
+            "sm_90", lambda k: k[(1,)](x, x, BLOCK=4096, num_warps=1, maxnreg=32), "spilling"
+        ),
+        "broken": _launched("sm_90", lambda k: k[(1,)](x), "broken"),
+        "product": _launched("sm_90", lambda k: k[(1,)](x, x, x, **product), "product"),
+        "small product": _launched(
+            "sm_90", lambda k: k[(1,)](x, x, x, **{**product, "M": 16}), "product"
+        ),
+    }
+    return dict(zip(jobs, work.compile_all(list(jobs.values()))))
+
+
+def test_a_clean_kernel_is_counted_and_accepted(compiled: dict[str, work.Result]) -> None:
+    for name, arch in (("copy", "sm_90"), ("copy on AMD", "gfx942")):
+        result = compiled[name]
+        assert result.failure == ""
+        counts = result.counts
+        assert counts is not None
+        assert result.job.arch == arch
+        assert 4 <= counts.registers <= 40
+        assert counts.loads == counts.stores == {"128": 1}
+        assert 15 < counts.instructions < 100
+        assert (counts.local, counts.loop, counts.tensor) == (0, 0, {})
+        assert judge([result]) == []
+    config = compiled["copy"].job.config
+    assert config.startswith("BLOCK=1024 warps=4")
+    assert compiled["copy"].job.arguments == "*bf16/16 *bf16/16 i32/16"
+
+
+def test_planted_faults_are_found(compiled: dict[str, work.Result]) -> None:
+    rules = {name: [v.rule for v in judge([result])] for name, result in compiled.items()}
+    assert rules == {
+        "copy": [],
+        "copy on AMD": [],
+        "narrow": ["wide loads"],
+        "spilling": ["spills"],
+        "broken": ["compiles"],
+        "product": [],
+        "small product": [],
+    }
+    assert "planted" in judge([compiled["broken"]])[0].words
+    assert "of 16 bits" in judge([compiled["narrow"]])[0].words
+
+
+def test_products_use_the_tensor_cores(compiled: dict[str, work.Result]) -> None:
+    large, small = compiled["product"], compiled["small product"]
+    assert large.counts is not None
+    assert small.counts is not None
+    assert set(large.counts.tensor) == {"HGMMA"}
+    assert set(small.counts.tensor) == {"HMMA"}
+    assert (large.dots, small.dots) == (((64, 16),), ((16, 16),))
+    large.counts.tensor, kept = {"HMMA": 8}, large.counts.tensor
+    try:
+        assert "instead of HGMMA" in judge([large])[0].words
+        large.counts.tensor = {}
+        assert "without an instruction" in judge([large])[0].words
+    finally:
+        large.counts.tensor = kept
+
+
+def test_too_much_shared_memory_is_found(compiled: dict[str, work.Result]) -> None:
+    counts = compiled["copy"].counts
+    assert counts is not None
+    counts.shared, kept = 228 * 1024, counts.shared
+    try:
+        assert [v.rule for v in judge([compiled["copy"]])] == ["fits"]
+    finally:
+        counts.shared = kept
+
+
+def test_an_exception_keeps_its_reason(compiled: dict[str, work.Result]) -> None:
+    pytest.importorskip("triton")
+    from fastvlm.triton.compiling import report
+
+    excepted = Excepted("wide loads", "narrow", "sm_*", "planted so")
+    found = judge([compiled["narrow"]], [excepted])
+    assert [v.exception for v in found] == ["planted so"]
+    assert "planted so" in report.verdicts(found)
+    assert "wrong" not in report.verdicts(found)
+
+
+def test_the_driver_leaves_pytorch_and_triton_as_they_were() -> None:
+    _planted("copy")
+    from triton import knobs
+    from triton.runtime.driver import driver as drivers
+
+    before = (torch.cuda.is_available(), torch.cuda.device_count(), drivers._active)
+    x = torch.empty(64)
+    job = _launched("sm_80", lambda k: k[(1,)](x, x, 64, BLOCK=64), "copy")
+    again = _launched("sm_90", lambda k: k[(1,)](x, x, 64, BLOCK=64), "copy")
+    assert job.data != again.data, "the second architecture was served with the first's"
+    assert (torch.cuda.is_available(), torch.cuda.device_count(), drivers._active) == before
+    assert knobs.runtime.jit_cache_hook is None
+    assert "triton" not in backend.CANDIDATES["CPU"]
+
+
+def test_a_launcher_that_asks_for_a_value_is_at_fault() -> None:
+    _planted("copy")
+    from fastvlm.triton.compiling.driver import Fault, recording
+
+    with recording("sm_90"), pytest.raises(Fault, match="asks for a value"):
+        torch.empty(4).sum().item()
+    with recording("sm_90"):
+        # as large as in training, and at once: nothing is multiplied
+        assert torch.mm(torch.empty(4096, 65536), torch.empty(65536, 9216)).shape == (4096, 9216)
+
+
+def test_each_option_of_a_table_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that takes its config from a table is recorded with each of them, once."""
+    kernel = _planted("copy")
+    from fastvlm.ops import dispatch
+    from fastvlm.triton.compiling import jobs
+
+    def run(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        configs.launch("planted", x, lambda c: kernel[(1,)](x, x, 64, **c.arguments))
+        return x
+
+    table = {"planted": [configs.Case([configs.Config({"BLOCK": b}) for b in (16, 32, 64)])]}
+    monkeypatch.setattr(configs, "table", lambda name: table)
+    stub = dispatch.Kernel("triton", run, lambda: None, lambda *args: None)
+    monkeypatch.setitem(dispatch.OPS["rope"].kernels, "triton", stub)
+    monkeypatch.setattr(backend, "FLOORS", {"rope": ("rope",)})
+    configs._options.cache_clear()
+    try:
+        recorded = jobs.record(["sm_90"])
+    finally:
+        configs._options.cache_clear()
+    assert recorded.faults == []
+    blocks = [job.config.partition(" ")[0] for job in sorted(recorded.jobs)]
+    assert sorted(blocks) == sorted(f"BLOCK={b}" for b in (16, 32, 64) for dtype in range(3))
+
+
+def test_a_changed_number_is_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _planted("copy")
+    from fastvlm.triton.compiling import jobs
+
+    monkeypatch.setattr(backend, "FLOORS", {"norm": ("rms_norm",)})
+    monkeypatch.setattr(jobs, "CALLS", {"rms_norm": jobs.CALLS["rms_norm"][:1]})
+    monkeypatch.setattr(jobs, "DTYPES", {"bf16": torch.bfloat16})
+    kept = tmp_path / "kept.json"
+    command = ["compile", "--arch", "sm_90"]
+    assert main([*command, "--out", str(kept)]) == 0
+    out = capsys.readouterr().out
+    assert "1 compiled, 0 wrong" in out
+    assert "rms_norm  sm_90  bf16" in out
+    assert main([*command, "--check", str(kept)]) == 0
+
+    found = json.loads(kept.read_text())
+    found["kernels"][0]["registers"] += 1
+    found["kernels"].append({**found["kernels"][0], "kernel": "gone"})
+    kept.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert main([*command, "--check", str(kept)]) == 1
+    out = capsys.readouterr().out
+    assert "2 changed" in out
+    registers = found["kernels"][0]["registers"]
+    assert f"registers {registers} -> {registers - 1}" in out
+    assert ": gone" in out
+
+    kept.write_text(json.dumps({**found, "triton": "3.0.0"}))
+    assert main([*command, "--check", str(kept)]) == 2
+    assert "of triton 3.0.0" in capsys.readouterr().err
+    assert main([*command, "--check", str(tmp_path / "none.json")]) == 2
