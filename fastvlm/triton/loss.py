@@ -29,7 +29,7 @@ MOST_K = 64
 # its blocks must fit into the registers of the program that merges them
 LARGEST_VOCABULARY = 2**19
 # the gradients of a chunk's logits: about this much memory, but chunks long enough that reading and
-# writing the sums of dh for each costs little beside the products
+# writing the sums of dh for each costs little beside the products; every block size divides COLUMNS
 SCRATCH_BYTES, FEWEST_COLUMNS, COLUMNS = 64 * 2**20, 2048, 256
 # rows ranked at one time, however much memory the best of each block take: a decoding step
 FEWEST_RANKED = 64
@@ -135,14 +135,15 @@ class _Backward:
     def chunk_dlogits(self, start: int, stop: int) -> None:
         weight = self.weight[start:stop]
         bias = None if self.bias is None else self.bias[start:stop]
+        padded = cdiv(stop - start, COLUMNS) * COLUMNS
 
         def run(config: Config) -> None:
             size = config.blocks
-            tiles = cdiv(self.rows, size["BLOCK_M"]) * cdiv(stop - start, size["BLOCK_N"])
+            tiles = cdiv(self.rows, size["BLOCK_M"]) * cdiv(padded, size["BLOCK_N"])
             backward.cross_entropy_dlogits[(tiles,)](
                 self.grad, self.x, weight, bias, self.labels, self.lse, self.order, self.count,
                 self.scale, self.dlogits, weight.stride(0), self.columns, self.d, start,
-                stop - start, self.softcap, **_logits(self.h, bias, self.softcap, config),
+                stop - start, padded, self.softcap, **_logits(self.h, bias, self.softcap, config),
                 **config.arguments,
             )  # fmt: skip
 
@@ -172,7 +173,7 @@ class _Backward:
             tiles = cdiv(width, size["BLOCK_M"]) * cdiv(self.d, size["BLOCK_N"])
             backward.cross_entropy_dweight[(tiles,)](
                 self.dlogits, self.x, dweight[start:stop], self.count, self.scale, self.columns,
-                self.d, width, EVEN_M=width % size["BLOCK_M"] == 0,
+                self.d, width,
                 EVEN_N=self.d % size["BLOCK_N"] == 0, PRECISION=dot_precision(self.h),
                 GROUP=_SMALL_BAND, **config.arguments,
             )  # fmt: skip

@@ -1,7 +1,8 @@
 """The output head backward, over one chunk of the vocabulary: its gradients of the logits exist.
 
 Kernels get slices of weight and bias that hold the chunk, so "vocabulary" is the chunk's width
-here. Rows are in the order of ORDER: those that count come first.
+here. Rows are in the order of ORDER: those that count come first. DLOGITS is 0 from there to
+"padded", a multiple of every block size: its readers load whole vectors, without a mask.
 
 Gradients of logits are kept in units of SCALE, a power of two that brings the largest gradient of
 a loss to about 4096: in float16 a probability of 1e-6, over a mean of a thousand rows, would be 0.
@@ -27,7 +28,7 @@ def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _put_dlogits(
-    product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+    product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, padded, cap,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ACCURATE: tl.constexpr,
 ):  # fmt: skip
     """to: pointers to the rows; label counted from the first token of the chunk."""
@@ -36,16 +37,16 @@ def _put_dlogits(
     dlogits = tl.where(label[:, None] == column[None, :], dlogits - 1.0, dlogits) * grad[:, None]
     if CAP:
         # tanh once more from its product, which takes no second tile of registers
-        t = logits / cap
+        t = tl.maximum(logits, -cap) / cap
         dlogits *= 1.0 - t * t
-    mask = counts[:, None] & (column < vocabulary)[None, :]
+    mask = counts[:, None] & (column < padded)[None, :]
     tl.store(to[:, None] + column[None, :], dlogits.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["start"])
 def cross_entropy_dlogits(
     GRAD, X, WEIGHT, BIAS, LABELS, LSE, ORDER, COUNT, SCALE, DLOGITS,
-    stride_w, stride_d, d, start, vocabulary, cap,
+    stride_w, stride_d, d, start, vocabulary, padded, cap,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr, EVEN: tl.constexpr, ACCURATE: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +54,7 @@ def cross_entropy_dlogits(
     """DLOGITS [rows, stride_d] from X [rows, d], which is in order; start: the first token."""
     count = tl.load(COUNT)
     blocks_m = tl.cdiv(count, BLOCK_M)
-    blocks_n = tl.cdiv(vocabulary, BLOCK_N)
+    blocks_n = tl.cdiv(padded, BLOCK_N)
     if tl.program_id(0) >= blocks_m * blocks_n:
         return
     block_m, block_n = tile_of(tl.program_id(0), blocks_m, blocks_n, GROUP)
@@ -72,19 +73,19 @@ def cross_entropy_dlogits(
     counts = place < count
     if BLOCK_N < 128:
         _put_dlogits(
-            product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
-            HAS_BIAS, CAP, ACCURATE,
+            product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, padded,
+            cap, HAS_BIAS, CAP, ACCURATE,
         )  # fmt: skip
     else:
         left, right = halves(product, BLOCK_M, BLOCK_N)
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _put_dlogits(
-            left, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
-            HAS_BIAS, CAP, ACCURATE,
+            left, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, padded,
+            cap, HAS_BIAS, CAP, ACCURATE,
         )  # fmt: skip
         _put_dlogits(
             right, BIAS, to, column + BLOCK_N // 2, label, grad, largest, rest, counts,
-            vocabulary, cap, HAS_BIAS, CAP, ACCURATE,
+            vocabulary, padded, cap, HAS_BIAS, CAP, ACCURATE,
         )  # fmt: skip
 
 
@@ -127,15 +128,12 @@ def cross_entropy_dh(
     at_w = WEIGHT + inner.to(tl.int64)[:, None] * stride_w + column[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, tl.where(block_m * BLOCK_M < count, vocabulary, 0), BLOCK_K):
-        inside = inner < vocabulary - k
-        if EVEN_K:
-            dlogits = tl.load(at_d)
-        else:
-            dlogits = tl.load(at_d, mask=inside[None, :], other=0.0)
+        dlogits = tl.load(at_d)
         if EVEN_K and EVEN_N:
             w = tl.load(at_w)
         else:
-            w = tl.load(at_w, mask=inside[:, None] & (column < d)[None, :], other=0.0)
+            mask = (inner < vocabulary - k)[:, None] & (column < d)[None, :]
+            w = tl.load(at_w, mask=mask, other=0.0)
         total = tl.dot(dlogits, w, total, input_precision=PRECISION)
         at_d += BLOCK_K
         at_w += BLOCK_K * wide(stride_w)
@@ -154,7 +152,7 @@ def cross_entropy_dh(
 @triton.jit
 def cross_entropy_dweight(
     DLOGITS, X, DWEIGHT, COUNT, SCALE, stride_d, d, vocabulary,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """DWEIGHT [vocabulary, d] = DLOGITS^T X over the rows that count."""
@@ -170,12 +168,10 @@ def cross_entropy_dweight(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, count, BLOCK_K):
         inside = inner < count - k
-        of_d, of_x = inside[None, :], inside[:, None]
-        if not EVEN_M:
-            of_d = of_d & (token < vocabulary)[:, None]
+        of_x = inside[:, None]
         if not EVEN_N:
             of_x = of_x & (column < d)[None, :]
-        dlogits = tl.load(at_d, mask=of_d, other=0.0)
+        dlogits = tl.load(at_d, mask=inside[None, :], other=0.0)
         x = tl.load(at_x, mask=of_x, other=0.0)
         total = tl.dot(dlogits, x, total, input_precision=PRECISION)
         at_d += BLOCK_K * wide(stride_d)
