@@ -63,11 +63,11 @@ def _sm(number: int, family: str, shared: int, warps: int, programs: int) -> Arc
 
 ARCHITECTURES = {
     "sm_80": _sm(80, "sm80", 164, 64, 32),
-    "sm_86": _sm(86, "sm80", 100, 48, 16),
-    "sm_89": _sm(89, "sm80", 100, 48, 24),
+    "sm_86": _sm(86, "sm86", 100, 48, 16),
+    "sm_89": _sm(89, "sm86", 100, 48, 24),
     "sm_90": _sm(90, "sm90", 228, 64, 32),
     "sm_100": _sm(100, "sm100", 228, 64, 32),
-    "sm_120": _sm(120, "sm100", 100, 48, 24),
+    "sm_120": _sm(120, "sm86", 100, 48, 24),
     "gfx942": Architecture(
         "hip", "gfx9", 0, 64, 64 * KIB, 64 * KIB, 0, 4, 8, 32, 512, 8
     ),
