@@ -15,6 +15,7 @@ import fastvlm
 from fastvlm import triton as backend
 from fastvlm.triton import configs
 from fastvlm.triton.configs import Config
+from fastvlm.triton.configs.products import sliced, tile
 
 
 def missing() -> str | None:
@@ -32,6 +33,21 @@ SMALL = {
     "attention_backward_q": Config({"BLOCK_M": 16, "BLOCK_N": 32}),
     "attention_backward_kv": Config({"BLOCK_M": 32, "BLOCK_N": 16}),
     "cached_attention": Config({"BLOCK_N": 16}),
+    **dict.fromkeys(
+        (
+            "geglu_forward",
+            "gelu_forward",
+            "geglu_backward",
+            "gelu_backward",
+            "low_precision_linear",
+        ),
+        sliced(16, 16, 16, warps=1, stages=2, slices=2, group=2),
+    ),
+    "linear_cross_entropy": tile(16, 32, 16, 4, 2),
+    "linear_cross_entropy_dlogits": tile(16, 16, 16, 4, 2),
+    "linear_cross_entropy_dh": tile(16, 16, 16, 4, 2),
+    "linear_cross_entropy_dweight": tile(32, 16, 16, 4, 2),
+    "linear_topk": tile(16, 32, 16, 4, 2),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import emulator
 import pytest
 import torch
 
@@ -30,6 +31,8 @@ EXPECTED_CPU = (
     "linear_cross_entropy",
     "linear_topk",
 )
+# and Triton on a GPU; plain products are the library's there
+EXPECTED_TRITON = tuple(name for name in EXPECTED_CPU if name != "linear")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,6 +81,16 @@ def test_what_they_do_not_serve_goes_to_the_reference(op: str) -> None:
     call(op, torch.float64)
     with fastvlm.use("cpu"), pytest.raises(BackendError, match=rf"fastvlm.{op} .*cpu: .*float64"):
         call(op, torch.float64)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", EXPECTED_TRITON)
+def test_the_triton_kernels_serve_what_they_promise(op: str) -> None:
+    with emulator.emulated():
+        for dtype in DTYPES.values():
+            call(op, dtype)
+        with pytest.raises(BackendError, match=rf"fastvlm.{op} .*triton: .*float64"):
+            call(op, torch.float64)
 
 
 def test_use_nests_and_restores() -> None:

@@ -199,10 +199,14 @@ def _attention_backward(
 
     def run_kv(config: Config) -> None:
         blocks = cdiv(max_kv, config.blocks["BLOCK_N"])
-        backward.attention_backward_kv[(images * blocks, kv_heads)](
-            grad_out, q, k, v, stats, delta, dk, dv, *where, *strides, heads, kv_heads, blocks,
-            *numbers, NEED_K=needs[1], NEED_V=needs[2], **same, **config.arguments,
-        )  # fmt: skip
+        wanted = [(needs[1], needs[2])]
+        if config.apart and needs[1] and needs[2]:
+            wanted = [(True, False), (False, True)]
+        for need_k, need_v in wanted:
+            backward.attention_backward_kv[(images * blocks, kv_heads)](
+                grad_out, q, k, v, stats, delta, dk, dv, *where, *strides, heads, kv_heads, blocks,
+                *numbers, NEED_K=need_k, NEED_V=need_v, **same, **config.arguments,
+            )  # fmt: skip
 
     key = _key(q, max_readers * group)
     with device_of(q):

@@ -25,6 +25,7 @@ from test_triton_attention import CROSS, OWN, SEED, cross, dropped, leaves, own
 
 from fastvlm import ops
 from fastvlm.ops import attention as public
+from fastvlm.triton import loss
 
 pytestmark = pytest.mark.triton
 Rule = Callable[..., None]
@@ -125,6 +126,67 @@ def check_rope(rule: Rule) -> None:
     )
 
 
+# rows, width, hidden width: ragged, and of several tiles of 16
+TILED = (37, 35, 33)
+
+
+def check_geglu(rule: Rule) -> None:
+    m, k, f = TILED
+    shapes = [(m, k), (f, k), (f, k), (21, f)]
+    rule(
+        ops.geglu_mlp,
+        lambda *x: plain.geglu_mlp(*x, "tanh"),
+        [randn(*s, grad=True) for s in shapes],
+    )
+
+
+def check_gelu(rule: Rule) -> None:
+    m, k, f = TILED
+    shapes = [(m, k), (f, k), (f,), (21, f), (21,)]
+    rule(
+        ops.gelu_mlp, lambda *x: plain.gelu_mlp(*x, "none"), [randn(*s, grad=True) for s in shapes]
+    )
+
+
+def check_stored(rule: Rule) -> None:
+    m, k, n = TILED
+    weight, scale = ops.quantize_rows(torch.randn(n, k))
+    rule(
+        lambda x, b: ops.low_precision_linear(x, weight, scale, b),
+        lambda x, b: x @ (weight.to(x.dtype) * scale.to(x.dtype)[:, None]).t() + b,
+        [randn(m, k), randn(n)],
+    )
+
+
+def check_loss(rule: Rule) -> None:
+    labels = torch.randint(0, 100, (37,)).masked_fill(torch.rand(37) < 0.3, -100)
+    before = loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS
+    loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS = 0, 32, 32
+    try:
+        rule(
+            lambda h, w, b: ops.linear_cross_entropy(h, w, labels, bias=b, softcap=3.0),
+            lambda h, w, b: plain.linear_cross_entropy(h, w, labels, bias=b, softcap=3.0),
+            [randn(37, 23, grad=True), randn(100, 23, grad=True), randn(100, grad=True)],
+        )
+    finally:
+        loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS = before
+
+
+def check_topk(rule: Rule) -> None:
+    def plainly(h: torch.Tensor, w: torch.Tensor) -> Any:
+        found = torch.log_softmax(h @ w.t(), -1).topk(5)
+        return found.values.to(h.dtype if h.dtype == torch.float64 else torch.float32)
+
+    weight = randn(60, 23)
+    weight[50] = weight[3]  # equal scores: the smaller index comes first
+    h = randn(37, 23)
+    with torch.no_grad():
+        _, indices, _ = ops.linear_topk(h, weight, 60)
+        assert ((indices == 3).int().argmax(1) < (indices == 50).int().argmax(1)).all()
+        assert (indices.sort(1).values == torch.arange(60)).all()
+        rule(lambda *x: ops.linear_topk(*x, 5)[0], plainly, [h, weight])
+
+
 @dataclass(frozen=True)
 class Mutant:
     """old is one place of a kernel file; the launcher knows that file by the name `seen_as`."""
@@ -204,19 +266,63 @@ MUTANTS = [
         ("mean-over-the-block", check_rms, "tl.rsqrt(tl.sum(x * x, 0) / n + eps)",
          "tl.rsqrt(tl.sum(x * x, 0) / x.shape[0] + eps)"),
         ("gate-of-the-raw-number", check_rms, "gate = _tanh_of_one(raw)", "gate = raw"),
-        ("no-projection", check_rms, "rstd * (scaled - normed * (tl.sum(scaled * normed, 0) / n))",
-         "rstd * scaled"),
-        ("parts-race", check_rms, "_put(DWEIGHT, part, n, columns, mask, dweight)",
-         "_put(DWEIGHT, part // 2, n, columns, mask, dweight)"),
-        ("last-row-lost", check_rms, "part * ROWS + ROWS, m)", "part * ROWS + ROWS, m - 1)"),
+        ("no-projection", check_rms, "rstd * (scaled - normed * (along / n))", "rstd * scaled"),
+        ("parts-race", check_rms, "_put(DWEIGHT, part, n, columns, mask, dweight * gate)",
+         "_put(DWEIGHT, part // 2, n, columns, mask, dweight * gate)"),
+        ("last-row-lost", check_rms, "part * rows + rows, m)", "part * rows + rows, m - 1)"),
         ("mean-of-padding", check_layer, "centred = tl.where(mask, z - tl.sum(z, 0) / n, 0.0)",
          "centred = z - tl.sum(z, 0) / n"),
         ("bias-forgotten", check_layer, " + _vector(BIAS, columns, mask)", ""),
     ),
     *_of(
+        "mlp", "kernels",
+        ("up-not-multiplied", check_geglu, "gelu(gates[i], TANH) * ups[i]", "gelu(gates[i], TANH)"),
+        ("no-tail-of-k", check_geglu, "k - done, 1, BLOCK_K, EVEN_K)",
+         "BLOCK_K, 1, BLOCK_K, EVEN_K)"),
+        ("gradients-swapped", check_geglu, "dhiddens[i] * up * slope", "dhiddens[i] * act * slope"),
+        ("slope-of-the-activation", check_gelu, "dpre = dhiddens[i] * slope",
+         "dpre = dhiddens[i] * act"),
+        ("bias-of-another-column", check_gelu, "tl.load(BIAS + column, mask=column < f, other=0.0)",
+         "tl.load(BIAS + column - column % 2, mask=column < f, other=0.0)"),
+        ("sums-of-rows-that-are-not", check_gelu, "tl.sum(tl.where(mask, dpre, 0.0), 0)",
+         "tl.sum(dpre, 0) + 1.0"),
+        ("blocks-of-rows-race", check_gelu, "DBIAS + block_m.to(tl.int64) * f + column",
+         "DBIAS + column"),
+        ("scale-forgotten", check_stored, "if HAS_SCALE:", "if HAS_SCALE and BLOCK_K < 0:"),
+        ("one-term", check_stored, "rest = tl.where(rest == term, 0.0, rest - term)",
+         "rest = rest * 0.0"),
+    ),
+    *_of(
+        "loss", "kernels",
+        ("label-of-the-next", check_loss, "label[:, None] == column[None, :], logits, 0.0",
+         "label[:, None] + 1 == column[None, :], logits, 0.0"),
+        ("order-with-a-hole", check_loss, "before - 1, rows - 1 - (row - before)",
+         "before - 1, rows - 1"),
+        ("beyond-the-vocabulary", check_loss, 'tl.where(inside[None, :], logits, float("-inf"))',
+         "logits"),
+        ("no-bias", check_loss, "if HAS_BIAS:", "if HAS_BIAS and not HAS_BIAS:"),
+        ("best-found-twice", check_topk, "keys = tl.where(keys == best[:, None], _NONE, keys)",
+         "keys = keys"),
+        ("ties-the-other-way", check_topk, "(_LAST - column).to(tl.int64)", "column.to(tl.int64)"),
+        ("blocks-exhausted", check_topk, "inside & (taken < kept)", "inside"),
+    ),
+    *_of(
+        "loss", "backward",
+        ("no-one-hot", check_loss, "dlogits - 1.0, dlogits", "dlogits, dlogits"),
+        ("no-slope", check_loss, "dlogits *= 1.0 - t * t", "dlogits *= 1.0"),
+        ("first-chunk-alone", check_loss, "mask=counts & (first == 0)",
+         "mask=counts & (first > 1)"),
+        ("ignored-rows-learn", check_loss, "tl.where(counts, total * scale, 0.0)",
+         "total * scale + tl.where(counts, 0.0, 1.0)"),
+        ("rows-not-masked", check_loss, "mask=inside[None, :], other=0.0)\n        x",
+         "mask=(inner >= 0)[None, :], other=0.0)\n        x"),
+        ("unit-forgotten", check_loss, "total_of_token = tl.sum(total, 0) * tl.load(SCALE)",
+         "total_of_token = tl.sum(total, 0)"),
+    ),
+    *_of(
         "rope", "kernels",
-        ("turns-the-wrong-way", check_rope, "first * cos1[None, :] - second * sin1[None, :]",
-         "first * cos1[None, :] + second * sin1[None, :]"),
+        ("turns-the-wrong-way", check_rope, "first * cos1 - second * sin1",
+         "first * cos1 + second * sin1"),
         ("back-is-forward", check_rope, "if BACK:", "if not BACK:"),
         ("heads-not-masked", check_rope, "real = (head < heads)[:, None]",
          "real = (head < heads + 1)[:, None]"),
@@ -266,4 +372,6 @@ def test_a_mutant_is_caught(
     with pytest.raises((AssertionError, KernelFault)) as caught:
         mutant.check(follows_the_error_rule)
     # an error in the mutant itself would prove nothing
-    assert "error_rule" in str(caught.traceback[-1].path) or caught.type is KernelFault
+    last = caught.traceback[-1]
+    by_a_check = last.path.stem == "error_rule" or last.name in CHECKS
+    assert by_a_check or caught.type is KernelFault

@@ -23,11 +23,16 @@ from fastvlm.triton.calls.shapes import (
 IMAGES, CAPTIONS, KEYS, LONGEST = 8, 36, 594, 128
 WINDOW, SOFTCAP = 4096, 50.0
 PAST = 64
+# head dimensions of other models, with a softcap and dropout together
+OTHERS = ((8, 8, 96), (16, 4, 128), (8, 4, 256))
 
 
 @dataclass(frozen=True)
 class Options:
-    """causal and window are of self-attention; few rows are the beams of a step."""
+    """causal and window are of self-attention; few rows are the beams of a step.
+
+    apart: the readers of an image do not stand together.
+    """
 
     heads: tuple[int, int, int]
     rows: int
@@ -35,10 +40,12 @@ class Options:
     dropout: bool = False
     causal: bool = False
     window: int = 0
+    apart: bool = False
 
     @property
     def label(self) -> str:
-        on = [name for name in ("softcap", "dropout", "causal", "window") if getattr(self, name)]
+        names = ("softcap", "dropout", "causal", "window", "apart")
+        on = [name for name in names if getattr(self, name)]
         return f"{self.rows} x {self.heads} {' '.join(on)}".strip()
 
 
@@ -48,19 +55,23 @@ def _models() -> list[Options]:
     ]
     gemma = [Options(heads, TRAINING, softcap=SOFTCAP) for heads in GEMMA.values()]
     # what transformers runs where its sdpa attention leaves the softcap out
-    return [*florence, *gemma, Options(GEMMA[2304], TRAINING)]
+    apart = [Options(FLORENCE[768], TRAINING, dropout=True, apart=True)]
+    others = [Options(heads, TRAINING, softcap=SOFTCAP, dropout=True) for heads in OTHERS]
+    return [*florence, *gemma, Options(GEMMA[2304], TRAINING), *apart, *others]
 
 
 def _steps() -> list[Options]:
-    return [
+    of_models = [
         Options(heads, rows, softcap=cap)
         for models, cap in ((FLORENCE, 0.0), (GEMMA, SOFTCAP))
         for heads in models.values()
-        for rows in (3, 32)
+        for rows in (3, 32, 96)
     ]
+    return [*of_models, *(Options(heads, 32) for heads in OTHERS)]
 
 
 def _own(models: list[Options]) -> list[Options]:
+    models = [o for o in models if not o.apart]
     causal = [Options(o.heads, o.rows, o.softcap, o.dropout, True) for o in models]
     windows = [Options(GEMMA[2304], TRAINING, SOFTCAP, False, True, WINDOW)]
     # the encoder of Florence-2 reads both ways
@@ -76,12 +87,14 @@ def _tensors(o: Options, own: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def _shape(o: Options, own: bool) -> tuple[Any, ...]:
     segments = IMAGES if o.rows < TRAINING else IMAGES * CAPTIONS
-    readers = max(1, o.rows // IMAGES) if o.rows < TRAINING else LONGEST
+    longest = 1 if o.rows < TRAINING else LONGEST
     offsets, images = ints(segments + 1), ints(IMAGES + 1)
+    order = torch.empty(o.rows, dtype=torch.int64) if o.apart else None
     return (
-        offsets, offsets if own else images, ints(segments), seed(o.dropout), readers,
-        readers if own else KEYS, o.causal, o.window, o.heads[2] ** -0.5, o.softcap,
-        DROPOUT if o.dropout else 0.0,
+        offsets, offsets if own else images, ints(segments), order, offsets if own else images,
+        seed(o.dropout), longest, longest if own else KEYS,
+        longest if own else max(1, o.rows // IMAGES), o.causal, o.window, o.heads[2] ** -0.5,
+        o.softcap, DROPOUT if o.dropout else 0.0,
     )  # fmt: skip
 
 
@@ -100,8 +113,8 @@ def _backward(own: bool, options: list[Options]) -> list[tuple[str, Build]]:
     def build(o: Options, needs: list[bool]) -> Build:
         def args(dtype: torch.dtype) -> tuple[Any, ...]:
             q, k = _tensors(o, own, dtype)
-            lse = torch.empty(q.shape[:2])
-            return q, q, k, k, q, lse, *_shape(o, own), needs
+            stats = torch.empty(*q.shape[:2], 2)
+            return q, q, k, k, q, stats, *_shape(o, own), needs
 
         return args
 

@@ -25,11 +25,16 @@ FAMILIES = ("sm80", "sm86", "sm90", "sm100", "gfx9")
 
 @dataclass(frozen=True)
 class Config:
-    """blocks: constexpr arguments of the kernel, BLOCK_M=64 and the like."""
+    """blocks: constexpr arguments of the kernel, BLOCK_M=64 and the like.
+
+    apart: a kernel with two results is launched for each of them, where the registers of a program
+    do not hold both.
+    """
 
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    apart: bool = False
 
     @functools.cached_property
     def arguments(self) -> dict[str, int]:

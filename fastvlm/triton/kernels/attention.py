@@ -95,7 +95,7 @@ def _attend(
     return acc, total, largest
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["rows", "blocks", "window", "threshold"])
 def attention_forward(
     Q, K, V, OUT, STATS, ORDER, READERS, KV_OFFSETS, SEED,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
@@ -179,7 +179,7 @@ def attention_forward(
     tl.store(STATS + 2 * row_head + 1, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def attention_combine(
     PARTS, PARTS_STATS, OUT, STATS, count, D: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,

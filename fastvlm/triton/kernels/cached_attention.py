@@ -7,7 +7,7 @@ from fastvlm.triton.kernels.attention import put_tile, tile
 from fastvlm.triton.kernels.math import product, tanh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "window"])
 def cached_attention(
     Q, K, V, OUT, STATS, LENGTHS, ANCESTRY,
     stride_qr, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
@@ -47,7 +47,7 @@ def cached_attention(
         if HAS_ANCESTRY:
             n = tl.load(ANCESTRY + r * stride_a + t, mask=seen, other=-1).to(tl.int64)
             seen = seen & (n >= 0)
-        at = tl.where(seen, n * stride_kn + t.to(tl.int64) * stride_kt, 0)
+        at = n * stride_kn + t.to(tl.int64) * stride_kt
         k = tile(K + head * stride_kh, at, 1, d, seen, D, EVEN)
         s = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
         s = product(s, q, tl.trans(k), CHUNK_D, PRECISION, ACCURATE)
@@ -63,7 +63,7 @@ def cached_attention(
         total = total * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         largest = higher
-        at = tl.where(seen, n * stride_vn + t.to(tl.int64) * stride_vt, 0)
+        at = n * stride_vn + t.to(tl.int64) * stride_vt
         v = tile(V + head * stride_vh, at, 1, d, seen, D, EVEN)
         acc = product(acc, p.to(v.dtype), v, CHUNK_N, PRECISION, ACCURATE)
     none = total == 0.0
