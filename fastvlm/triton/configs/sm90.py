@@ -1,53 +1,29 @@
 """Hopper: compute capability 9, 227 KiB of shared memory a block."""
 
-from fastvlm.triton.configs import Case, Config, Table
+from fastvlm.triton.configs import Case, Table
+from fastvlm.triton.configs.heads import attention, block, keys
 from fastvlm.triton.configs.products import cases, sliced, stored_cases, tile
 
-_HALF, _FULL = 2, 4  # bytes of an element: 16-bit dtypes, float32
-
-
-def _config(m: int, n: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
-
-
-ATTENTION: Table = {
-    "attention_forward": [
-        Case([_config(16, 32, 4, 1)], lambda size, d, rows: size == _FULL and d > 128),
-        Case([_config(32, 32, 4, 1)], lambda size, d, rows: size == _FULL),
-        # decoding: few rows, so the keys go by as fast as memory gives them
-        Case(
-            [_config(16, 64, 4, 3), _config(16, 32, 4, 3)],
-            lambda size, d, rows: rows <= 16 and d > 128,
-        ),
-        Case([_config(16, 128, 4, 3), _config(16, 64, 4, 3)], lambda size, d, rows: rows <= 16),
-        Case([_config(32, 64, 4, 3)], lambda size, d, rows: rows <= 32),
-        Case([_config(128, 32, 8, 2), _config(64, 32, 4, 2)], lambda size, d, rows: d > 128),
-        Case([_config(128, 64, 8, 3), _config(128, 128, 8, 2)], lambda size, d, rows: d > 64),
-        Case([_config(128, 64, 4, 3), _config(128, 128, 8, 2)]),
-    ],
-    "attention_backward_q": [
-        Case([_config(16, 32, 4, 1)], lambda size, d, rows: size == _FULL and d > 128),
-        Case([_config(32, 32, 4, 1)], lambda size, d, rows: size == _FULL),
-        Case([_config(64, 32, 8, 2), _config(64, 32, 4, 1)], lambda size, d, rows: d > 128),
-        Case([_config(64, 64, 4, 2), _config(128, 64, 8, 2)], lambda size, d, rows: d > 64),
-        Case([_config(128, 64, 8, 2), _config(64, 64, 4, 3)]),
-    ],
-    "attention_backward_kv": [
-        Case([_config(16, 16, 4, 1)], lambda size, d, rows: size == _FULL and d > 128),
-        Case([_config(32, 32, 4, 1)], lambda size, d, rows: size == _FULL),
-        Case([_config(32, 64, 8, 1), _config(64, 64, 8, 1)], lambda size, d, rows: d > 128),
-        Case([_config(64, 64, 4, 2), _config(64, 128, 8, 2)], lambda size, d, rows: d > 64),
-        Case([_config(64, 64, 4, 3), _config(64, 128, 8, 2)]),
-    ],
-    "cached_attention": [
-        Case([Config({"BLOCK_N": 32}, 4, 1)], lambda size, d, rows: size == _FULL),
-        Case(
-            [Config({"BLOCK_N": 64}, 4, 3), Config({"BLOCK_N": 32}, 2, 3)],
-            lambda size, d, rows: d > 128,
-        ),
-        Case([Config({"BLOCK_N": 64}, 2, 3), Config({"BLOCK_N": 128}, 4, 3)]),
-    ],
-}
+ATTENTION: Table = attention(
+    few=([block(16, 64, 4, 2), block(16, 32, 4, 2)], [block(16, 128, 4, 2), block(16, 64, 4, 3)]),
+    some=([block(32, 32, 4, 1)], [block(32, 64, 4, 2)]),
+    forward=(
+        [block(64, 32, 8, 2), block(32, 32, 4, 1)],
+        [block(128, 32, 8, 2), block(64, 32, 4, 2)],
+        [block(128, 64, 8, 2), block(64, 64, 4, 2)],
+    ),
+    backward_q=(
+        [block(64, 32, 8, 1), block(32, 16, 4, 1)],
+        [block(64, 64, 8, 2), block(64, 32, 4, 2)],
+        [block(64, 64, 4, 2), block(128, 64, 8, 2)],
+    ),
+    backward_kv=(
+        [block(32, 64, 8, 2, apart=True), block(64, 32, 8, 2)],
+        [block(32, 64, 8, 2), block(32, 32, 4, 1)],
+        [block(32, 64, 4, 2), block(32, 64, 8, 2)],
+    ),
+    cached=([keys(64, 4, 2), keys(32, 4, 2)], [keys(64, 4, 2), keys(32, 4, 2)]),
+)
 
 # From 64 rows on, 64 rows for each four warps: the shape of a warpgroup's product. A decoding step
 # reads weights and little else: narrow tiles, so that every multiprocessor streams some.

@@ -95,7 +95,7 @@ def _attend(
     return acc, total, largest
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "window", "threshold"])
+@triton.jit(do_not_specialize=["rows", "heads", "blocks", "window", "threshold"])
 def attention_forward(
     Q, K, V, OUT, STATS, ORDER, READERS, KV_OFFSETS, SEED,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,

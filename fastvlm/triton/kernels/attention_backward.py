@@ -49,7 +49,7 @@ def _score_gradient(
     return met, ds
 
 
-@triton.jit(do_not_specialize=["blocks", "window", "threshold"])
+@triton.jit(do_not_specialize=["heads", "blocks", "window", "threshold"])
 def attention_backward_q(
     GRAD, Q, K, V, OUT, STATS, DELTA, DQ, ORDER, READERS, KV_OFFSETS, SEED,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
@@ -119,7 +119,7 @@ def attention_backward_q(
         put_tile(DQ, row_head, D, d, real, dq * scale, D, EVEN)
 
 
-@triton.jit(do_not_specialize=["blocks", "window", "threshold"])
+@triton.jit(do_not_specialize=["heads", "kv_heads", "blocks", "window", "threshold"])
 def attention_backward_kv(
     GRAD, Q, K, V, STATS, DELTA, DK, DV, ORDER, READERS, KV_OFFSETS, SEED,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,

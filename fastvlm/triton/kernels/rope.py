@@ -4,66 +4,52 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _turn(
-    X, OUT, COS, SIN, token, head, stride_t, stride_h, heads, half, inside,
-    D: tl.constexpr, ROTARY: tl.constexpr, BACK: tl.constexpr, PASS: tl.constexpr,
-    BLOCK_PASS: tl.constexpr,
-):  # fmt: skip
-    """The heads of one token: [BLOCK_H, half] of each side, then what passes through.
-
-    The angles are loaded for each head, in the layout of the head: 128 bits at a time from the
-    first-level cache. Loaded once, they would be 16 bits a thread and a trip through shared memory.
-    """
-    at = X + token * stride_t + head[:, None] * stride_h
-    to = OUT + (token * heads + head[:, None]) * D
-    real = (head < heads)[:, None]
-    mask = real & inside[None, :]
-    angle = half[None, :] + tl.zeros_like(head)[:, None]
-    cos1 = tl.load(COS + angle, mask=mask, other=0.0).to(tl.float32)
-    cos2 = tl.load(COS + ROTARY // 2 + angle, mask=mask, other=0.0).to(tl.float32)
-    sin1 = tl.load(SIN + angle, mask=mask, other=0.0).to(tl.float32)
-    sin2 = tl.load(SIN + ROTARY // 2 + angle, mask=mask, other=0.0).to(tl.float32)
-    first = tl.load(at + half[None, :], mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(at + ROTARY // 2 + half[None, :], mask=mask, other=0.0).to(tl.float32)
-    if BACK:
-        turned1 = first * cos1 + second * sin2
-        turned2 = second * cos2 - first * sin1
-    else:
-        turned1 = first * cos1 - second * sin1
-        turned2 = second * cos2 + first * sin2
-    kind = OUT.dtype.element_ty
-    tl.store(to + half[None, :], turned1.to(kind), mask=mask)
-    tl.store(to + ROTARY // 2 + half[None, :], turned2.to(kind), mask=mask)
-    if PASS:
-        rest = ROTARY + tl.arange(0, BLOCK_PASS)
-        there = real & (rest < D)[None, :]
-        tl.store(to + rest[None, :], tl.load(at + rest[None, :], mask=there, other=0.0), mask=there)
-
-
-@triton.jit(do_not_specialize=["heads", "kv_heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "kv_heads", "blocks_q"])
 def rope(
     Q, K, COS, SIN, OUT_Q, OUT_K,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_ct, stride_st, heads, kv_heads,
-    BLOCKS_Q: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BACK: tl.constexpr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_ct, stride_st, tokens, heads, kv_heads,
+    blocks_q, D: tl.constexpr, ROTARY: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
 ):  # fmt: skip
-    """One token, and one block of heads: the first BLOCKS_Q blocks are q's, the others k's."""
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
+    """BLOCK_T tokens and BLOCK_H heads: the first blocks_q blocks of heads are q's, then k's.
+
+    The angles of a token are loaded once for all heads of the block, in the layout of a head.
+    """
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     half = tl.arange(0, BLOCK_HALF)
-    inside = half < ROTARY // 2
-    cos = COS + token * stride_ct
-    sin = SIN + token * stride_st
-    if block < BLOCKS_Q:
-        head = block * BLOCK_H + tl.arange(0, BLOCK_H)
-        _turn(
-            Q, OUT_Q, cos, sin, token, head, stride_qt, stride_qh, heads, half, inside,
-            D, ROTARY, BACK, D > ROTARY, BLOCK_PASS,
-        )  # fmt: skip
+    block = tl.program_id(1)
+    if block < blocks_q:
+        X, OUT, stride_t, stride_h, count = Q, OUT_Q, stride_qt, stride_qh, heads
     else:
-        head = (block - BLOCKS_Q) * BLOCK_H + tl.arange(0, BLOCK_H)
-        _turn(
-            K, OUT_K, cos, sin, token, head, stride_kt, stride_kh, kv_heads, half, inside,
-            D, ROTARY, BACK, D > ROTARY, BLOCK_PASS,
-        )  # fmt: skip
+        X, OUT, stride_t, stride_h, count = K, OUT_K, stride_kt, stride_kh, kv_heads
+        block -= blocks_q
+    real = token < tokens
+    mask = real[:, None] & (half < ROTARY // 2)[None, :]
+    token = token.to(tl.int64)
+    at = token[:, None] * stride_ct + half[None, :]
+    cos1 = tl.load(COS + at, mask=mask, other=0.0).to(tl.float32)
+    cos2 = tl.load(COS + at + ROTARY // 2, mask=mask, other=0.0).to(tl.float32)
+    at = token[:, None] * stride_st + half[None, :]
+    sin1 = tl.load(SIN + at, mask=mask, other=0.0).to(tl.float32)
+    sin2 = tl.load(SIN + at + ROTARY // 2, mask=mask, other=0.0).to(tl.float32)
+    kind = OUT_Q.dtype.element_ty
+    for i in tl.static_range(BLOCK_H):
+        head = block * BLOCK_H + i
+        if head < count:
+            row = X + token[:, None] * stride_t + head.to(tl.int64) * stride_h
+            to = OUT + (token[:, None] * count + head) * D
+            first = tl.load(row + half[None, :], mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(row + ROTARY // 2 + half[None, :], mask=mask, other=0.0).to(tl.float32)
+            if BACK:
+                turned1 = first * cos1 + second * sin2
+                turned2 = second * cos2 - first * sin1
+            else:
+                turned1 = first * cos1 - second * sin1
+                turned2 = second * cos2 + first * sin2
+            tl.store(to + half[None, :], turned1.to(kind), mask=mask)
+            tl.store(to + ROTARY // 2 + half[None, :], turned2.to(kind), mask=mask)
+            if D > ROTARY:
+                rest = ROTARY + tl.arange(0, BLOCK_PASS)
+                there = real[:, None] & (rest < D)[None, :]
+                passed = tl.load(row + rest[None, :], mask=there, other=0.0)
+                tl.store(to + rest[None, :], passed, mask=there)

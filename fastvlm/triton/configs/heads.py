@@ -1,0 +1,77 @@
+"""What the tables of attention share: how a block is written, and the cases of a head.
+
+Keys of the cases: size, bytes of an element; d, head_dim padded to a power of two; rows, the query
+rows of an image and key/value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastvlm.triton.configs import Case, Config, Table
+
+_FLOAT32 = 4
+
+
+def block(rows: int, keys: int, warps: int, stages: int, *, apart: bool = False) -> Config:
+    """apart: dK and dV by a launch each."""
+    return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages, apart)
+
+
+def keys(count: int, warps: int, stages: int) -> Config:
+    """Of cached_attention, where a program's rows are the heads of one group."""
+    return Config({"BLOCK_N": count}, warps, stages)
+
+
+# float32 products run on plain cores: small blocks, whose sums of sums fit into registers
+_ROWS_32 = [
+    Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 128),
+    Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
+    Case([block(32, 32, 4, 1)], lambda size, d, rows: size == _FLOAT32),
+]
+_KEYS_32 = [
+    Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
+    Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32),
+]
+_CACHED_32 = [Case([keys(16, 4, 1)], lambda size, d, rows: size == _FLOAT32)]
+
+Configs = Sequence[Config]
+
+
+def _by_width(d256: Configs, d128: Configs, d64: Configs) -> list[Case]:
+    return [
+        Case(list(d256), lambda size, d, rows: d > 128),
+        Case(list(d128), lambda size, d, rows: d > 64),
+        Case(list(d64)),
+    ]
+
+
+def attention(
+    *,
+    few: tuple[Configs, Configs],
+    some: tuple[Configs, Configs],
+    forward: tuple[Configs, Configs, Configs],
+    backward_q: tuple[Configs, Configs, Configs],
+    backward_kv: tuple[Configs, Configs, Configs],
+    cached: tuple[Configs, Configs],
+) -> Table:
+    """few: up to 16 rows, some: up to 32, and cached: for heads above 128 and below. The others:
+    for heads above 128, above 64, and below."""
+    return {
+        "attention_forward": [
+            *_ROWS_32,
+            # decoding: few rows, so the keys go by as fast as memory gives them
+            Case(list(few[0]), lambda size, d, rows: rows <= 16 and d > 128),
+            Case(list(few[1]), lambda size, d, rows: rows <= 16),
+            Case(list(some[0]), lambda size, d, rows: rows <= 32 and d > 128),
+            Case(list(some[1]), lambda size, d, rows: rows <= 32),
+            *_by_width(*forward),
+        ],
+        "attention_backward_q": [*_ROWS_32, *_by_width(*backward_q)],
+        "attention_backward_kv": [*_KEYS_32, *_by_width(*backward_kv)],
+        "cached_attention": [
+            *_CACHED_32,
+            Case(list(cached[0]), lambda size, d, rows: d > 128),
+            Case(list(cached[1])),
+        ],
+    }
