@@ -32,12 +32,14 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Task:
-    """elements: of one program, or of one round of its loop. ours: the op, and its arguments."""
+    """elements: of one program, or of one round of its loop; ours_elements where ours takes another
+    number. ours: the op, and its arguments."""
 
     name: str
     elements: int
     liger: Callable[[], Any]
     ours: tuple[str, Callable[[], tuple[Any, ...]]] | None
+    ours_elements: int = 0
 
 
 def _x(*shape: int) -> Tensor:
@@ -70,8 +72,10 @@ def _cross_entropy(trains: bool, softcap: float | None) -> Any:
 
 
 def tasks() -> list[Task]:
+    rope = importlib.import_module("fastvlm.triton.rope")
     h, kv, d = HEADS
     turned = (h + kv) * d
+    block = rope.lanes(torch.empty(0)) * rope._EACH * 2 * rope._TOGETHER  # both halves, all heads
     chunk = 65536 // 2  # of the vocabulary, Liger's largest block
     table = (_x(M, h, d), _x(M, kv, d), _x(M, d), _x(M, d))
     return [
@@ -85,8 +89,8 @@ def tasks() -> list[Task]:
             ("rms_norm_backward",
              lambda: (_x(M, N), _x(M, N), _x(N), 1e-6, 1.0, [True, True])),
         ),
-        Task("RoPE", turned, lambda: _rope(False), ("rope", lambda: table)),
-        Task("RoPE backward", turned, lambda: _rope(True), ("rope_backward", lambda: table)),
+        Task("RoPE", turned, lambda: _rope(False), ("rope", lambda: table), block),
+        Task("RoPE backward", turned, lambda: _rope(True), ("rope_backward", lambda: table), block),
         # ours are in the epilogue of a product, and have no launch of their own to count
         Task("GeGLU", F, lambda: _of("geglu", "geglu_forward")(_x(M, F), _x(M, F)), None),
         Task(
@@ -151,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if task.ours is not None:
                 with recording(args.arch) as ours:
                     run(task.ours[0], *task.ours[1]())
-                lines += _lines(task.name, "fastvlm", task.elements, ours)
+                lines += _lines(task.name, "fastvlm", task.ours_elements or task.elements, ours)
     headers = (
         "job", "side", "kernel", "warps", "registers", "LDL + STL", "occupancy", "loads",
         "instructions / element", "launches",

@@ -33,7 +33,7 @@ _KEYS_32 = [
     Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
     Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32),
 ]
-_CACHED_32 = [Case([keys(16, 4, 1)], lambda size, d, rows: size == _FLOAT32)]
+_CACHED_32 = [Case([keys(16, 8, 1)], lambda size, d, rows: size == _FLOAT32)]
 
 Configs = Sequence[Config]
 

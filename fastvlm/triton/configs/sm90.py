@@ -13,7 +13,7 @@ ATTENTION: Table = attention(
         [block(128, 64, 8, 2), block(64, 64, 4, 2)],
     ),
     backward_q=(
-        [block(64, 32, 8, 1), block(32, 16, 4, 1)],
+        [block(64, 32, 8, 2), block(64, 16, 8, 2)],
         [block(64, 64, 8, 2), block(64, 32, 4, 2)],
         [block(64, 64, 4, 2), block(128, 64, 8, 2)],
     ),

@@ -64,12 +64,19 @@ def rms_norm(
 
 
 @triton.jit
+def _both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _rms_backward(grad, x, w, n, eps):
     """dx; grad * normed, whose sum over the rows is dweight; grad . output. w has its offset."""
-    rstd = _rstd(x, n, eps)
-    normed = x * rstd
     scaled = grad * w
-    along = tl.sum(scaled * normed, 0)
+    # both sums of a row by one trip through shared memory
+    squares, along = tl.reduce((x * x, scaled * x), 0, _both)
+    rstd = tl.rsqrt(squares / n + eps)
+    along *= rstd
+    normed = x * rstd
     dx = rstd * (scaled - normed * (along / n))
     return dx, grad * normed, along
 
@@ -181,6 +188,11 @@ def _sum_with_dropout(
 
 
 @triton.jit
+def _all_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
 def _centred(z, n, mask, eps):
     """z without its mean, and 1 / its deviation."""
     centred = tl.where(mask, z - tl.sum(z, 0) / n, 0.0)
@@ -226,14 +238,17 @@ def residual_layer_norm_backward(
         z, scale = _sum_with_dropout(
             X, RESIDUAL, row, stride_x, stride_r, n, columns, mask, seed, threshold, factor, DROPOUT
         )
-        centred, rstd = _centred(z, n, mask, eps)
-        normed = centred * rstd
         grad = _row(GRAD, row, stride_g, columns, mask)
+        centred = tl.where(mask, z - tl.sum(z, 0) / n, 0.0)
+        scaled = grad * w
+        squares, of_mean, along = tl.reduce(
+            (centred * centred, scaled, scaled * centred), 0, _all_three
+        )
+        rstd = tl.rsqrt(squares / n + eps)
+        normed = centred * rstd
         dweight += grad * normed
         dbias += grad
-        scaled = grad * w
-        dz = scaled - tl.sum(scaled, 0) / n
-        dz = rstd * (dz - normed * (tl.sum(scaled * normed, 0) / n))
+        dz = rstd * (scaled - of_mean / n - normed * (along * rstd / n))
         if NEED_RESIDUAL:
             _put(DRESIDUAL, row, n, columns, mask, dz)
         if NEED_X:
