@@ -24,16 +24,20 @@ def keys(count: int, warps: int, stages: int) -> Config:
 
 
 # float32 products run on plain cores: small blocks, whose sums of sums fit into registers
-_ROWS_32 = [
+_FORWARD_32 = [
     Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 128),
     Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
     Case([block(32, 32, 4, 1)], lambda size, d, rows: size == _FLOAT32),
+]
+_ROWS_32 = [
+    Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 128),
+    Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32),
 ]
 _KEYS_32 = [
     Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
     Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32),
 ]
-_CACHED_32 = [Case([keys(16, 8, 1)], lambda size, d, rows: size == _FLOAT32)]
+_CACHED_32 = [Case([keys(32, 8, 1)], lambda size, d, rows: size == _FLOAT32)]
 
 Configs = Sequence[Config]
 
@@ -59,7 +63,7 @@ def attention(
     for heads above 128, above 64, and below."""
     return {
         "attention_forward": [
-            *_ROWS_32,
+            *_FORWARD_32,
             # decoding: few rows, so the keys go by as fast as memory gives them
             Case(list(few[0]), lambda size, d, rows: rows <= 16 and d > 128),
             Case(list(few[1]), lambda size, d, rows: rows <= 16),

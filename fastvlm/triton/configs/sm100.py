@@ -5,7 +5,7 @@ from fastvlm.triton.configs.heads import attention, block, keys
 from fastvlm.triton.configs.products import cases, sliced, stored_cases, tile
 
 ATTENTION: Table = attention(
-    few=([block(16, 64, 4, 2), block(16, 32, 4, 2)], [block(16, 128, 4, 2), block(16, 64, 4, 3)]),
+    few=([block(16, 64, 4, 2), block(16, 32, 4, 2)], [block(16, 128, 4, 2), block(16, 64, 4, 2)]),
     some=([block(32, 32, 4, 1)], [block(32, 64, 4, 2)]),
     forward=(
         [block(64, 32, 8, 2), block(64, 32, 8, 1)],
@@ -22,7 +22,7 @@ ATTENTION: Table = attention(
         [block(32, 64, 8, 2), block(64, 64, 8, 1)],
         [block(32, 64, 4, 2), block(64, 64, 4, 2)],
     ),
-    cached=([keys(64, 4, 2), keys(32, 4, 2)], [keys(64, 4, 2), keys(32, 4, 2)]),
+    cached=([keys(64, 4, 2), keys(32, 4, 2)], [keys(32, 4, 2), keys(32, 2, 2)]),
 )
 
 # From 64 rows on, the sums are in tensor memory and reach the registers in slices.
