@@ -24,19 +24,16 @@ def keys(count: int, warps: int, stages: int) -> Config:
 
 
 # float32 products run on plain cores: small blocks, whose sums of sums fit into registers
-_FORWARD_32 = [
-    Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 128),
-    Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
-    Case([block(32, 32, 4, 1)], lambda size, d, rows: size == _FLOAT32),
-]
-_ROWS_32 = [
-    Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 128),
-    Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32),
-]
-_KEYS_32 = [
-    Case([block(16, 16, 8, 1)], lambda size, d, rows: size == _FLOAT32 and d > 64),
-    Case([block(16, 16, 4, 1)], lambda size, d, rows: size == _FLOAT32),
-]
+def _float32(
+    wide: list[Config], middle: list[Config], narrow: list[Config]
+) -> list[Case]:  # fmt: skip
+    return [
+        Case(wide, lambda size, d, rows: size == _FLOAT32 and d > 128),
+        Case(middle, lambda size, d, rows: size == _FLOAT32 and d > 64),
+        Case(narrow, lambda size, d, rows: size == _FLOAT32),
+    ]
+
+
 _CACHED_32 = [Case([keys(32, 8, 1)], lambda size, d, rows: size == _FLOAT32)]
 
 Configs = Sequence[Config]
@@ -58,12 +55,16 @@ def attention(
     backward_q: tuple[Configs, Configs, Configs],
     backward_kv: tuple[Configs, Configs, Configs],
     cached: tuple[Configs, Configs],
+    wide_warps: int = 8,
 ) -> Table:
     """few: up to 16 rows, some: up to 32, and cached: for heads above 128 and below. The others:
-    for heads above 128, above 64, and below."""
+    for heads above 128, above 64, and below. wide_warps: that share a block of the widest heads in
+    float32, which is all registers."""
+    small = [block(16, 16, 4, 1)]
+    widest = [block(16, 16, wide_warps, 1)]
     return {
         "attention_forward": [
-            *_FORWARD_32,
+            *_float32(widest, small, [block(32, 32, 4, 1)]),
             # decoding: few rows, so the keys go by as fast as memory gives them
             Case(list(few[0]), lambda size, d, rows: rows <= 16 and d > 128),
             Case(list(few[1]), lambda size, d, rows: rows <= 16),
@@ -71,8 +72,11 @@ def attention(
             Case(list(some[1]), lambda size, d, rows: rows <= 32),
             *_by_width(*forward),
         ],
-        "attention_backward_q": [*_ROWS_32, *_by_width(*backward_q)],
-        "attention_backward_kv": [*_KEYS_32, *_by_width(*backward_kv)],
+        "attention_backward_q": [*_float32(widest, small, small), *_by_width(*backward_q)],
+        "attention_backward_kv": [
+            *_float32(widest, [block(16, 16, 8, 1)], small),
+            *_by_width(*backward_kv),
+        ],
         "cached_attention": [
             *_CACHED_32,
             Case(list(cached[0]), lambda size, d, rows: d > 128),
