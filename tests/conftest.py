@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # torch.compile keeps graphs from earlier runs by the names of the ops in them: after a change of an
 # op's outputs a kept graph is wrong, and the tests must compile the ops as they are
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# on a GPU: memory is poisoned by PyTorch's deterministic mode, which cuBLAS only serves like this
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import emulator
 import pytest

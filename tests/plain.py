@@ -37,7 +37,8 @@ def attention(
         scores = torch.matmul(rows.transpose(0, 1), keys.permute(1, 2, 0)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        distance = torch.arange(rows.shape[0])[:, None] - torch.arange(keys.shape[0])
+        places = (torch.arange(x.shape[0], device=x.device) for x in (rows, keys))
+        distance = next(places)[:, None] - next(places)
         if causal:
             scores = scores.masked_fill(distance < 0, float("-inf"))
         if window is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,6 +197,34 @@ def test_offsets_of_32_bits_are_not_trusted_beyond_their_range() -> None:
     assert "2^31" in reason
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", list(SETTINGS))
+def test_the_library_itself(case: str, dtype: torch.dtype, randn: Callable[..., Tensor]) -> None:
+    """On a GPU, flash-attn in place of the stand-in."""
+    if flash.unavailable():
+        pytest.skip(str(flash.unavailable()))
+    lengths, settings = SETTINGS[case]
+    layout = Layout.from_lengths(*lengths).to("cuda")
+    run = ops.cross_attention if "cross" in case else ops.self_attention
+    shapes = [(sum(lengths[0]), 4, 64)] + [(sum(lengths[1]), 2, 64)] * 2
+    leaves = [randn(*shape).cuda().requires_grad_() for shape in shapes]
+    grad = randn(*shapes[0]).cuda()
+    with fastvlm.use("flash"):
+        out = run(*leaves, layout, **settings)
+        ours = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    def plainly(kind: torch.dtype) -> list[Tensor]:
+        copies = [x.detach().to(kind).requires_grad_() for x in leaves]
+        result = plain.attention(*copies, *lengths, **settings)
+        return [result.detach(), *torch.autograd.grad(result, copies, grad.to(kind))]
+
+    for i, (a, b, c) in enumerate(zip(ours, plainly(dtype), plainly(torch.float64))):
+        factor = error_rule.BACKWARD if i else error_rule.FORWARD
+        error_rule.check(f"result {i}", a, b, c, factor)
+
+
+@pytest.mark.skipif(bool(find_spec("flash_attn")), reason="flash-attn is installed here")
 def test_a_machine_without_it_says_so() -> None:
     assert "flash-attn is not installed" in str(flash.unavailable())
     rows = {name: why for name, _, why in dispatch.status("cuda")}
