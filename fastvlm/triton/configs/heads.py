@@ -23,10 +23,8 @@ def keys(count: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_N": count}, warps, stages)
 
 
-# float32 products run on plain cores: small blocks, whose sums of sums fit into registers
-def _float32(
-    wide: list[Config], middle: list[Config], narrow: list[Config]
-) -> list[Case]:  # fmt: skip
+def _float32(wide: list[Config], middle: list[Config], narrow: list[Config]) -> list[Case]:
+    """Products on plain cores: blocks so small that their sums of sums fit into registers."""
     return [
         Case(wide, lambda size, d, rows: size == _FLOAT32 and d > 128),
         Case(middle, lambda size, d, rows: size == _FLOAT32 and d > 64),
@@ -72,7 +70,10 @@ def attention(
             Case(list(some[1]), lambda size, d, rows: rows <= 32),
             *_by_width(*forward),
         ],
-        "attention_backward_q": [*_float32(widest, small, small), *_by_width(*backward_q)],
+        "attention_backward_q": [
+            *_float32(widest, small, [block(16, 16, 8, 1)]),
+            *_by_width(*backward_q),
+        ],
         "attention_backward_kv": [
             *_float32(widest, [block(16, 16, 8, 1)], small),
             *_by_width(*backward_kv),
