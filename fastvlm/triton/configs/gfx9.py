@@ -25,6 +25,7 @@ ATTENTION: Table = attention(
     cached=([keys(32, 4, 2)], [keys(64, 4, 2), keys(32, 4, 2)]),
     # of 64 lanes: four have all registers of a compute unit
     wide_warps=4,
+    wide_apart=True,
 )
 
 # 64 KB of local memory; one tile of each factor on its way while another is multiplied.

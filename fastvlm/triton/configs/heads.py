@@ -54,12 +54,14 @@ def attention(
     backward_kv: tuple[Configs, Configs, Configs],
     cached: tuple[Configs, Configs],
     wide_warps: int = 8,
+    wide_apart: bool = False,
 ) -> Table:
     """few: up to 16 rows, some: up to 32, and cached: for heads above 128 and below. The others:
     for heads above 128, above 64, and below. wide_warps: that share a block of the widest heads in
-    float32, which is all registers."""
+    float32, which is all registers; wide_apart: their dK and dV by a launch each."""
     small = [block(16, 16, 4, 1)]
     widest = [block(16, 16, wide_warps, 1)]
+    widest_keys = [block(16, 16, wide_warps, 1, apart=wide_apart)]
     return {
         "attention_forward": [
             *_float32(widest, small, [block(32, 32, 4, 1)]),
@@ -75,7 +77,7 @@ def attention(
             *_by_width(*backward_q),
         ],
         "attention_backward_kv": [
-            *_float32(widest, [block(16, 16, 8, 1)], small),
+            *_float32(widest_keys, [block(16, 16, 8, 1)], small),
             *_by_width(*backward_kv),
         ],
         "cached_attention": [
