@@ -22,9 +22,20 @@ from torch import Tensor
 from fastvlm.ops.dispatch import Kernel, register
 
 OLDEST = (2, 8)
+OLDEST_CAPABILITY = (8, 0)
 FEWEST_ROWS = 64
 MOST_ELEMENTS = 2**31 - 1
 _LOG2E = 1.0 / math.log(2.0)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every head of every row starts at a multiple of 16 bytes (of 16-bit elements)."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 class Call(NamedTuple):
@@ -51,6 +62,14 @@ RULES: list[tuple[Callable[[Call], bool], str]] = [
         "its offsets are 32 bits wide: 2^31 elements and more make it fault",
     ),
     (lambda c: c.q.numel() > 0 and c.k.numel() > 0, "nothing to compute"),
+    (
+        lambda c: all(aligned(x) for x in (c.q, c.k, c.v)),
+        "rows that do not start at multiples of 16 bytes, as its loads want",
+    ),
+    (
+        lambda c: c.q.device.type != "cuda" or _capability(c.q.device.index) >= OLDEST_CAPABILITY,
+        "a GPU older than compute capability 8.0",
+    ),
     (lambda c: c.max_readers >= FEWEST_ROWS, f"fewer than {FEWEST_ROWS} rows read an image"),
 ]
 
@@ -128,6 +147,8 @@ def _backward(
     )
     largest, total = stats.unbind(-1)
     lse = (largest / _LOG2E + total.log()).masked_fill(total == 0, float("inf"))
+    if not aligned(grad_out):
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     _interface()._flash_attn_varlen_backward(
         grad_out, q, k, v, out, lse.t().contiguous(), *grads, **settings, deterministic=True

@@ -172,6 +172,7 @@ REFUSED = {
     "do not stand together": {"image_of": [1, 0, 1]},
     "multiples of 8": {"d": 20},
     "end at 256": {"d": 264},
+    "multiples of 16 bytes": {"shift": 1},
     "fewer than 64 rows": {"rows": 5},
     "nothing to compute": {"rows": 0},
 }
@@ -183,8 +184,9 @@ def test_what_it_does_not_serve_it_says(why: str) -> None:
     change = REFUSED[why]
     rows, d = change.get("rows", 80), change.get("d", 16)
     layout = Layout.from_lengths([rows] * 3, [10, 12], change.get("image_of", [0, 0, 1]))
-    q, k = torch.zeros(3 * rows, 2, d), torch.zeros(22, 2, d)
-    q, k = (x.to(change.get("dtype", torch.bfloat16)) for x in (q, k))
+    dtype, shift = change.get("dtype", torch.bfloat16), change.get("shift", 0)
+    q = torch.zeros(3 * rows, 2, d + shift, dtype=dtype)[..., shift:]
+    k = torch.zeros(22, 2, d, dtype=dtype)
     with pytest.raises(dispatch.BackendError, match=why):
         ops.cross_attention(q, k, k, layout, dropout_p=change.get("dropout_p", 0.0))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
 
@@ -46,8 +47,9 @@ FLOORS = {
     "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 
-# what has no kernel here on purpose, and why
-LIBRARY = {"linear": "plain products are the library's (cuBLAS)"}
+# what has no kernel here on purpose: plain products are the library's
+LIBRARY = {"linear": F.linear}
+OLDEST_CAPABILITY = (8, 0)
 
 _on_cpu_tensors = False
 
@@ -96,13 +98,31 @@ def _kernel(name: str, floor: str) -> Kernel:
         "triton",
         lambda *args: launcher().run(*args),
         unavailable,
-        lambda *args: launcher().unsupported(*args),
+        lambda *args: _too_old(args) or launcher().unsupported(*args),
     )
+
+
+def _other_dtype(*args: Any) -> str | None:
+    return importlib.import_module("fastvlm.triton.common").unsupported_dtype(*args)
+
+
+def _too_old(args: tuple[Any, ...]) -> str | None:
+    """Why the device of a call is not served: machines may have several."""
+    device = next(x for x in args if isinstance(x, torch.Tensor)).device
+    return _device_too_old(device.index) if device.type == "cuda" else None
+
+
+@functools.cache
+def _device_too_old(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        wanted = ".".join(map(str, OLDEST_CAPABILITY))
+        return f"compute capability {'.'.join(map(str, capability))} ({wanted} or newer is needed)"
+    return None
 
 
 for _floor, _names in FLOORS.items():
     for _name in _names:
         register(_name, _kernel(_name, _floor))
-for _name, _why in LIBRARY.items():
-    _says = functools.partial(str, _why)
-    register(_name, Kernel("triton", _says, _says, _says))
+for _name, _function in LIBRARY.items():
+    register(_name, Kernel("triton", _function, unavailable, _other_dtype))

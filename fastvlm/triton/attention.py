@@ -37,6 +37,12 @@ def _scales(scale: float, softcap: float) -> tuple[float, float]:
     return (scale / softcap, softcap * LOG2E) if softcap > 0 else (scale * LOG2E, 1.0)
 
 
+def _window(window: int, longest: int) -> int:
+    """0, none, where no two places of a segment are so far apart: nothing is hidden, and sums of a
+    place and a window stay in 32 bits."""
+    return 0 if window >= longest else window
+
+
 def _shape(x: Tensor) -> dict[str, Any]:
     """The constexpr arguments that follow from head_dim and dtype."""
     d = x.shape[-1]
@@ -127,6 +133,7 @@ def _attention(
     stats = torch.empty((rows, heads, 2), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, stats
+    window = _window(window, max_q)
     flags = _flags(seed, rows_by_image, causal, window, softcap, dropout_p)
     inner, outer = _scales(scale, softcap)
 
@@ -183,6 +190,7 @@ def _attention_backward(
     kv_heads = k.shape[1]
     group, images = heads // kv_heads, kv_offsets.shape[0] - 1
     delta = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
+    window = _window(window, max_q)
     flags = _flags(seed, rows_by_image, causal, window, softcap, dropout_p)
     inner, outer = _scales(scale, softcap)
     where = (rows_by_image, reader_offsets, kv_offsets, seed)
@@ -237,7 +245,8 @@ def _cached_attention(
     if out.numel() == 0:
         return out
     inner, outer = _scales(scale, softcap)
-    keys = min(window, k_cache.shape[1]) if window > 0 else k_cache.shape[1]
+    window = _window(window, k_cache.shape[1])
+    keys = window if window > 0 else k_cache.shape[1]
     splits = _splits(q, rows * kv_heads, keys)
     stats = torch.empty((rows, heads, 2) if splits > 1 else 0, dtype=torch.float32, device=q.device)
     to, to_stats = _for_splits(out, stats, splits)

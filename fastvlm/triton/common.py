@@ -52,8 +52,15 @@ def multiprocessors(x: Tensor) -> int:
     return _multiprocessors(x.device.index) if x.device.type == "cuda" else 128
 
 
+@functools.cache
+def _lanes(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).warp_size)
+
+
 def lanes(x: Tensor) -> int:
     """Threads of a warp on the device of x."""
+    if x.is_cuda:
+        return _lanes(x.device.index)
     return 64 if configs.family(x) == "gfx9" else 32
 
 
@@ -80,4 +87,7 @@ def dot_precision(x: Tensor) -> str:
     # 16-bit factors have one precision, and AMD's compiler has no other for float32
     if x.dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", setting)  # of all products
+    return "tf32" if setting == "tf32" else "ieee"

@@ -28,8 +28,9 @@ from fastvlm.triton.kernels import loss_backward as backward
 MOST_K = 64
 # its blocks must fit into the registers of the program that merges them
 LARGEST_VOCABULARY = 2**19
-# the gradients of a chunk's logits: about this much memory, but chunks long enough that reading and
-# writing the sums of dh for each costs little beside the products; every block size divides COLUMNS
+# the gradients of a chunk's logits: about this much memory, or FEWEST_COLUMNS of them: chunks long
+# enough that reading and writing the sums of dh for each costs little beside the products; every
+# block size divides COLUMNS
 SCRATCH_BYTES, FEWEST_COLUMNS, COLUMNS = 64 * 2**20, 2048, 256
 # rows ranked at one time, however much memory the best of each block take: a decoding step
 FEWEST_RANKED = 64

@@ -133,7 +133,9 @@ def _residual_rms_norm_backward(
     programs = cdiv(m, rows)
     dx, dresidual = _grad_of(x, needs[0]), _grad_of(x, needs[1])
     dw, dnext = _parts(needs[2], programs, x), _parts(need_next, programs, x)
-    dgate = torch.empty(programs if need_gate else 0, dtype=torch.float32, device=x.device)
+    # rows of width 0 launch nothing
+    make = torch.empty if x.numel() else torch.zeros
+    dgate = make(programs if need_gate else 0, dtype=torch.float32, device=x.device)
     if x.numel():
         with device_of(x):
             kernels.residual_rms_norm_backward[(programs,)](

@@ -153,6 +153,19 @@ def test_an_image_with_nothing_but_masked_rows_and_a_cache_that_holds_anything(r
     assert (out[1] == 0).all()
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_beyond_all_counting_is_none(
+    causal: bool, randn: Any, follows_the_error_rule: Any
+) -> None:
+    for window in (2**31 - 1, 2**62):
+        follows_the_error_rule(
+            lambda *x, w=window: own(*x, causal=causal, window=w),
+            lambda *x: plain.attention(*x, *OWN, causal=causal),
+            leaves(randn, OWN, (2, 1), 16),
+        )
+
+
 @pytest.mark.parametrize(
     ("why", "change"),
     [("head dimension 257", {"d": 257}), ("float64", {"dtype": torch.float64})],

@@ -291,3 +291,12 @@ def test_every_call_has_a_config(family: str) -> None:
     with configs.assumed(family):
         for kernel, rows, wide in itertools.product(SMALL, (1, 16, 32, 64, 4096), (0, 1)):
             assert configs.options(kernel, torch.zeros(1), rows=rows, wide=wide)
+
+
+def test_an_infinite_gradient_stays_in_its_row(small: None) -> None:
+    h = torch.randn(4, WIDTH, requires_grad=True)
+    weight, labels = torch.randn(VOCABULARY, WIDTH), torch.arange(4)
+    loss_of_rows = ops.linear_cross_entropy(h, weight, labels, reduction="none")
+    loss_of_rows.backward(torch.tensor([1.0, float("inf"), 1.0, 1.0]))
+    assert h.grad is not None
+    assert h.grad.isfinite().all(1).tolist() == [True, False, True, True]

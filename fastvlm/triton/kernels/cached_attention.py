@@ -7,7 +7,7 @@ from fastvlm.triton.kernels.attention import put_tile, tile
 from fastvlm.triton.kernels.math import product, tanh
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "window"])
+@triton.jit(do_not_specialize=["stride_a", "rows", "heads", "window"])
 def cached_attention(
     Q, K, V, OUT, STATS, LENGTHS, ANCESTRY,
     stride_qr, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,

@@ -45,7 +45,8 @@ def order_rows(
             tl.store(LSE + 2 * row + 1, 0.0, mask=inside & (counts == 0))
     tl.store(COUNT, count)
     if BACKWARD:
-        # a power of two, so that scaling costs no digit
+        # a power of two, so that scaling costs no digit; finite, or one row would spoil all others
+        largest = tl.minimum(largest, 1e30)
         tl.store(SCALE, tl.exp2(tl.floor(tl.log2(largest)) - 12.0))
 
 

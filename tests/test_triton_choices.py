@@ -1,0 +1,83 @@
+"""What the launchers decide by themselves: precision, families, what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import emulator
+import pytest
+import torch
+
+from fastvlm import ops, triton
+from fastvlm.triton import configs
+from fastvlm.triton.common import dot_precision
+
+F32, BF16 = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def precisions() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, torch.backends.fp32_precision
+    yield
+    matmul.fp32_precision, torch.backends.fp32_precision = before
+
+
+@pytest.mark.usefixtures("precisions")
+def test_tf32_where_pytorch_may_by_either_of_its_settings() -> None:
+    assert dot_precision(F32) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert (dot_precision(F32), dot_precision(BF16)) == ("tf32", "ieee")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.fp32_precision = "tf32"
+    assert dot_precision(F32) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    assert dot_precision(F32) == "tf32"
+
+
+def test_every_architecture_has_its_family() -> None:
+    found = {c: configs.family_of(c) for c in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))}
+    assert list(found.values()) == ["sm80", "sm86", "sm86", "sm90", "sm100", "sm86"]
+    assert configs.family_of((9, 4), hip=True) == "gfx9"
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    triton._device_too_old.cache_clear()
+    assert triton._device_too_old(0) == "compute capability 7.5 (8.0 or newer is needed)"
+    triton._device_too_old.cache_clear()
+
+
+@pytest.mark.triton
+def test_products_are_the_librarys_where_triton_is_forced() -> None:
+    x, w = torch.randn(3, 5), torch.randn(4, 5)
+    with emulator.emulated() as session:
+        assert torch.equal(ops.linear(x, w), torch.nn.functional.linear(x, w))
+        assert session.launches == 0
+
+
+@pytest.mark.triton
+def test_rows_of_width_0_have_gradients_too() -> None:
+    leaves = [torch.randn(4, 0), torch.randn(4, 0), torch.randn(0), torch.randn(1)]
+    leaves = [x.requires_grad_() for x in leaves]
+    with emulator.emulated():
+        h = ops.residual_rms_norm(*leaves[:3], gate=leaves[3])
+        assert isinstance(h, torch.Tensor)
+        h.sum().backward()
+    assert leaves[3].grad is not None
+    assert leaves[3].grad.item() == 0
+
+
+def test_the_best_config_that_fails_gives_way_to_the_first() -> None:
+    good, bad = configs.Config({"BLOCK": 1}), configs.Config({"BLOCK": 2})
+    ran = []
+
+    def run(config: configs.Config) -> None:
+        if config is bad:
+            raise RuntimeError("too large")
+        ran.append(config)
+
+    configs._best["a kernel",] = bad
+    configs._run_the_best([good, bad], run, ("a kernel",))
+    assert ran == [good]
+    assert configs._best.pop(("a kernel",)) is good
