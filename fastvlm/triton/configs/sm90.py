@@ -111,6 +111,9 @@ _ROWS = Case(
     [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 4), tile(128, 256, 64, 8, 4)],
     lambda rows, wide: not wide,
 )
+_ROWS_CAPPED = Case(
+    [tile(128, 128, 64, 8, 4), tile(128, 128, 64, 8, 3)], lambda rows, wide: not wide
+)
 _ROWS_RANKED = Case(
     [tile(64, 128, 64, 4, 4), tile(128, 128, 64, 8, 4)], lambda rows, wide: not wide
 )
@@ -121,7 +124,15 @@ _BY_ROWS = [_ROWS_16, _ROWS_32, _ROWS_64, _ROWS, _FLOAT32_16, _FLOAT32]
 
 LOSS: Table = {
     "linear_cross_entropy": _BY_ROWS,
-    "linear_cross_entropy_dlogits": _BY_ROWS,
+    # with a softcap twice as wide a tile would spill
+    "linear_cross_entropy_dlogits": [
+        _ROWS_16,
+        _ROWS_32,
+        _ROWS_64,
+        _ROWS_CAPPED,
+        _FLOAT32_16,
+        _FLOAT32,
+    ],
     "linear_cross_entropy_dh": _BY_ROWS,
     # its rows are tokens of the vocabulary: many, however few rows there are
     "linear_cross_entropy_dweight": [_ROWS, _FLOAT32],

@@ -198,7 +198,8 @@ def cross_entropy_dbias(
         place = start + inner
         total += tl.load(
             DLOGITS + place.to(tl.int64)[:, None] * stride_d + token[None, :],
-            mask=(place < count)[:, None] & (token < vocabulary)[None, :],
+            # not "vocabulary", which is odd often: whole vectors, of which the rest is not stored
+            mask=(place < count)[:, None] & (token < stride_d)[None, :],
             other=0.0,
         ).to(tl.float32)
     total_of_token = tl.sum(total, 0) * tl.load(SCALE)
