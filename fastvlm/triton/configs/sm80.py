@@ -84,7 +84,7 @@ MLP: Table = {
     ),
     "low_precision_linear": stored_cases(
         split_few=[sliced(16, 16, 128, warps=1, stages=4), sliced(16, 32, 128, warps=2, stages=4)],
-        split=[sliced(64, 64, 32, warps=4, stages=4), sliced(64, 128, 32, warps=8, stages=3)],
+        split=[sliced(64, 128, 32, warps=8, stages=3)],
         narrow=[sliced(16, 16, 256, warps=1, stages=4), sliced(16, 16, 512, warps=2, stages=3)],
         few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 64, 128, warps=4, stages=3)],
         some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=4, stages=4)],
