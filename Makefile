@@ -101,8 +101,7 @@ $(VENV)/.dev: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
 	$(PY) -m pip install "$(TRANSFORMERS)" -e ".[dev]"
 	@touch $@ $(VENV)/.demo
 
-# Triton and its emulator, neither asks for a GPU. ttsem's declaration of the
-# oldest Python is newer than it needs
+# Triton and its emulator; neither asks for a GPU. ttsem runs on older Pythons than it declares
 $(VENV)/.emulator: | $(VENV)/.torch
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --no-deps triton==3.8.0
 	$(PY) -m pip install --no-deps --ignore-requires-python ttsem==0.1.0

@@ -11,7 +11,7 @@ Whose product is whose. Ours are those that something is fused to, all [rows, F]
 The library's (`_product`: cuBLAS, or hipBLASLt) are those that only multiply, in which nothing is
 saved by fusing and its hand-scheduled kernels are the ones to beat: the down projections, the
 gradients of x and of every weight, a bfloat16 weight at more rows than a decoding step has if x is
-bfloat16 too, and `linear`, which is left to the reference for that reason.
+bfloat16 too, and `linear`, which is PyTorch's own for that reason.
 
 No product is split over K: with few rows the tiles are narrow instead, which fills the device with
 programs and needs no second launch to add up parts.

@@ -324,8 +324,7 @@ MUTANTS = [
         ("turns-the-wrong-way", check_rope, "first * cos1 - second * sin1",
          "first * cos1 + second * sin1"),
         ("back-is-forward", check_rope, "if BACK:", "if not BACK:"),
-        ("heads-not-masked", check_rope, "real = (head < heads)[:, None]",
-         "real = (head < heads + 1)[:, None]"),
+        ("heads-not-masked", check_rope, "if head < count:", "if head <= count:"),
     ),
 ]  # fmt: skip
 CHECKS = {m.check.__name__: m.check for m in MUTANTS}
