@@ -31,7 +31,10 @@ def self_attend(
     softcap: float | None,
     dropout_p: float,
 ) -> Tensor:
-    """q [B, L, H, D], k, v [B, L, Hkv, D] -> [B, L, H * D]; appends to a cache."""
+    """q [B, L, H, D], k, v [B, L, Hkv, D] -> [B, L, H * D]; appends to a cache.
+
+    In a packed stack B is 1 and L all tokens of the batch.
+    """
     if cache is not None:
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
         if layouts.rows is None:
@@ -55,9 +58,9 @@ def self_attend(
     rows = layouts.rows
     assert rows is not None  # a decoding step always has a cache
     out = ops.self_attention(
-        rows.pack(q),
-        rows.pack(k),
-        rows.pack(v),
+        layouts.pack(q),
+        layouts.pack(k),
+        layouts.pack(v),
         rows,
         causal=causal,
         window=window,
@@ -65,7 +68,7 @@ def self_attend(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    return rows.unpack(out.flatten(1))
+    return layouts.unpack(out.flatten(1))
 
 
 def cross_attend(
@@ -80,7 +83,8 @@ def cross_attend(
 ) -> Tensor:
     """q [R, L, H, D] against the encoder's [I, S, d] -> [R, L, H * D].
 
-    K/V are projected once per image, packed, and kept in the shared cross cache if there is one.
+    In a packed stack R and I are 1, L and S all tokens. K/V are projected once per image, packed,
+    and kept in the shared cross cache if there is one.
     """
     layout = layouts.cross
     assert layout is not None
@@ -91,14 +95,14 @@ def cross_attend(
         if layer.packed is not None:
             k, v = layer.packed
     if k is None or v is None:
-        states = layout.pack_kv(encoder_states)
+        states = layouts.packed_states(encoder_states)
         k = heads(module.k_proj(states), module.head_dim)
         v = heads(module.v_proj(states), module.head_dim)
         if isinstance(cache, EncoderDecoderCache):
             layer.fill(k, v, layout)
             cache.is_updated[index] = True
     out = ops.cross_attention(
-        layout.pack(q),
+        layouts.pack(q),
         k,
         v,
         layout,
@@ -106,4 +110,4 @@ def cross_attend(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    return layout.unpack(out.flatten(1))
+    return layouts.unpack(out.flatten(1))

@@ -66,11 +66,18 @@ class BartAttention(Host):
         return self.out_proj(out), None
 
 
+def _enter(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """BART's stack adds positions by column, so it is the first layer that packs."""
+    layouts = kwargs.get(KEYWORD)
+    return hidden_states if layouts is None else layouts.enter(hidden_states)
+
+
 class _Layer(Host):
     """The MLP and the residual tails that encoder and decoder layers share."""
 
     pre_norm = False
     approximate = "none"
+    runs_packed = True
 
     def _branch_in(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return norm(x) if self.pre_norm else x
@@ -94,6 +101,7 @@ class _Layer(Host):
 
 class BartEncoderLayer(_Layer):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        hidden_states = _enter(hidden_states, kwargs)
         norm = self.self_attn_layer_norm
         x = self._branch_in(hidden_states, norm)
         x, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
@@ -117,6 +125,7 @@ class BartDecoderLayer(_Layer):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
+        hidden_states = _enter(hidden_states, kwargs)
         norm = self.self_attn_layer_norm
         x, _ = self.self_attn(
             self._branch_in(hidden_states, norm),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from fastvlm import ops
+from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import GegluMLP, gelu_kind
 from fastvlm.nn.norm import RMSNorm
 from fastvlm.patching.attention import heads, self_attend
+from fastvlm.patching.classes import unpatched_class
 from fastvlm.patching.layouts import KEYWORD
 from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack
@@ -75,6 +77,8 @@ class VarianceEpsilonRMSNorm(RMSNorm):
 
 
 class GemmaDecoder(DecoderStack):
+    packs_ids = True
+
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.config)
 
@@ -93,6 +97,62 @@ class GemmaDecoder(DecoderStack):
     ) -> Any:
         call = Call(input_ids, attention_mask, past_key_values, inputs_embeds, None, None)
         return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
+
+
+class SandwichLayer(Host):
+    """A layer whose branches have a norm before and one after (Gemma-2).
+
+    The norm after a branch, the residual and the norm before the next one are one op.
+    """
+
+    def _tail(self, x: Tensor, residual: Tensor, post: Any, following: Any = None) -> Any:
+        """h = residual + post(x), and where a norm follows also following(h)."""
+        p = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
+        norms = [post] if following is None else [post, following]
+        alike = {(norm.eps, norm.offset) for norm in norms if _is_fusable(norm)}
+        if p == 0 and len(alike) == 1 and all(map(_is_fusable, norms)):
+            return ops.residual_rms_norm(
+                x,
+                residual,
+                post.weight,
+                next_weight=None if following is None else following.weight,
+                eps=post.eps,
+                offset=post.offset,
+            )
+        x = post(x)
+        h = residual + (self.dropout(x) if p > 0 else x)
+        return h if following is None else (h, following(h))
+
+    def _mlp(self, x: Tensor, residual: Tensor) -> Tensor:
+        h: Tensor = self._tail(self.mlp(x), residual, self.post_feedforward_layernorm)
+        return h
+
+
+class GemmaLayer(SandwichLayer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        x, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        norms = self.post_attention_layernorm, self.pre_feedforward_layernorm
+        h, x = self._tail(x, hidden_states, *norms)
+        return self._mlp(x, h)
+
+
+def _is_fusable(norm: nn.Module) -> bool:
+    return isinstance(norm, RMSNorm) and is_plain(norm, unpatched_class(norm))
 
 
 def choose_attention(module: Any) -> Swap | str:
@@ -131,6 +191,22 @@ def choose_norm(module: Any) -> Swap | str:
     return "it computes neither (1 + w) nor w times x / rms(x)"
 
 
+LAYER_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+def _choose_layer(module: Any) -> Swap | str:
+    if extra := extra_parts(module, "self_attn", "mlp", *LAYER_NORMS):
+        return extra
+    if not takes(module, "hidden_states", "position_embeddings", "past_key_values"):
+        return "its forward has other arguments than transformers 5"
+    return Swap(GemmaLayer, ("residual_rms_norm",))
+
+
 def is_rms_norm(module: Any) -> bool:
     named = any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
     has_eps = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
@@ -145,6 +221,7 @@ RULES = (
     ),
     Rule(("mlp",), has("gate_proj", "up_proj", "down_proj", "act_fn"), choose_mlp),
     Rule(("norm",), is_rms_norm, choose_norm),
+    Rule(("norm",), has("self_attn", "mlp", *LAYER_NORMS), _choose_layer),
 )
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from fastvlm.layout import Layout
 
 KEYWORD = "fastvlm_layouts"
+# keyword argument of a patched model: int64 [B], the encoder row that each decoder row reads
+READERS = "prompt_of_target"
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,61 @@ class Layouts:
         position, -1 where there is padding (`fastvlm.ops.cached_attention`).
     fused_self: False where self-attention stays with transformers, mask included (several new
         tokens on a filled cache).
+    packed: the whole stack runs on the tokens alone: hidden states are [1, tokens, d], the
+        encoder's states too, and padding is neither computed nor differentiated.
     """
 
     rows: Layout | None = None
     cross: Layout | None = None
     visible: Tensor | None = None
     fused_self: bool = True
+    packed: bool = False
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Hidden states as the layers have them: a packed stack's first layer packs [B, L, d]."""
+        rows = self.rows
+        if not self.packed or rows is None or x.shape[:2] == (1, rows.num_tokens):
+            return x
+        return rows.pack(x).unsqueeze(0)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """What a layer has of each query row, [B, L, ...] or [1, tokens, ...] -> [tokens, ...]."""
+        return x.flatten(0, 1) if self.packed else self._queries().pack(x)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """[tokens, ...] -> as the layers have it."""
+        return y.unsqueeze(0) if self.packed else self._queries().unpack(y)
+
+    def _queries(self) -> Layout:
+        layout = self.cross if self.rows is None else self.rows
+        assert layout is not None
+        return layout
+
+    def packed_states(self, encoder_states: Tensor) -> Tensor:
+        """The encoder's states as the layers get them -> [encoder tokens, d]."""
+        assert self.cross is not None
+        return encoder_states.flatten(0, 1) if self.packed else self.cross.pack_kv(encoder_states)
 
 
 def wants_attentions(module: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether the caller asks for attention probabilities, which no fused kernel materialises."""
     asked = kwargs.get("output_attentions")
     return bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
+
+
+def wants_hidden_states(module: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the caller asks for the output of each layer, on the padded grid."""
+    asked = kwargs.get("output_hidden_states")
+    return bool(getattr(module.config, "output_hidden_states", False) if asked is None else asked)
+
+
+def packed_positions(position_ids: Tensor | None, rows: Layout) -> Tensor:
+    """position_ids [1 or B, L] of the tokens, [1, tokens]; the column where none are given."""
+    grid = rows.q_padding
+    assert grid is not None
+    if position_ids is None:
+        position_ids = torch.arange(grid.length, device=rows.device).unsqueeze(0)
+    return rows.pack(position_ids.expand(grid.batch, grid.length)).unsqueeze(0)
 
 
 def is_2d(mask: object) -> bool:
@@ -74,11 +119,14 @@ def visible_positions(mask: Tensor | None) -> Tensor | None:
     return torch.where(mask != 0, rows, -1)
 
 
-def zero_padding(output: Any, layout: Layout | None) -> Any:
-    """The stack's output with zeros at padded positions, where transformers leaves any value."""
-    if layout is None or layout.q_padding is None or layout.q_padding.index is None:
+def zero_padding(output: Any, layouts: Layouts) -> Any:
+    """The stack's output on the padded grid, zeros where transformers leaves any value."""
+    rows = layouts.rows
+    if rows is None or rows.q_padding is None or rows.q_padding.index is None:
         return output
+    states = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
+    states = rows.unpack(layouts.pack(layouts.enter(states)))
     if isinstance(output, tuple):
-        return (layout.unpack(layout.pack(output[0])), *output[1:])
-    output["last_hidden_state"] = layout.unpack(layout.pack(output["last_hidden_state"]))
+        return (states, *output[1:])
+    output["last_hidden_state"] = states
     return output

@@ -1,12 +1,14 @@
 """Patched encoder and decoder stacks: build the Layouts, hand them down, leave the rest as it is.
 
-Where a call asks for something the fused path does not do (attention probabilities, a mask that is
+A call without a cache (training) runs packed from the first layer to the last, where all layers can:
+padding is neither computed nor differentiated. Where a call asks for something the fused path does not do (attention probabilities, a mask that is
 not [batch, length], a static or foreign cache), transformers' own path runs, unchanged; several new
 tokens on a filled cache keep their self-attention there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +20,14 @@ from fastvlm.decoding import cache as shared
 from fastvlm.layout import Layout
 from fastvlm.patching.layouts import (
     KEYWORD,
+    READERS,
     Layouts,
     is_2d,
     ones,
+    packed_positions,
     visible_positions,
     wants_attentions,
+    wants_hidden_states,
     window_needs_columns,
     zero_padding,
 )
@@ -36,8 +41,11 @@ def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, 
     return given.shape[0], given.shape[1], given.device
 
 
-class EncoderStack(Host):
-    """A bidirectional text encoder."""
+class _Stack(Host):
+    """What encoders and decoders share."""
+
+    # whether the stack takes packed token ids with their positions; otherwise its layers pack
+    packs_ids = False
 
     def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
         """The mask that the model itself assumes when none is given; None is all ones."""
@@ -47,6 +55,28 @@ class EncoderStack(Host):
         """What to pass as attention_mask so that transformers builds no 4-D mask."""
         return None
 
+    def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any]) -> bool:
+        """Whether there is padding, and every layer can do without it."""
+        if rows.q_padding is None or rows.q_padding.index is None:
+            return False
+        if wants_hidden_states(self, kwargs):
+            return False
+        return self.packs_ids or all(getattr(layer, "runs_packed", False) for layer in self.layers)
+
+    def _pack_ids(self, arguments: dict[str, Any], layouts: Layouts) -> None:
+        """Token ids or embeddings and positions of the tokens alone, in place."""
+        rows = layouts.rows
+        if not layouts.packed or not self.packs_ids or rows is None:
+            return
+        for name in ("input_ids", "inputs_embeds"):
+            if arguments.get(name) is not None:
+                arguments[name] = rows.pack(arguments[name]).unsqueeze(0)
+        arguments["position_ids"] = packed_positions(arguments.get("position_ids"), rows)
+
+
+class EncoderStack(_Stack):
+    """A bidirectional text encoder."""
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -55,6 +85,7 @@ class EncoderStack(Host):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        kwargs.pop(READERS, None)  # the decoder's
         batch, length, device = _grid(input_ids, inputs_embeds)
         plain = not args and length > 0 and is_2d(attention_mask)
         if not plain or wants_attentions(self, kwargs):
@@ -64,15 +95,12 @@ class EncoderStack(Host):
         mask = self.default_mask(input_ids) if attention_mask is None else attention_mask
         if window_needs_columns(self, mask):
             return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        layout = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
-        kwargs[KEYWORD] = Layouts(rows=layout)
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=self.no_mask(),
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return zero_padding(output, layout)
+        rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
+        layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs))
+        arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        self._pack_ids(arguments, layouts)
+        arguments |= {"attention_mask": self.no_mask(), KEYWORD: layouts}
+        return zero_padding(super().forward(**arguments), layouts)
 
 
 @dataclass
@@ -85,20 +113,13 @@ class Call:
     inputs_embeds: Tensor | None
     encoder_states: Tensor | None
     encoder_mask: Any
+    readers: Tensor | None = None  # int64 [B], the encoder row that each query row reads
 
 
-class DecoderStack(Host):
+class DecoderStack(_Stack):
     """A causal decoder with its own cache and, where there is an encoder, cross-attention."""
 
     has_cross_attention = False
-
-    def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
-        """The mask that the model itself assumes when none is given; None is all ones."""
-        return None
-
-    def no_mask(self) -> Any:
-        """What to pass as attention_mask so that transformers builds no 4-D mask."""
-        return None
 
     def no_cross_mask(self) -> Any:
         return None
@@ -111,7 +132,7 @@ class DecoderStack(Host):
         wanted = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
         return bool(wanted) and not (self.gradient_checkpointing and self.training)
 
-    def _layouts(self, call: Call) -> Layouts | None:
+    def _layouts(self, call: Call, kwargs: Mapping[str, Any]) -> Layouts | None:
         """The layouts of this call, or None where transformers' own path must run."""
         batch, length, device = _grid(call.input_ids, call.inputs_embeds)
         if length == 0 or not (is_2d(call.attention_mask) and is_2d(call.encoder_mask)):
@@ -131,7 +152,8 @@ class DecoderStack(Host):
         cross = self._cross(call, mask, batch, length, filled, device)
         if filled == 0:
             rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
-            return Layouts(rows=rows, cross=cross)
+            packed = call.past is None and self._runs_packed(rows, kwargs)
+            return Layouts(rows=rows, cross=cross, packed=packed)
         if length > 1:
             return Layouts(cross=cross, fused_self=False)
         return Layouts(cross=cross, visible=visible_positions(mask))
@@ -173,19 +195,19 @@ class DecoderStack(Host):
         images, tokens = call.encoder_states.shape[:2]
         kv_mask = call.encoder_mask
         kv_mask = ones(images, tokens, device) if kv_mask is None else kv_mask
-        layout = Layout.from_padded(mask, kv_mask)
+        layout = Layout.from_padded(mask, kv_mask, call.readers)
         if filled > 0:
             known[key] = layout
         return layout
 
     def _run(self, call: Call, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
-        layouts = None
+        layouts, call.readers = None, kwargs.pop(READERS, None)
         if not wants_attentions(self, kwargs):
             alone = self.has_cross_attention and call.encoder_states is None
             if call.past is None and self._wants_cache(use_cache) and not alone:
                 call.past = self.new_cache()
-            layouts = self._layouts(call)
+            layouts = self._layouts(call, kwargs)
         arguments: dict[str, Any] = {
             "input_ids": call.input_ids,
             "inputs_embeds": call.inputs_embeds,
@@ -205,16 +227,24 @@ class DecoderStack(Host):
                 shared.share(cross)
         arguments["attention_mask"] = self.no_mask() if layouts.fused_self else call.attention_mask
         if self.has_cross_attention:
-            arguments["encoder_hidden_states"] = call.encoder_states
+            states = call.encoder_states
+            if layouts.packed and layouts.cross is not None and states is not None:
+                states = layouts.cross.pack_kv(states).unsqueeze(0)
+            arguments["encoder_hidden_states"] = states
             arguments["encoder_attention_mask"] = self.no_cross_mask()
+        self._pack_ids(arguments, layouts)
         arguments[KEYWORD] = layouts
-        return zero_padding(super().forward(**arguments), layouts.rows)
+        return zero_padding(super().forward(**arguments), layouts)
 
     def _expanded(self, call: Call) -> tuple[Tensor | None, Any]:
         """Encoder states and mask with one row per query row, as transformers' own path wants."""
         states, mask = call.encoder_states, call.encoder_mask
         batch = _grid(call.input_ids, call.inputs_embeds)[0]
-        if states is not None and batch > states.shape[0] > 0:
+        if states is not None and call.readers is not None:
+            states = states.index_select(0, call.readers)
+            if isinstance(mask, Tensor):
+                mask = mask.index_select(0, call.readers)
+        elif states is not None and batch > states.shape[0] > 0:
             readers = batch // states.shape[0]
             states = states.repeat_interleave(readers, 0)
             if isinstance(mask, Tensor):

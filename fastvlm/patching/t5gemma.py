@@ -46,8 +46,70 @@ class T5GemmaCrossAttention(Host):
         return self.o_proj(out), None
 
 
+class T5GemmaEncoderLayer(gemma2.SandwichLayer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        x, _ = self.self_attn(
+            hidden_states=self.pre_self_attn_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=None,
+            **kwargs,
+        )
+        norms = self.post_self_attn_layernorm, self.pre_feedforward_layernorm
+        h, x = self._tail(x, hidden_states, *norms)
+        return self._mlp(x, h)
+
+
+class T5GemmaDecoderLayer(gemma2.SandwichLayer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        own = past_key_values.self_attention_cache if past_key_values is not None else None
+        x, _ = self.self_attn(
+            hidden_states=self.pre_self_attn_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=own,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        norms = self.post_self_attn_layernorm, self.pre_cross_attn_layernorm
+        h, x = self._tail(x, hidden_states, *norms)
+        x, _ = self.cross_attn(
+            hidden_states=x,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        norms = self.post_cross_attn_layernorm, self.pre_feedforward_layernorm
+        h, x = self._tail(x, h, *norms)
+        return self._mlp(x, h)
+
+
 class _DefaultMask:
     """The stacks of T5Gemma take pad tokens for padding when they are given no mask."""
+
+    packs_ids = True
 
     def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
         pad = self.config.pad_token_id  # type: ignore[attr-defined]
@@ -104,12 +166,32 @@ def _choose_cross(module: Any) -> Swap | str:
     return Swap(T5GemmaCrossAttention, ("cross_attention",))
 
 
+_SELF = ("pre_self_attn_layernorm", "post_self_attn_layernorm")
+_CROSS = ("pre_cross_attn_layernorm", "post_cross_attn_layernorm")
+_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+def _choose_layer(module: Any) -> Swap | str:
+    decoder = hasattr(module, "cross_attn")
+    parts = ("self_attn", "mlp", "dropout", *_SELF, *_MLP)
+    if extra := extra_parts(module, *parts, *(("cross_attn", *_CROSS) if decoder else ())):
+        return extra
+    wanted = ("hidden_states", "position_embeddings", "position_ids")
+    if not takes(module, *wanted, *(("encoder_hidden_states",) if decoder else ())):
+        return "its forward has other arguments than transformers 5"
+    return Swap(T5GemmaDecoderLayer if decoder else T5GemmaEncoderLayer, ("residual_rms_norm",))
+
+
 def _is_cross(module: Any) -> bool:
     projections = has("q_proj", "k_proj", "v_proj", "o_proj", "num_key_value_groups")(module)
     return projections and takes(module, "encoder_hidden_states")
 
 
-RULES = (Rule(("attention",), _is_cross, _choose_cross), *gemma2.RULES)
+RULES = (
+    Rule(("attention",), _is_cross, _choose_cross),
+    Rule(("norm",), has("self_attn", "mlp", "dropout", *_SELF, *_MLP), _choose_layer),
+    *gemma2.RULES,
+)
 
 
 def _stack(decoder: bool) -> Any:

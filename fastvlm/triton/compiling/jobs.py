@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,10 @@ from fastvlm.triton.calls import CALLS
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
 from fastvlm.triton.compiling.driver import Job, recording, run
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# tf32: float32 whose products may round their factors to TF32, as PyTorch's setting allows
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
 
 
 @dataclass
@@ -67,9 +71,12 @@ def record(archs: Sequence[str], only: Sequence[str] = ()) -> Recorded:
 def _calls(op: str, arch: str, only: Sequence[str], found: Recorded) -> None:
     for label, build in CALLS.get(op, ()):
         for dtype in DTYPES:
+            if dtype == "tf32" and arch.startswith("gfx"):  # there float32 is always float32
+                continue
             launches: list[Job] = []
             try:
-                launches = launched(arch, op, build, DTYPES[dtype])
+                with _products(tf32=dtype == "tf32"):
+                    launches = launched(arch, op, build, DTYPES[dtype])
                 if not launches:
                     found.faults.append(f"{op} ({label}, {dtype}, {arch}): nothing was launched")
             except Exception as error:
@@ -83,6 +90,17 @@ def _calls(op: str, arch: str, only: Sequence[str], found: Recorded) -> None:
                     origin.dtypes.add(dtype)
                     origin.ops.add(op)
                     found.launches += 1
+
+
+@contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    """PyTorch's setting for float32 products on CUDA, which the launchers follow."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def launched(

@@ -87,7 +87,7 @@ MLP: Table = {
         split=[sliced(64, 128, 32, warps=8, stages=3)],
         narrow=[sliced(16, 16, 256, warps=1, stages=4), sliced(16, 16, 512, warps=2, stages=3)],
         few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 64, 128, warps=4, stages=3)],
-        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=4, stages=4)],
+        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=8, stages=4)],
         many=[sliced(64, 128, 64, warps=8, stages=3), sliced(128, 128, 32, warps=8, stages=3)],
     ),
 }
