@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ class PatchError(ValueError):
 @cache
 def swapped(base: Any, swap: Swap) -> Any:
     """The subclass of base with swap's forward; by all names the same class as base."""
-    return type(base)(
+    cls = type(base)(
         base.__name__,
         (swap.mixin, base),
         {
@@ -31,6 +32,19 @@ def swapped(base: Any, swap: Swap) -> Any:
             **dict(swap.attributes),
         },
     )
+    if getattr(swap.mixin, "keeps_signature", False):
+        cls.forward = _as_signed(base.forward, swap.mixin.forward)
+    return cls
+
+
+def _as_signed(signed: Any, forward: Any) -> Any:
+    """forward under the signature of another, by which trainers choose a data set's columns."""
+
+    @functools.wraps(signed)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return call
 
 
 def _rebuild(base: Any, swap: Swap) -> Any:

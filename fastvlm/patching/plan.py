@@ -11,7 +11,7 @@ from torch import nn
 from fastvlm.nn.linear import Linear
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
-from fastvlm.patching.rules import Rule, StackRule, Swap, too_old
+from fastvlm.patching.rules import Rule, StackRule, Swap, takes, too_old
 from fastvlm.patching.weights import LINEAR, adapters_of, choose_linear, read_at_a_step, storage_of
 
 
@@ -106,24 +106,38 @@ def _plan_stack(
 def _plan_outside(
     name: str, module: Any, wanted: frozenset[str], weights: str | None, shares: bool, add: Any
 ) -> None:
-    """The head, and the class that generates."""
-    from fastvlm.patching.stacks import SharedEncoderStates
+    """The head, and the class that generates and has a loss."""
+    from fastvlm.patching import language_model
 
-    head = getattr(module, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(module, "get_output_embeddings", lambda: None)()
+    # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
+    trains = head is not None and hasattr(type(module), "get_output_embeddings")
+    trains = trains and takes(module, "labels") and hasattr(module, "config")
+    loss = "loss" in wanted or language_model.has_loss(module)
+    loss = loss and trains and _is_linear(head) and weights is None
+    shares |= language_model.shares_states(module)
     if head is not None and (_is_linear(head) or weights is not None):
         at = next(n for n, m in module.named_modules(prefix=name) if m is head)
-        add(_change(at, head, ("linear",), _choose_linear(head, wanted, weights), True))
-    # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
+        choice = _choose_linear(head, wanted, weights)
+        if loss:
+            choice = language_model.head(head, isinstance(choice, Swap))
+        add(_change(at, head, ("linear",), choice, True))
     generates = hasattr(type(module), "_expand_inputs_for_generation") and hasattr(
         module, "lm_head"
     )
-    if shares and "attention" in wanted and generates and module.config.is_encoder_decoder:
-        swap = Swap(SharedEncoderStates, ("one copy of the encoder states",))
-        add(_change(name, module, ("attention",), swap))
+    kept = "attention" in wanted or language_model.shares_states(module)
+    shares = shares and kept and generates and module.config.is_encoder_decoder
+    if shares or loss:
+        add(_change(name, module, ("attention", "loss"), language_model.choose(shares, loss)))
+    elif trains and "loss" in wanted:
+        why = "weights= is for decoding" if weights else f"its head {type(head).__name__} is called"
+        add(_change(name, module, ("loss",), why))
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (is_patched(module) and isinstance(module, Linear))
+    if not is_patched(module):
+        return type(module) is nn.Linear
+    return isinstance(module, Linear) or getattr(module, "gives_lazy_logits", False)
 
 
 _LINEAR = Rule(("linear",), _is_linear, lambda m: LINEAR)

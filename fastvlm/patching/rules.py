@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     Host = nn.Module
 
-FLOORS = ("attention", "mlp", "norm", "linear")
+FLOORS = ("attention", "mlp", "norm", "linear", "loss")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Patched encoder and decoder stacks: build the Layouts, hand them down, leave the rest as it is.
 
-A call without a cache (training) runs packed from the first layer to the last, where all layers can:
-padding is neither computed nor differentiated. Where a call asks for something the fused path does not do (attention probabilities, a mask that is
-not [batch, length], a static or foreign cache), transformers' own path runs, unchanged; several new
-tokens on a filled cache keep their self-attention there.
+A call without a cache (training) runs packed from the first layer to the last, where all layers
+can: padding is neither computed nor differentiated. Where a call asks for something the fused path
+does not do (attention probabilities, a mask that is not [batch, length], a static or foreign
+cache), transformers' own path runs, unchanged; several new tokens on a filled cache keep their
+self-attention there.
 """
 
 from __future__ import annotations

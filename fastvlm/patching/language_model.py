@@ -1,0 +1,186 @@
+"""The model class around stacks and head: a loss without logits, generate() without copies.
+
+A call with labels computes its loss through `fastvlm.ops.linear_cross_entropy`; in training it also
+fills no cache and leaves out the decoder's rows behind the last label. transformers' own forward
+runs all the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvlm.checks import describe
+from fastvlm.nn.linear import Linear, is_plain
+from fastvlm.patching.layouts import READERS
+from fastvlm.patching.logits import LazyLogits, Wanted, settled, wanted, wanting
+from fastvlm.patching.rules import Host, Swap, takes
+from fastvlm.patching.stacks import SharedEncoderStates
+
+IMAGES = "image_of_prompt"
+_SHIFT = "prepare_decoder_input_ids_from_labels"
+
+
+class LossHead(Host):
+    """An output head that gives lazy logits to the model's own forward, when that has labels."""
+
+    gives_lazy_logits = True
+
+    def forward(self, input: Tensor) -> Any:
+        wants = None if torch.compiler.is_compiling() else wanted()
+        if wants is None or not is_plain(self):
+            return super().forward(input)
+        kind = input.device.type
+        autocast = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
+        return LazyLogits(input, self.weight, self.bias, wants, dtype)
+
+
+class Head(LossHead, Linear):
+    """The same over `fastvlm.ops.linear`, where there are no labels."""
+
+
+HEAD = Swap(Head, ("linear", "linear_cross_entropy"))
+LOSS_HEAD = Swap(LossHead, ("linear_cross_entropy",))
+
+
+def last_label(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """labels [B, L] -> bool [B, L]: the row's last label, and all before it.
+
+    A causal decoder's rows behind it reach neither the loss nor a row before them.
+    """
+    counts = (labels != ignore_index).long()
+    return counts.flip(1).cumsum(1).flip(1) > 0
+
+
+def _fail(argument: str, wanted: str, given: object) -> ValueError:
+    return ValueError(f"fastvlm: {argument} must be {wanted}; got {describe(given)}")
+
+
+def _indices(name: str, value: Any, rows: int | None) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype != torch.int64:
+        raise _fail(name, "an int64 tensor of one dimension", value)
+    if rows is not None and value.shape[0] != rows:
+        raise _fail(name, f"of one entry for each of the {rows} rows", value)
+
+
+class LossModel(Host):
+    """A model whose call with labels has no logits, unless somebody looks at them.
+
+    Besides what the model itself takes, its forward takes
+    image_of_prompt: int64 [P], the image in pixel_values [I, ...] of each row of input_ids [P, E]:
+        the vision tower runs once for an image.
+    prompt_of_target: int64 [S], the row of input_ids that each row of labels (or
+        decoder_input_ids) [S, L] reads: the encoder runs once for a prompt.
+    groups: int64 [S] with values in [0, num_groups), the (task, language) of each row of labels;
+        the output then has group_losses (summed loss) and group_tokens, [num_groups] each.
+    """
+
+    keeps_signature = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            own = inspect.signature(super().forward)
+            kwargs = {**own.bind_partial(*args).arguments, **kwargs}
+        if kwargs.get(IMAGES) is not None and not takes(self, IMAGES):
+            self._place_images(kwargs)
+        labels = kwargs.get("labels")
+        groups, num_groups = kwargs.pop("groups", None), kwargs.pop("num_groups", None)
+        self._check(kwargs, labels, groups, num_groups)
+        if labels is None or torch.compiler.is_compiling():
+            return super().forward(**kwargs)
+        if self.training:  # in evaluation logits and caches are looked at, there too
+            if kwargs.get("use_cache") is None:
+                kwargs["use_cache"] = False
+            self._without_tail(kwargs, labels)
+        with wanting(Wanted(groups, num_groups)) as wants:
+            outputs = settled(super().forward(**kwargs), self.training)
+        if groups is not None:
+            if wants.group_losses is None or isinstance(outputs, tuple):
+                raise ValueError(
+                    "fastvlm: groups must be left out where the head is no plain nn.Linear (an "
+                    "adapter, a hook), the loss is not transformers' own, or return_dict=False"
+                )
+            outputs.group_losses, outputs.group_tokens = wants.group_losses, wants.group_tokens
+        return outputs
+
+    def _check(self, kwargs: dict[str, Any], labels: Any, groups: Any, num_groups: Any) -> None:
+        rows = labels.shape[0] if isinstance(labels, Tensor) else None
+        if kwargs.get(READERS) is None:
+            kwargs.pop(READERS, None)
+        else:
+            if not self.config.is_encoder_decoder:
+                raise _fail(READERS, "left out: the model has no encoder", kwargs[READERS])
+            _indices(READERS, kwargs[READERS], rows)
+        if groups is None and num_groups is None:
+            return
+        if labels is None:
+            raise _fail("groups", "given together with labels", groups)
+        _indices("groups", groups, rows)
+        if not isinstance(num_groups, int) or num_groups < 1:
+            raise _fail("num_groups", "a whole number, 1 or more, beside groups", num_groups)
+
+    def _without_tail(self, kwargs: dict[str, Any], labels: Tensor) -> None:
+        """A mask of the decoder's rows that reach the loss, where the caller gives none."""
+        prefix = "decoder_" if self.config.is_encoder_decoder else ""
+        mask, ids, embeds = (
+            kwargs.get(prefix + name) for name in ("attention_mask", "input_ids", "inputs_embeds")
+        )
+        decoder: Any = self.get_decoder() if hasattr(self, "get_decoder") else None
+        if not hasattr(decoder, "default_mask") or mask is not None or labels.dim() != 2:
+            return
+        if kwargs.get("past_key_values") is not None:
+            return
+        if ids is None and embeds is None and hasattr(self, _SHIFT):
+            ids = getattr(self, _SHIFT)(labels)
+        given = ids if ids is not None else embeds
+        if given is not None and given.shape[:2] != labels.shape:
+            return
+        mask, default = last_label(labels), decoder.default_mask(ids)
+        kwargs[prefix + "attention_mask"] = mask if default is None else mask & default
+
+    def _place_images(self, kwargs: dict[str, Any]) -> None:
+        """Token embeddings with each row's image in place, as the model would make them."""
+        index, ids, pixels = (kwargs.get(name) for name in (IMAGES, "input_ids", "pixel_values"))
+        if pixels is None and kwargs.get("encoder_outputs") is not None:
+            kwargs.pop(IMAGES)
+            return
+        if not hasattr(self, "get_image_features") or not hasattr(self, "get_placeholder_mask"):
+            raise _fail(IMAGES, "left out: the model places no images", index)
+        if ids is None or pixels is None:
+            raise _fail(IMAGES, "given together with input_ids and pixel_values", index)
+        _indices(IMAGES, index, ids.shape[0])
+        kwargs.pop(IMAGES)
+        features = self.get_image_features(kwargs.pop("pixel_values")).pooler_output
+        embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
+        features = features.index_select(0, index).to(embeds.device, embeds.dtype)
+        where = self.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
+        kwargs["inputs_embeds"] = embeds.masked_scatter(where, features)
+
+
+class LossAndSharedStates(LossModel, SharedEncoderStates):
+    pass
+
+
+def has_loss(module: Any) -> bool:
+    return isinstance(module, LossModel)
+
+
+def shares_states(module: Any) -> bool:
+    return isinstance(module, SharedEncoderStates)
+
+
+def head(module: Any, linear: bool) -> Swap:
+    """The swap of the head; linear: whether its products are to be fastvlm's as well."""
+    return HEAD if linear or isinstance(module, Linear) else LOSS_HEAD
+
+
+def choose(shares: bool, loss: bool) -> Swap:
+    """The swap of a model class that shares encoder states, computes losses, or does both."""
+    states = ("one copy of the encoder states",) if shares else ()
+    without = ("linear_cross_entropy",) if loss else ()
+    mixin = LossAndSharedStates if shares and loss else LossModel if loss else SharedEncoderStates
+    return Swap(mixin, (*states, *without))

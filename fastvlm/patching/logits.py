@@ -1,0 +1,257 @@
+"""Logits that are computed when somebody asks for them, so that a loss need not have them.
+
+The head of a patched model gives `LazyLogits` while its own forward, called with labels, runs. What
+transformers does between head and loss (bias, softcap, float(), view) is kept in mind; its call of
+``cross_entropy`` becomes `fastvlm.ops.linear_cross_entropy`. Anything else computes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlm import ops
+
+
+@dataclass
+class Wanted:
+    """What one call with labels wants beside the loss, and gets.
+
+    groups: int64 [B], the (task, language) of each row of labels. group_losses float32 and
+    group_tokens int64 [num_groups]: filled in by the loss.
+    """
+
+    groups: Tensor | None = None
+    num_groups: int | None = None
+    group_losses: Tensor | None = None
+    group_tokens: Tensor | None = None
+
+
+# of the call that runs in this thread: heads that are called outside of one give logits
+_WANTED: ContextVar[Wanted | None] = ContextVar("fastvlm_wanted_loss", default=None)
+
+
+def wanted() -> Wanted | None:
+    return _WANTED.get()
+
+
+@contextmanager
+def wanting(wants: Wanted) -> Iterator[Wanted]:
+    token = _WANTED.set(wants)
+    try:
+        yield wants
+    finally:
+        _WANTED.reset(token)
+
+
+@dataclass(frozen=True, eq=False)
+class LazyLogits:
+    """softcap * tanh((h weight^T + bias) / softcap) of the shape and dtype that a model expects.
+
+    h: [..., d]. weight: [V, d]. bias: [V]. divided: softcap's division was asked for, its tanh or
+    factor not yet. It answers like a tensor; what it cannot answer, the computed tensor does.
+    """
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    wants: Wanted
+    dtype: torch.dtype
+    divided: float | None = None
+    bounded: bool = False
+    softcap: float | None = None
+
+    def tensor(self) -> Tensor:
+        logits = ops.linear(self.h, self.weight, self.bias)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        elif self.divided is not None:
+            logits = logits / self.divided
+            logits = torch.tanh(logits) if self.bounded else logits
+        return logits.to(self.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.h.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.h.device
+
+    @property
+    def ndim(self) -> int:
+        return self.h.ndim
+
+    def dim(self) -> int:
+        return self.h.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def float(self) -> LazyLogits:
+        return replace(self, dtype=torch.float32)
+
+    def contiguous(self) -> LazyLogits:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1:
+            return self.tensor().to(*args, **kwargs)
+        if isinstance(args[0], torch.dtype):
+            return replace(self, dtype=args[0])
+        return self if torch.device(args[0]) == self.device else self.tensor().to(*args)
+
+    def view(self, *shape: Any) -> Any:
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if len(sizes) < 2 or sizes[-1] != self.weight.shape[0]:
+            return self.tensor().view(*shape)
+        return replace(self, h=self.h.reshape(*sizes[:-1], self.h.shape[-1]))
+
+    reshape = view
+
+    def __add__(self, other: Any) -> Any:
+        vector = isinstance(other, Tensor) and other.numel() == other.shape[-1] == self.shape[-1]
+        if not vector or self.bias is not None or self.divided is not None or self.softcap:
+            return self.tensor() + other
+        return replace(self, bias=other.flatten().to(self.h.dtype))
+
+    def __truediv__(self, other: Any) -> Any:
+        if not isinstance(other, (int, float)) or self.divided is not None or self.softcap:
+            return self.tensor() / other
+        return replace(self, divided=float(other))
+
+    def __mul__(self, other: Any) -> Any:
+        if not self.bounded or other != self.divided:
+            return self.tensor() * other
+        return replace(self, divided=None, bounded=False, softcap=float(other))
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = isinstance(index, tuple) and len(index) == 3 and index[0] is Ellipsis
+        if rows and isinstance(index[1], slice) and index[2] == slice(None):
+            return replace(self, h=self.h[index])
+        return self.tensor()[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tanh and isinstance(args[0], cls) and args[0].divided and not kwargs:
+            return replace(args[0], bounded=True)
+        if func is F.cross_entropy:
+            loss = _cross_entropy(*args, **kwargs)
+            if loss is not None:
+                return loss
+        args = [arg.tensor() if isinstance(arg, cls) else arg for arg in args]
+        kwargs = {k: v.tensor() if isinstance(v, cls) else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _cross_entropy(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """`torch.nn.functional.cross_entropy` of lazy logits; None where the op has no such option."""
+    lazy = isinstance(input, LazyLogits) and input.h.dim() == 2 and input.divided is None
+    plain = weight is None and size_average is None and reduce is None and not label_smoothing
+    if not (lazy and plain and target.dim() == 1 and target.dtype == torch.int64):
+        return None
+    wants = input.wants
+    groups = wants.groups
+    if groups is not None and target.shape[0] % groups.shape[0] == 0:
+        groups = groups.repeat_interleave(target.shape[0] // groups.shape[0])
+    found = ops.linear_cross_entropy(
+        input.h,
+        input.weight,
+        target,
+        bias=input.bias,
+        softcap=input.softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        groups=groups,
+        num_groups=wants.num_groups,
+    )
+    if groups is None:
+        return found  # type: ignore[return-value]
+    loss, wants.group_losses, wants.group_tokens = found
+    return loss
+
+
+class _Lazily:
+    """An output of transformers whose logits are computed at the first look.
+
+    In training they stay lazy among items() and values(), which data-parallel wrappers walk
+    through; in evaluation whoever walks through them gets tensors.
+    """
+
+    _fastvlm_training = True
+
+    @property
+    def logits(self) -> Any:
+        value = self.__dict__.get("logits")
+        if isinstance(value, LazyLogits):
+            value = value.tensor()
+            self["logits"] = value  # type: ignore[index]
+        return value
+
+    @logits.setter
+    def logits(self, value: Any) -> None:
+        self.__dict__["logits"] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            return self.logits
+        return super().__getitem__(key)  # type: ignore[misc]
+
+    def items(self) -> Any:
+        if not self._fastvlm_training:
+            _ = self.logits
+        return super().items()  # type: ignore[misc]
+
+    def values(self) -> Any:
+        if not self._fastvlm_training:
+            _ = self.logits
+        return super().values()  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        _ = self.logits
+        reduced: Any = super().__reduce__()
+        return (type(self).__mro__[2], *reduced[1:])  # this class itself has no importable name
+
+
+@cache
+def _lazily(base: Any, training: bool) -> Any:
+    name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base)(base.__name__, (_Lazily, base), {**name, "_fastvlm_training": training})
+
+
+def settled(outputs: Any, training: bool) -> Any:
+    """A model's outputs with logits that are tensors to everyone who looks."""
+    if isinstance(outputs, tuple):
+        return tuple(x.tensor() if isinstance(x, LazyLogits) else x for x in outputs)
+    if not isinstance(getattr(outputs, "logits", None), LazyLogits):
+        return outputs
+    kind: Any = type(outputs)
+    return _lazily(kind, training)(**dict(outputs.items()))
