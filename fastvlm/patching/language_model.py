@@ -18,7 +18,7 @@ from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.layouts import READERS
 from fastvlm.patching.logits import LazyLogits, Wanted, settled, wanted, wanting
 from fastvlm.patching.rules import Host, Swap, takes
-from fastvlm.patching.stacks import SharedEncoderStates
+from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
 
 IMAGES = "image_of_prompt"
 _SHIFT = "prepare_decoder_input_ids_from_labels"
@@ -104,7 +104,8 @@ class LossModel(Host):
                     "fastvlm: groups must be left out where the head is no plain nn.Linear (an "
                     "adapter, a hook), the loss is not transformers' own, or return_dict=False"
                 )
-            outputs.group_losses, outputs.group_tokens = wants.group_losses, wants.group_tokens
+            outputs.group_losses = wants.group_losses.detach()
+            outputs.group_tokens = wants.group_tokens
         return outputs
 
     def _check(self, kwargs: dict[str, Any], labels: Any, groups: Any, num_groups: Any) -> None:
@@ -129,8 +130,8 @@ class LossModel(Host):
         mask, ids, embeds = (
             kwargs.get(prefix + name) for name in ("attention_mask", "input_ids", "inputs_embeds")
         )
-        decoder: Any = self.get_decoder() if hasattr(self, "get_decoder") else None
-        if not hasattr(decoder, "default_mask") or mask is not None or labels.dim() != 2:
+        decoder = _decoder_of(self)
+        if decoder is None or mask is not None or labels.dim() != 2:
             return
         if kwargs.get("past_key_values") is not None:
             return
@@ -159,6 +160,17 @@ class LossModel(Host):
         features = features.index_select(0, index).to(embeds.device, embeds.dtype)
         where = self.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
         kwargs["inputs_embeds"] = embeds.masked_scatter(where, features)
+
+
+def _decoder_of(model: Any) -> DecoderStack | None:
+    """The patched stack; a composed model's get_decoder() may give a model that has one."""
+    found = model
+    while not isinstance(found, DecoderStack):
+        inner = found.get_decoder() if hasattr(found, "get_decoder") else None
+        if inner is None or inner is found:
+            return None
+        found = inner
+    return found
 
 
 class LossAndSharedStates(LossModel, SharedEncoderStates):

@@ -72,19 +72,19 @@ def test_num_items_in_batch(family: Family, items: Any) -> None:
     assert_same(ours, plain, 1e-4)
 
 
-def test_no_logits_and_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels of 7, 3 and 5 tokens on a grid of 7, prompts of 9, 4 and 6 on one of 9."""
-    _, model, batch = both("bart")
+@pytest.mark.parametrize("name", ["bart", "florence2"])
+def test_no_logits_and_no_padding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels of 7, 3 and 5 tokens on a grid of 7, prompts of 9, 4 and 6 (and an image) on one."""
+    _, model, batch = both(name)
     calls = Calls(monkeypatch, "linear", "gelu_mlp", "residual_layer_norm")
-    heads: list[Any] = []
-    model.lm_head.weight.register_hook(heads.append)
-    loss = model(**batch).loss
-    assert set(calls.rows["gelu_mlp"]) == {9 + 4 + 6, 7 + 3 + 5}
-    assert set(calls.rows["residual_layer_norm"]) == {9 + 4 + 6, 7 + 3 + 5}
-    # projections of the encoder's and the decoder's tokens, and none of 21 rows by the head
-    assert set(calls.rows["linear"]) == {9 + 4 + 6, 7 + 3 + 5}
-    loss.backward()
-    assert len(heads) == 1
+    model(**batch)
+    encoder = 9 + 4 + 6 if name == "bart" else 3 * 5 + 6 + 2 + 4
+    assert set(calls.rows["residual_layer_norm"]) == {encoder, 7 + 3 + 5}
+    assert {encoder, 7 + 3 + 5} <= set(calls.rows["gelu_mlp"])
+    # projections of the encoder's and the decoder's tokens; the head has no 21 rows, and no 15
+    tokens = calls.rows["linear"].count(7 + 3 + 5)
+    assert tokens == 2 * (4 + 2)
+    assert 21 not in calls.rows["linear"]
 
 
 @pytest.mark.parametrize("name", ["t5gemma", "gemma2"])
