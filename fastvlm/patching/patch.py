@@ -29,10 +29,16 @@ def patch(
 ) -> Report:
     """Make a model train and decode on fastvlm's ops, in place; outputs stay the same.
 
+    In training mode a padded batch is packed on the way in, and a call with labels computes its
+    loss without logits, which are computed when ``outputs.logits`` is looked at (behind a row's
+    last label they are the head's answer to zeros). Such a call also takes ``image_of_prompt``,
+    ``prompt_of_target`` and ``groups`` (`fastvlm.patching.language_model.LossModel`).
+
     model: a transformers model (Florence-2, BART, mBART, Gemma-2, T5Gemma, PaliGemma 2), one with
     the same structure, or a module that contains one (a trainer's wrapper, a PEFT model). Only
     this instance changes. Patching twice changes nothing more.
-    only: the kinds of ops to patch in, of "attention", "mlp", "norm", "linear"; None for all.
+    only: the kinds of ops to patch in, of "attention", "mlp", "norm", "linear", "loss"; None for
+    all.
     weights: for decoding only. "bf16" or "int8" (symmetric, one factor for each output row): linear
     layers that a decoding step runs read a copy of their weight in that type, made at the first
     call and again when the weight has changed, and compute in float32; outputs change a little

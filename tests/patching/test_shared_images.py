@@ -1,4 +1,4 @@
-"""One image, many targets: the same loss and gradients as a batch in which everything is repeated."""
+"""One image, many targets: the loss and gradients of a batch in which everything is repeated."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ MLP: Table = {
         split=[sliced(64, 64, 32, warps=4, stages=4), sliced(64, 128, 32, warps=8, stages=3)],
         narrow=[sliced(16, 16, 256, warps=1, stages=4), sliced(16, 16, 512, warps=2, stages=3)],
         few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 64, 128, warps=4, stages=4)],
-        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=4, stages=4)],
+        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=8, stages=4)],
         many=[sliced(128, 128, 64, warps=8, stages=3), sliced(64, 128, 64, warps=8, stages=3)],
     ),
 }
@@ -114,19 +114,21 @@ _ROWS = Case(
 _ROWS_SUMMED = Case(
     [tile(128, 128, 64, 8, 3), tile(128, 128, 64, 8, 4)], lambda rows, wide: not wide
 )
+_ROWS_32_RANKED = Case([tile(32, 64, 128, 4, 3)], lambda rows, wide: rows <= 32 and not wide)
 _ROWS_RANKED = Case(
     [tile(64, 128, 64, 4, 3), tile(128, 128, 64, 8, 4)], lambda rows, wide: not wide
 )
 _FLOAT32_16 = Case([tile(16, 64, 32, 4, 4), tile(16, 64, 64, 4, 4)], lambda rows, wide: rows <= 16)
-_FLOAT32 = Case([tile(64, 64, 16, 4, 4), tile(64, 128, 32, 8, 3)])
+_FLOAT32_RANKED = Case([tile(64, 64, 16, 4, 4)])
+_FLOAT32 = Case([tile(64, 64, 16, 4, 4), tile(64, 64, 32, 8, 3)])
 
 _BY_ROWS = [_ROWS_16, _ROWS_32, _ROWS_64, _ROWS, _FLOAT32_16, _FLOAT32]
 
 LOSS: Table = {
-    "linear_cross_entropy": _BY_ROWS,
+    "linear_cross_entropy": [*_BY_ROWS[:3], _ROWS_SUMMED, *_BY_ROWS[4:]],
     "linear_cross_entropy_dlogits": _BY_ROWS,
-    "linear_cross_entropy_dh": [_ROWS_16, _ROWS_32, _ROWS_64, _ROWS_SUMMED, _FLOAT32_16, _FLOAT32],
+    "linear_cross_entropy_dh": [*_BY_ROWS[:3], _ROWS_SUMMED, *_BY_ROWS[4:]],
     # its rows are tokens of the vocabulary: many, however few rows there are
     "linear_cross_entropy_dweight": [_ROWS, _FLOAT32],
-    "linear_topk": [_ROWS_16, _ROWS_32, _ROWS_RANKED, _FLOAT32_16, _FLOAT32],
+    "linear_topk": [_ROWS_16, _ROWS_32_RANKED, _ROWS_RANKED, _FLOAT32_16, _FLOAT32_RANKED],
 }

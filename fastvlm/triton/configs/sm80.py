@@ -30,7 +30,6 @@ MLP: Table = {
     "geglu_forward": cases(
         few=[
             sliced(16, 32, 128, warps=4, stages=3),
-            sliced(16, 16, 256, warps=4, stages=3),
             sliced(16, 64, 64, warps=4, stages=4),
         ],
         some=[

@@ -1,7 +1,8 @@
 """Consumer GPUs: compute capability 8.6, 8.9 and 12, 99 KiB of shared memory a block."""
 
-from fastvlm.triton.configs import Table, sm80
+from fastvlm.triton.configs import Case, Table, sm80
 from fastvlm.triton.configs.heads import attention, block, keys
+from fastvlm.triton.configs.products import tile
 
 ATTENTION: Table = attention(
     few=([block(16, 64, 4, 2), block(16, 32, 4, 2)], [block(16, 128, 4, 2), block(16, 64, 4, 3)]),
@@ -27,4 +28,14 @@ ATTENTION: Table = attention(
 # the A100's tables of products were made for as much shared memory as there is here
 MLP: Table = sm80.MLP
 
-LOSS: Table = sm80.LOSS
+# ranking takes registers: of the A100's tiles these do without memory on compute capability 12
+LOSS: Table = {
+    **sm80.LOSS,
+    "linear_topk": [
+        Case([tile(16, 128, 64, 4, 4)], lambda rows, wide: rows <= 16 and not wide),
+        Case([tile(32, 64, 128, 4, 3)], lambda rows, wide: rows <= 32 and not wide),
+        Case([tile(64, 128, 32, 8, 4)], lambda rows, wide: not wide),
+        Case([tile(16, 128, 32, 4, 4)], lambda rows, wide: rows <= 16),
+        Case([tile(64, 64, 16, 4, 4), tile(64, 128, 32, 8, 3)]),
+    ],
+}
