@@ -139,6 +139,9 @@ class LazyLogits:
             return replace(self, h=self.h[index])
         return self.tensor()[index]
 
+    def tanh(self) -> Any:
+        return torch.tanh(self)  # type: ignore[arg-type]
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -121,6 +121,8 @@ class DecoderStack(_Stack):
     """A causal decoder with its own cache and, where there is an encoder, cross-attention."""
 
     has_cross_attention = False
+    # a model that would repeat the encoder's states for its targets may hand the map down instead
+    takes_readers = True
 
     def no_cross_mask(self) -> Any:
         return None
