@@ -38,9 +38,9 @@ class FlorenzConfig(PreTrainedConfig):
         "decoder": SubConfigSpec(config_class=AutoConfig, model_type="bart"),
     }
 
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    encoder: dict[str, Any] | PreTrainedConfig | None = None
-    decoder: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: Any = None
+    encoder: Any = None
+    decoder: Any = None
     image_token_id: int = 51289
     final_logit_softcapping: float | int | None = 30.0
     is_encoder_decoder: bool = True
@@ -52,7 +52,7 @@ class FlorenzConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        vision, encoder, decoder = self._parts()
+        vision, encoder, decoder = self.vision_config, self.encoder, self.decoder
         choice(_OP, "encoder.model_type", encoder.model_type, ("bart",))
         choice(_OP, "decoder.model_type", decoder.model_type, ("bart", "gemma2"))
         width = encoder.d_model
@@ -66,13 +66,10 @@ class FlorenzConfig(PreTrainedConfig):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             setattr(decoder, name, getattr(self, name))
 
-    def _parts(self) -> tuple[Any, Any, Any]:
-        return self.vision_config, self.encoder, self.decoder
-
     @property
     def has_gemma_decoder(self) -> bool:
         """Whether the decoder is Gemma-2 with inserted cross-attention."""
-        return getattr(self.decoder, "model_type", None) == "gemma2"
+        return bool(self.decoder.model_type == "gemma2")
 
     @classmethod
     def of_size(cls, size: str, **overrides: Any) -> FlorenzConfig:

@@ -24,7 +24,8 @@ def freeze_as_published(model: FlorenzForConditionalGeneration) -> FlorenzForCon
 
     Frozen: the vision tower and the projector, and of a Gemma decoder all but the inserted
     cross-attention (with gate and norm) and the embedding that is tied to the head. Trained:
-    everything else. Dropout and DropPath of frozen parts stay as ``train()`` and ``eval()`` set them.
+    everything else. Dropout and DropPath of frozen parts stay as ``train()`` or ``eval()`` sets
+    them.
     """
     inner = model.model
     model.requires_grad_(True)

@@ -91,7 +91,10 @@ class FlorenzGemmaLayer(Gemma2DecoderLayer):
 
 
 class FlorenzGemmaDecoder(Gemma2Model):
-    """Gemma-2's stack over FlorenzGemmaLayer. config: Gemma2Config with cross_attention_hidden_size."""
+    """Gemma-2's stack of FlorenzGemmaLayer.
+
+    config: a Gemma2Config with cross_attention_hidden_size, the width of the encoder.
+    """
 
     _no_split_modules = ["FlorenzGemmaLayer"]  # noqa: RUF012 (transformers changes it per instance)
     _can_record_outputs = {  # noqa: RUF012
@@ -130,7 +133,7 @@ class FlorenzGemmaDecoder(Gemma2Model):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """"sdpa" asked of the whole model means eager here: sdpa knows no softcap."""
+        """ "sdpa" asked of the whole model means eager here: sdpa knows no softcap."""
         if requested_attention == "sdpa":
             requested_attention = None
         chosen: str = super().get_correct_attn_implementation(requested_attention, is_init_check)

@@ -48,7 +48,9 @@ class FlorenzGeneration(GenerationMixin):
     ) -> Tensor:
         # the pad id of the targets (0) begins every prompt: ask for that of the prompts
         if inputs_tensor.is_floating_point():
-            return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+            return torch.ones(
+                inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device
+            )
         return (inputs_tensor != self.config.encoder.pad_token_id).long()
 
     def _prepare_cache_for_generation(

@@ -76,14 +76,16 @@ class FlorenzModel(FlorenzPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(
-                f"fastvlm.{OP}: exactly one of input_ids and inputs_embeds must be given; got {given}"
+                f"fastvlm.{OP}: exactly one of input_ids and inputs_embeds must be given; "
+                f"got {given}"
             )
         features = None
         if input_ids is None:
-            for name, value in (("pixel_values", pixel_values), ("image_of_prompt", image_of_prompt)):
-                if value is not None:
-                    wanted = "None with inputs_embeds, which hold the features already"
-                    raise fail(OP, name, wanted, value)
+            wanted = "None with inputs_embeds, which hold the features already"
+            if pixel_values is not None:
+                raise fail(OP, "pixel_values", wanted, pixel_values)
+            if image_of_prompt is not None:
+                raise fail(OP, "image_of_prompt", wanted, image_of_prompt)
         else:
             inputs_embeds, features = self._embed(input_ids, pixel_values, image_of_prompt)
         output = self.encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -108,16 +110,9 @@ class FlorenzModel(FlorenzPreTrainedModel):
         features = self.get_image_features(pixel_values).pooler_output.to(words.device, words.dtype)
         length = features.shape[1]
         counts = is_image.sum(1)
+        wanted = f"with {length} times image_token_id ({self.config.image_token_id}) in each row"
         torch_compilable_check(
-            (counts == length).all(),
-            lambda: str(
-                fail(
-                    OP,
-                    "input_ids",
-                    f"with {length} times image_token_id ({self.config.image_token_id}) in each row",
-                    counts.tolist(),
-                )
-            ),
+            (counts == length).all(), lambda: str(fail(OP, "input_ids", wanted, counts.tolist()))
         )
         read = take(features, image_of_prompt)
         return words.masked_scatter(is_image.unsqueeze(-1), read), features
@@ -139,7 +134,8 @@ class FlorenzModel(FlorenzPreTrainedModel):
         prompt_of_target: Tensor | None = None,
         **kwargs: Any,
     ) -> Florence2Seq2SeqModelOutput:
-        """As FlorenzForConditionalGeneration, without head and loss; last_hidden_state [S, L, d]."""
+        """As FlorenzForConditionalGeneration, without head and loss: last_hidden_state [S, L, d]
+        and the rest of Florence2Seq2SeqModelOutput."""
         features = None
         if encoder_outputs is None:
             encoder_outputs, features = self.encode(
@@ -156,7 +152,12 @@ class FlorenzModel(FlorenzPreTrainedModel):
         assert given is not None
         names = ("targets", "prompts")
         check_readers(
-            "prompt_of_target", prompt_of_target, given.shape[0], states.shape[0], names, shared=True
+            "prompt_of_target",
+            prompt_of_target,
+            given.shape[0],
+            states.shape[0],
+            names,
+            shared=True,
         )
         states = take(states, prompt_of_target)
         mask = None if mask is None else take(mask, prompt_of_target)
@@ -208,14 +209,14 @@ class FlorenzForConditionalGeneration(
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: prompts and targets have vocabularies of their own."""
         raise NotImplementedError(
-            "fastvlm.florenz: prompts and targets have vocabularies of their own; set vocab_size of "
-            "config.encoder or config.decoder and copy the rows that stay"
+            "fastvlm.florenz: prompts and targets have vocabularies of their own; set vocab_size "
+            "of config.encoder or config.decoder and copy the rows that stay"
         )
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
