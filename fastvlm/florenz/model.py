@@ -28,6 +28,7 @@ from fastvlm.florenz.readers import OP, check_readers, take
 
 class FlorenzPreTrainedModel(Florence2PreTrainedModel):
     config: FlorenzConfig
+    config_class = FlorenzConfig
 
 
 class FlorenzModel(FlorenzPreTrainedModel):
@@ -137,6 +138,8 @@ class FlorenzModel(FlorenzPreTrainedModel):
         """As FlorenzForConditionalGeneration, without head and loss: last_hidden_state [S, L, d]
         and the rest of Florence2Seq2SeqModelOutput."""
         features = None
+        # generate() of a patched model: beams in groups read the one output of their image
+        shared = encoder_outputs is not None
         if encoder_outputs is None:
             encoder_outputs, features = self.encode(
                 input_ids, pixel_values, attention_mask, inputs_embeds, image_of_prompt, **kwargs
@@ -157,7 +160,7 @@ class FlorenzModel(FlorenzPreTrainedModel):
             given.shape[0],
             states.shape[0],
             names,
-            shared=True,
+            shared=shared,
         )
         states = take(states, prompt_of_target)
         mask = None if mask is None else take(mask, prompt_of_target)
