@@ -46,12 +46,9 @@ class FlorenzGeneration(GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        # the pad id of the targets (0) begins every prompt: ask for that of the prompts
-        if inputs_tensor.is_floating_point():
-            return torch.ones(
-                inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device
-            )
-        return (inputs_tensor != self.config.encoder.pad_token_id).long()
+        # as forward() does; to infer one, some versions would ask for the pad id of the targets (0),
+        # which begins every prompt
+        return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

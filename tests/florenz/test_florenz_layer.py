@@ -61,7 +61,10 @@ def test_a_layer_is_what_the_paper_says() -> None:
     y = attention(rotated(q), rotated(k), v, future, scale, cap)
     want = h + rms(linear(y, a.o_proj), layer.post_attention_layernorm)
     a = layer.encoder_attn
-    q, k, v = heads(linear(want, a.q_proj)), *(heads(linear(states, m)) for m in (a.k_proj, a.v_proj))
+    q, k, v = (
+        heads(linear(want, a.q_proj)),
+        *(heads(linear(states, m)) for m in (a.k_proj, a.v_proj)),
+    )
     y = attention(q, k, v, ~mask[:, None].expand(-1, length, -1), scale, cap)
     gate = torch.tanh(layer.encoder_attn_gate.double())
     assert gate.abs() > 0.05

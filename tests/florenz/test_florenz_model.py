@@ -100,9 +100,7 @@ def test_image_tokens_stand_where_the_placeholders_are(model: Model, inputs: Bat
         decoder_input_ids=targets([4, 4, 4]),
     )
     assert close(direct.encoder_last_hidden_state, states.last_hidden_state)
-    assert close(
-        direct.logits, model(**inputs, decoder_input_ids=targets([4, 4, 4])).logits
-    )
+    assert close(direct.logits, model(**inputs, decoder_input_ids=targets([4, 4, 4])).logits)
 
 
 def test_a_shared_image_batch_equals_the_expanded_one(model: Model) -> None:
@@ -162,9 +160,7 @@ def test_encoder_outputs_of_an_earlier_call(model: Model, inputs: Batch) -> None
     want = model(**inputs, labels=labels)
     states = want.encoder_last_hidden_state
     for given in (BaseModelOutput(states), (states,)):
-        again = model(
-            encoder_outputs=given, attention_mask=inputs["attention_mask"], labels=labels
-        )
+        again = model(encoder_outputs=given, attention_mask=inputs["attention_mask"], labels=labels)
         assert torch.equal(again.loss, want.loss)
     one = model(
         encoder_outputs=BaseModelOutput(states),
