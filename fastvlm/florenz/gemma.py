@@ -149,7 +149,7 @@ class FlorenzGemmaDecoder(Gemma2Model):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Any = None,
+        encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The arguments of Gemma2Model, with the states [S, E, d_e] and the mask [S, E] to read.
@@ -183,18 +183,15 @@ class FlorenzGemmaDecoder(Gemma2Model):
                 "full_attention": create_causal_mask(**arguments),
                 "sliding_attention": create_sliding_window_causal_mask(**arguments),
             }
-        if encoder_hidden_states is not None and not isinstance(encoder_attention_mask, dict):
-            cross = create_bidirectional_mask(
+        if encoder_hidden_states is not None:
+            kwargs["encoder_hidden_states"] = encoder_hidden_states
+            kwargs["encoder_attention_mask"] = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )
-            encoder_attention_mask = {"full_attention": cross}
         return_dict = kwargs.pop("return_dict", True)
-        if encoder_hidden_states is not None:
-            kwargs["encoder_hidden_states"] = encoder_hidden_states
-            kwargs["encoder_attention_mask"] = encoder_attention_mask["full_attention"]
         output = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -46,8 +46,8 @@ class FlorenzGeneration(GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        # as forward() does; to infer one, some versions would ask for the pad id of the targets (0),
-        # which begins every prompt
+        # as forward() does; some versions would look for the pad id of the targets (0), which
+        # begins every prompt
         return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
 
     def _prepare_cache_for_generation(

@@ -345,7 +345,7 @@ def test_prompts_without_images(model: Model) -> None:
 
 def test_decoder_arguments(model: Model, inputs: Batch) -> None:
     embeds = torch.zeros(3, 2, model.config.decoder.hidden_size)
-    with pytest.raises(ValueError, match="exactly one of.*decoder_inputs_embeds"):
+    with pytest.raises(ValueError, match=r"exactly one of.*decoder_inputs_embeds"):
         model(**inputs, decoder_input_ids=targets([2, 2, 2]), decoder_inputs_embeds=embeds)
     with pytest.raises(NotImplementedError, match="vocabularies of their own"):
         model.resize_token_embeddings(100)
