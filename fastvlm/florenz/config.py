@@ -79,7 +79,7 @@ class FlorenzConfig(PreTrainedConfig):
         those of its fields that it names. ValueError: another size.
         """
         choice(f"{_OP}.of_size", "size", size, tuple(SIZES))
-        return cls(**_merged(SIZES[size], overrides))
+        return cls(**merged(SIZES[size], overrides))
 
     @classmethod
     def reduced(
@@ -107,10 +107,11 @@ class FlorenzConfig(PreTrainedConfig):
         if not isinstance(width, int) or width < 16 or width % 16:
             raise fail(op, "width", "a multiple of 16", width)
         small = reduced_size(SIZES[size], layers, width, vocab_size, encoder_vocab_size)
-        return cls(**_merged(small, overrides))
+        return cls(**merged(small, overrides))
 
 
-def _merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """fields with overrides; of a part given as a dict only the fields that it names change."""
     fields = copy.deepcopy(fields)
     for name, value in overrides.items():
         if isinstance(value, dict) and isinstance(fields.get(name), dict):

@@ -10,7 +10,7 @@ from transformers import Florence2ForConditionalGeneration, Gemma2ForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastvlm.checks import fail
-from fastvlm.florenz.config import FlorenzConfig
+from fastvlm.florenz.config import FlorenzConfig, merged
 from fastvlm.florenz.freezing import is_inserted
 from fastvlm.florenz.model import FlorenzForConditionalGeneration
 from fastvlm.florenz.vocabulary import remapped_embedding
@@ -42,7 +42,7 @@ def from_pretrained_parts(
         (objects with ``convert_ids_to_tokens`` and ``__call__``, as transformers has them).
     vocab_size: rows of that new embedding, at least len(gemma_tokenizer).
     dtype: of the model; default: that of florence. generator: for the random rows, on the CPU.
-    overrides: fields of FlorenzConfig.
+    overrides: fields of FlorenzConfig, as in ``FlorenzConfig.of_size``.
 
     Returns the model in eval mode, on the CPU. ValueError: another kind of checkpoint, a missing
     tokenizer, a Gemma that is not of transformers' layout.
@@ -62,15 +62,13 @@ def from_pretrained_parts(
         # the ids become Gemma's, as the vocabulary does
         decoder.update(vocab_size=vocab_size, forced_bos_token_id=None, forced_eos_token_id=None)
         decoder["decoder_start_token_id"] = overrides.get("decoder_start_token_id", 1)
-    config = FlorenzConfig(
-        **{
-            "vision_config": source.config.vision_config.to_dict(),
-            "encoder": text.to_dict(),
-            "decoder": decoder,
-            "image_token_id": source.config.image_token_id,
-            **overrides,
-        }
-    )
+    fields = {
+        "vision_config": source.config.vision_config.to_dict(),
+        "encoder": text.to_dict(),
+        "decoder": decoder,
+        "image_token_id": source.config.image_token_id,
+    }
+    config = FlorenzConfig(**merged(fields, overrides))
     inner = source.model
     state = _prefixed("model.vision_tower", inner.vision_tower)
     state |= _prefixed("model.multi_modal_projector", inner.multi_modal_projector)

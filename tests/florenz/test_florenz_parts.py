@@ -92,8 +92,14 @@ def test_what_is_inserted_starts_as_published() -> None:
 
 def test_dtype_and_overrides() -> None:
     model = from_pretrained_parts(
-        florence(), gemma(), dtype=torch.bfloat16, final_logit_softcapping=None
+        florence(),
+        gemma(),
+        dtype=torch.bfloat16,
+        final_logit_softcapping=None,
+        decoder={"query_pre_attn_scalar": 7},
     )
+    assert model.model.decoder.layers[0].encoder_attn.scaling == 7**-0.5
+    assert model.config.decoder.hidden_size == 64
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.final_logit_softcapping is None
     assert from_pretrained_parts(florence().half(), gemma()).dtype == torch.float16
