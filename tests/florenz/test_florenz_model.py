@@ -264,6 +264,17 @@ def test_files_keep_the_model(model: Model, inputs: Batch, tmp_path: Path) -> No
         assert ours | {"dtype": None} == theirs | {"dtype": None}
 
 
+def test_a_file_without_gates_gives_closed_ones(tmp_path: Path) -> None:
+    model = build("3.5B")
+    kept = {n: p for n, p in model.state_dict().items() if "gate" not in n or "gate_proj" in n}
+    assert len(kept) == len(model.state_dict()) - 2
+    model.save_pretrained(tmp_path, state_dict=kept)
+    again, report = Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(report["missing_keys"]) == 2
+    for layer in again.model.decoder.layers:
+        assert layer.encoder_attn_gate.tolist() == [0.0]
+
+
 def test_the_head_is_the_embedding(model: Model) -> None:
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     assert model.get_output_embeddings() is model.lm_head
