@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastvlm.patching import bart, gemma2, t5gemma
+from fastvlm.patching import bart, florenz, gemma2, t5gemma
 from fastvlm.patching.rules import StackRule
 
-# T5Gemma before Gemma-2: its stacks have all that Gemma-2's have, and more
-STACKS: tuple[StackRule, ...] = (*bart.STACKS, *t5gemma.STACKS, *gemma2.STACKS)
+# T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more
+STACKS: tuple[StackRule, ...] = (
+    *bart.STACKS,
+    *t5gemma.STACKS,
+    *florenz.STACKS,
+    *gemma2.STACKS,
+)
 
 PREFIX_MASK = "PaliGemma gives it the masks of a prefix, which self_attention does not know"
 LEFT_ALONE = {"multi_modal_projector": "runs once per image"}
@@ -19,7 +24,8 @@ TOWERS = ("vision_tower",)
 def prefix_decoders(model: nn.Module) -> set[nn.Module]:
     """Decoder-only stacks that an image-text model calls with masks of its own (PaliGemma)."""
     owners = [m for m in model.modules() if hasattr(m, "multi_modal_projector")]
-    return {m.language_model for m in owners if isinstance(m.language_model, nn.Module)} - {model}
+    stacks = [getattr(m, "language_model", None) for m in owners]
+    return {m for m in stacks if isinstance(m, nn.Module)} - {model}
 
 
 def left_alone(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

@@ -80,6 +80,28 @@ def florence2(**settings: Any) -> nn.Module:
     return _spread(tf.Florence2ForConditionalGeneration(config), 0.15)
 
 
+def florenz(**settings: Any) -> nn.Module:
+    """Florence-2's encoder before Gemma-2 layers with gated cross-attention."""
+    # imported here: it needs transformers 5, and this file is read on older ones as well
+    from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
+
+    torch.manual_seed(0)
+    calm = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    window = {"sliding_window": 5, "attn_logit_softcapping": 5.0}
+    config = FlorenzConfig.reduced(
+        "3.5B", width=32, vocab_size=VOCAB, encoder_vocab_size=VOCAB - 1, **settings
+    )
+    config.vision_config.drop_path_rate = 0.0
+    for part, values in ((config.encoder, calm), (config.decoder, window)):
+        for name, value in values.items():
+            setattr(part, name, value)
+    model = _spread(FlorenzForConditionalGeneration(config), 0.2)
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn_gate.fill_(0.7)
+    return model
+
+
 def _gemma(**settings: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
@@ -228,6 +250,7 @@ FAMILIES = {
     "bart": _seq2seq(bart),
     "mbart": _seq2seq(mbart),
     "florence2": Family(florence2, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
+    "florenz": Family(florenz, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
     "gemma2": Family(gemma2, _causal_inputs, _causal_training),
     "t5gemma": _seq2seq(t5gemma),
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),

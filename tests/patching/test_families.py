@@ -117,7 +117,7 @@ def test_gradients_meet_the_error_rule(family: Family, dtype: torch.dtype) -> No
         assert ours <= 3 * theirs + torch.finfo(dtype).eps * total, name
 
 
-@pytest.mark.parametrize("name", ["bart", "mbart", "florence2", "t5gemma"])
+@pytest.mark.parametrize("name", ["bart", "mbart", "florence2", "t5gemma", "florenz"])
 def test_padded_positions_of_the_encoder_are_zero(name: str) -> None:
     model = FAMILIES[name].build()
     inputs = FAMILIES[name].inputs(model)
@@ -129,7 +129,7 @@ def test_padded_positions_of_the_encoder_are_zero(name: str) -> None:
     assert (states[inputs["attention_mask"] == 1] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma"])
+@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma", "florenz"])
 def test_cross_cache_is_held_once_per_image(name: str) -> None:
     """Four beams of three images: the cross cache has three rows, not twelve."""
     model = FAMILIES[name].build()
@@ -144,7 +144,7 @@ def test_cross_cache_is_held_once_per_image(name: str) -> None:
     assert k.shape[0] == int(inputs["attention_mask"].sum())
 
 
-@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma"])
+@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma", "florenz"])
 def test_encoder_outputs_given_by_the_caller(name: str) -> None:
     model = FAMILIES[name].build()
     inputs = FAMILIES[name].inputs(model)
@@ -162,7 +162,7 @@ def test_encoder_outputs_given_by_the_caller(name: str) -> None:
     assert torch.equal(generate(model, given(), num_beams=3), expected)
 
 
-@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma", "gemma2"])
+@pytest.mark.parametrize("name", ["bart", "florence2", "t5gemma", "florenz", "gemma2"])
 def test_several_tokens_on_a_filled_cache(name: str) -> None:
     """A forward pass with two new tokens per row after a prefill keeps transformers' result."""
     model = FAMILIES[name].build()

@@ -1,0 +1,68 @@
+"""What generate() must know of a Florenz model: it encodes images and prompts once, up front."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from fastvlm.checks import fail
+from fastvlm.florenz.config import FlorenzConfig
+from fastvlm.florenz.readers import OP
+
+
+class FlorenzGeneration(GenerationMixin):
+    """generate(input_ids, pixel_values, attention_mask, image_of_prompt, ...) with a KV cache."""
+
+    config: FlorenzConfig
+    model: Any
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: Any,
+    ) -> dict[str, Any]:
+        if (index := model_kwargs.get("prompt_of_target")) is not None:
+            wanted = "None in generate(), which writes one target for each row of input_ids"
+            raise fail(OP, "prompt_of_target", wanted, index)
+        if model_kwargs.get("encoder_outputs") is not None:
+            return model_kwargs
+        names = ("pixel_values", "image_of_prompt", "inputs_embeds")
+        inputs = {name: model_kwargs.pop(name, None) for name in names}
+        inputs[model_input_name or "input_ids"] = inputs_tensor
+        model_kwargs["encoder_outputs"], _ = self.model.encode(
+            **inputs,
+            attention_mask=model_kwargs.get("attention_mask"),
+            output_attentions=generation_config.output_attentions,
+            output_hidden_states=generation_config.output_hidden_states,
+        )
+        return model_kwargs
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        # as forward() does; some versions would look for the pad id of the targets (0), which
+        # begins every prompt
+        return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        if given is None and isinstance(cache, EncoderDecoderCache):
+            cross = cache.cross_attention_cache
+            if type(cross) is DynamicCache and not cross.offloading:
+                # Gemma's sliding window is of the targets, not of what they read
+                model_kwargs["past_key_values"] = EncoderDecoderCache(
+                    cache.self_attention_cache, DynamicCache()
+                )
+        return result

@@ -1,0 +1,72 @@
+"""Gemma-2 layers with a gated cross-attention between their branches (arXiv 2503.09443)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from fastvlm.patching import gemma2, t5gemma
+from fastvlm.patching.rules import StackRule, Swap, has, takes
+from fastvlm.patching.stacks import Call, DecoderStack
+
+
+class FlorenzDecoder(DecoderStack):
+    has_cross_attention = True
+
+    def no_mask(self) -> Any:
+        return dict(gemma2.MASKLESS)
+
+    def new_cache(self) -> EncoderDecoderCache:
+        return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        call = Call(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+        )
+        return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
+
+
+_LAYER = ("self_attn", "encoder_attn", "encoder_attn_gate", "post_feedforward_layernorm")
+
+
+def _is_stack(module: Any) -> bool:
+    if not has("layers", "norm", "rotary_emb", "embed_tokens")(module) or not len(module.layers):
+        return False
+    return has(*_LAYER)(module.layers[0])
+
+
+def _choose_stack(module: Any) -> Swap | str:
+    cross_attention, *_ = t5gemma.RULES
+    for index, layer in enumerate(module.layers):
+        if not has(*_LAYER)(layer):
+            return f"its layer {index} has no gated cross-attention"
+        if not cross_attention.matches(layer.encoder_attn):
+            return f"the encoder_attn of its layer {index} is not like T5Gemma's cross-attention"
+        kinds = {p.kind for p in inspect.signature(type(layer).forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            return f"its layer {index} does not hand keyword arguments down to its attention"
+    if not takes(module, "past_key_values", "inputs_embeds", "encoder_attention_mask"):
+        return "its forward has other arguments than transformers 5"
+    return Swap(FlorenzDecoder, ("Layout",))
+
+
+STACKS = (StackRule(_is_stack, _choose_stack, t5gemma.RULES),)
