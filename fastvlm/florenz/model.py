@@ -162,8 +162,13 @@ class FlorenzModel(FlorenzPreTrainedModel):
             names,
             shared=shared,
         )
-        states = take(states, prompt_of_target)
-        mask = None if mask is None else take(mask, prompt_of_target)
+        if getattr(self.decoder, "takes_readers", False):
+            # patched: the targets of a prompt read one copy of its keys and values
+            if prompt_of_target is not None:
+                kwargs["prompt_of_target"] = prompt_of_target
+        else:
+            states = take(states, prompt_of_target)
+            mask = None if mask is None else take(mask, prompt_of_target)
         output = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,

@@ -9,12 +9,53 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm.patching import gemma2, t5gemma
-from fastvlm.patching.rules import StackRule, Swap, has, takes
+from fastvlm.patching.rules import Rule, StackRule, Swap, extra_parts, has, takes
 from fastvlm.patching.stacks import Call, DecoderStack
+
+
+class FlorenzLayer(gemma2.SandwichLayer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        encoder_attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        own = past_key_values
+        if isinstance(own, EncoderDecoderCache):
+            own = own.self_attention_cache
+        x, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=own,
+            **kwargs,
+        )
+        if encoder_hidden_states is None:
+            norms = self.post_attention_layernorm, self.pre_feedforward_layernorm
+            h, x = self._tail(x, hidden_states, *norms)
+            return self._mlp(x, h)
+        h = self._tail(x, hidden_states, self.post_attention_layernorm)
+        x, _ = self.encoder_attn(
+            h,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        norms = self.post_encoder_attention_layernorm, self.pre_feedforward_layernorm
+        h, x = self._tail(x, h, *norms, gate=self.encoder_attn_gate)
+        return self._mlp(x, h)
 
 
 class FlorenzDecoder(DecoderStack):
     has_cross_attention = True
+    packs_ids = True
 
     def no_mask(self) -> Any:
         return dict(gemma2.MASKLESS)
@@ -69,4 +110,20 @@ def _choose_stack(module: Any) -> Swap | str:
     return Swap(FlorenzDecoder, ("Layout",))
 
 
-STACKS = (StackRule(_is_stack, _choose_stack, t5gemma.RULES),)
+_PARTS = ("self_attn", "encoder_attn", "mlp", "encoder_attn_gate")
+_NORMS = ("post_encoder_attention_layernorm", *gemma2.LAYER_NORMS)
+
+
+def _choose_layer(module: Any) -> Swap | str:
+    if extra := extra_parts(module, *_PARTS, *_NORMS):
+        return extra
+    theirs, ours = (
+        list(inspect.signature(cls.forward).parameters) for cls in (type(module), FlorenzLayer)
+    )
+    if theirs != ours:
+        return "its forward has other arguments than fastvlm.florenz's layer"
+    return Swap(FlorenzLayer, ("residual_rms_norm",))
+
+
+RULES = (Rule(("norm",), has(*_PARTS, *_NORMS), _choose_layer), *t5gemma.RULES)
+STACKS = (StackRule(_is_stack, _choose_stack, RULES),)

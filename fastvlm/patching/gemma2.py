@@ -105,8 +105,10 @@ class SandwichLayer(Host):
     The norm after a branch, the residual and the norm before the next one are one op.
     """
 
-    def _tail(self, x: Tensor, residual: Tensor, post: Any, following: Any = None) -> Any:
-        """h = residual + post(x), and where a norm follows also following(h)."""
+    def _tail(
+        self, x: Tensor, residual: Tensor, post: Any, following: Any = None, gate: Any = None
+    ) -> Any:
+        """h = residual + [tanh(gate)] post(x), and where a norm follows also following(h)."""
         p = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
         norms = [post] if following is None else [post, following]
         alike = {(norm.eps, norm.offset) for norm in norms if _is_fusable(norm)}
@@ -115,11 +117,12 @@ class SandwichLayer(Host):
                 x,
                 residual,
                 post.weight,
+                gate=gate,
                 next_weight=None if following is None else following.weight,
                 eps=post.eps,
                 offset=post.offset,
             )
-        x = post(x)
+        x = post(x) if gate is None else torch.tanh(gate) * post(x)
         h = residual + (self.dropout(x) if p > 0 else x)
         return h if following is None else (h, following(h))
 
