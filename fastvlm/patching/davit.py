@@ -1,0 +1,223 @@
+"""DaViT, the vision tower of Florence-2 (arXiv 2204.03645): window and channel attention.
+
+At 224 px its feature maps of 56, 28, 14 and 7 are padded to windows of 12, after the LayerNorm, and
+the padding takes part in the softmax. Every row of it is the same, the projection of zeros, so its
+share is known in closed form and qkv, proj and the queries run over the rows of the image alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlm.nn.linear import is_plain
+from fastvlm.nn.mlp import gelu_kind, gelu_mlp
+from fastvlm.ops._autograd import autocast
+from fastvlm.patching.rules import Host, Rule, Swap, extra_parts, has, takes
+
+# top, left, number of windows down and across, their height and width
+Region = tuple[int, int, int, int, int, int]
+
+
+def regions(height: int, width: int, size: int) -> list[Region]:
+    """A map cut into windows of size x size: the whole ones, and what is left at its far edges."""
+
+    def cuts(length: int) -> list[tuple[int, int, int]]:
+        whole, rest = divmod(length, size)
+        return [cut for cut in ((0, whole, size), (whole * size, 1, rest)) if cut[1] and cut[2]]
+
+    return [
+        (top, left, down, across, h, w)
+        for top, down, h in cuts(height)
+        for left, across, w in cuts(width)
+    ]
+
+
+def _rows(x: Tensor, region: Region) -> Tensor:
+    """The rows of a region of x [B, H, W, C], window after window: [rows, C]."""
+    top, left, down, across, h, w = region
+    x = x[:, top : top + down * h, left : left + across * w]
+    x = x.unflatten(2, (across, w)).unflatten(1, (down, h))
+    return x.transpose(2, 3).reshape(-1, x.shape[-1])
+
+
+class _Reorder(torch.autograd.Function):
+    """rows[order]. Its gradient is a gather too, by the inverse, where indexing would scatter."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(grad, inverse, order), None, None
+
+
+def pad_biases(count: int, dtype: torch.dtype) -> list[float]:
+    """What is added to the scores of keys that together count as `count` equal ones.
+
+    One key with log(count) would do, were it not rounded: to 2 % in bfloat16. Each is rounded down,
+    and another makes up for the rest, until their exp add up to count within a sixteenth of a
+    rounding.
+    """
+    grid = torch.finfo(dtype).eps / 2
+    biases, rest = [], float(count)
+    while rest > count * grid / 8:
+        mantissa, exponent = math.frexp(math.log(rest))
+        biases.append(math.ldexp(math.floor(mantissa / grid) * grid, exponent))
+        rest -= math.exp(biases[-1])
+    return biases
+
+
+def _attend(qkv: Tensor, pad: Tensor, count: int, scale: float) -> Tensor:
+    """Attention inside each of W windows of n rows, to which `count` rows of padding are added.
+
+    qkv: [W, n, 3, heads, D]. pad: [3, heads, D], what qkv is in a row of padding. -> [W, n, C].
+    """
+    q, kv = qkv.split((1, 2), 2)
+    bias = None
+    if count > 0:
+        biases = pad_biases(count, qkv.dtype)
+        extra = pad[1:].expand(kv.shape[0], len(biases), *pad[1:].shape)
+        kv = torch.cat((kv, extra), 1)
+        bias = qkv.new_zeros(1, kv.shape[1])
+        for place, value in enumerate(biases, qkv.shape[1]):
+            bias[:, place].fill_(value)  # no copy from the host, which on a GPU would wait
+    k, v = kv.transpose(1, 3).unbind(2)
+    q = q.squeeze(2).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+class WindowAttention(Host):
+    """Attention inside windows of a feature map, computed for its own rows only.
+
+    The softmax of a window that the original pads has one more term, count * exp(score) for all of
+    its padding, and that term's value is the v of a row of zeros.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, H, W, C] -> [B, H * W, C]."""
+        batch, height, width, dim = hidden_states.shape
+        parts = regions(height, width, self.window_size)
+        order = inverse = None
+        if len(parts) == 1:
+            rows = _rows(hidden_states, parts[0])
+        else:
+            places = torch.arange(batch * height * width, device=hidden_states.device)
+            order = torch.cat([_rows(places.view(batch, height, width, 1), p) for p in parts], 0)
+            order = order.squeeze(1)
+            inverse = torch.empty_like(order).index_copy_(0, order, places)
+            rows = _Reorder.apply(hidden_states.reshape(-1, dim), order, inverse)
+        qkv, pad = autocast(self.qkv(rows), self._padding(rows))
+        heads = (3, self.num_heads, dim // self.num_heads)
+        whole, out = self.window_size**2, []
+        lengths = [batch * down * across * h * w for _, _, down, across, h, w in parts]
+        for (*_, h, w), part in zip(parts, qkv.split(lengths)):
+            part = part.view(-1, h * w, *heads)
+            out.append(_attend(part, pad.view(heads), whole - h * w, self.scale).flatten(0, 1))
+        if order is not None:
+            x = _Reorder.apply(torch.cat(out), inverse, order)
+        else:
+            _, _, down, across, h, w = parts[0]
+            x = out[0].view(batch, down, across, h, w, dim).transpose(2, 3)
+        return self.proj(x.reshape(batch, height * width, dim))
+
+    def _padding(self, rows: Tensor) -> Tensor:
+        """q, k and v of a row of padding [3 C]: what qkv makes of zeros."""
+        if not is_plain(self.qkv):
+            return self.qkv(rows.new_zeros(1, rows.shape[1])).squeeze(0)
+        if self.qkv.bias is None:
+            return rows.new_zeros(self.qkv.weight.shape[0])
+        return self.qkv.bias
+
+
+class ChannelAttention(Host):
+    """Attention between the channels of a group: scores [D, D] are sums over the tokens."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, N, C] -> [B, N, C]."""
+        qkv = autocast(self.qkv(hidden_states))[0]
+        qkv = qkv.unflatten(2, (3, self.groups, -1)).permute(2, 0, 3, 1, 4)
+        out = channel_attention(*qkv.unbind(0))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def channel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q^T k / sqrt(N)) applied to the channels of v.
+
+    q, k, v: [B, groups, N, D], any strides -> [B, groups, N, D]. 16-bit scores would be rounded
+    where the softmax is steep: they are summed and normalized in float32, as PyTorch does.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.float32 if q.dtype.itemsize == 2 else q.dtype
+        scores = torch.matmul(k.to(wide).transpose(2, 3), q.to(wide))
+        weights = (scores * q.shape[2] ** -0.5).softmax(2)
+        return torch.matmul(v, weights.to(v.dtype))
+
+
+class VisionMLP(Host):
+    """fc2(gelu(fc1 x)), in one op where both layers may be bypassed."""
+
+    approximate = "none"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate, 0.0)
+
+
+def _choose(name: str, mixin: type[nn.Module]) -> Any:
+    def choose(module: Any) -> Swap | str:
+        if not takes(module, "hidden_states"):
+            return "its forward has other arguments than transformers' (hidden_states)"
+        return extra_parts(module, "qkv", "proj") or Swap(mixin, (name,))
+
+    return choose
+
+
+def _mlp(module: Any) -> Swap | str:
+    kind = gelu_kind(module.activation_fn)
+    if kind is None:
+        return f"its activation {type(module.activation_fn).__name__} is not GELU"
+    if not takes(module, "hidden_states"):
+        return "its forward has other arguments than transformers' (hidden_states)"
+    extra = extra_parts(module, "fc1", "fc2", "activation_fn")
+    return extra or Swap(VisionMLP, ("gelu_mlp",), (("approximate", kind),))
+
+
+_ATTENTION = (
+    Rule(
+        ("attention",),
+        has("qkv", "proj", "window_size", "num_heads", "scale"),
+        _choose("window_attention", WindowAttention),
+    ),
+    Rule(
+        ("attention",),
+        has("qkv", "proj", "groups"),
+        _choose("channel_attention", ChannelAttention),
+    ),
+)
+_BLOCK = ("window_attn", "channel_attn")
+_FFN = Rule(("mlp",), has("fc1", "fc2", "activation_fn"), _mlp)
+
+
+def tower_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule]]:
+    """The parts of DaViT blocks in a model, each with its rule: (name, module, rule)."""
+    for name, block in model.named_modules():
+        if not any(isinstance(getattr(block, attention, None), nn.Module) for attention in _BLOCK):
+            continue
+        for inner, module in block.named_modules(prefix=name):
+            rule = next((r for r in (*_ATTENTION, _FFN) if r.matches(module)), None)
+            if rule is not None:
+                yield inner, module, rule
