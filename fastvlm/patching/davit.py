@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
-from fastvlm.ops._autograd import autocast
+from fastvlm.ops._autograd import autocast, autocasts, needs_grad
 from fastvlm.patching.rules import Host, Rule, Swap, extra_parts, has, takes
 
 # top, left, number of windows down and across, their height and width
@@ -28,7 +29,7 @@ def regions(height: int, width: int, size: int) -> list[Region]:
     """A map cut into windows of size x size: the whole ones, and what is left at its far edges."""
 
     def cuts(length: int) -> list[tuple[int, int, int]]:
-        whole, rest = divmod(length, size)
+        whole, rest = length // size, length % size
         return [cut for cut in ((0, whole, size), (whole * size, 1, rest)) if cut[1] and cut[2]]
 
     return [
@@ -44,6 +45,16 @@ def _rows(x: Tensor, region: Region) -> Tensor:
     x = x[:, top : top + down * h, left : left + across * w]
     x = x.unflatten(2, (across, w)).unflatten(1, (down, h))
     return x.transpose(2, 3).reshape(-1, x.shape[-1])
+
+
+def _orders(
+    batch: int, height: int, width: int, parts: list[Region], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where the rows of the regions lie in maps [B, H, W], and the way back."""
+    places = torch.arange(batch * height * width, device=device)
+    maps = places.view(batch, height, width, 1)
+    order = torch.cat([_rows(maps, part) for part in parts]).squeeze(1)
+    return order, torch.empty_like(order).index_copy_(0, order, places)
 
 
 class _Reorder(torch.autograd.Function):
@@ -65,6 +76,13 @@ class _Reorder(torch.autograd.Function):
         return _Reorder.apply(grad, inverse, order), None, None
 
 
+def _reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    out: Tensor = (
+        _Reorder.apply(rows, order, inverse) if needs_grad(rows) else rows.index_select(0, order)
+    )
+    return out
+
+
 def pad_biases(count: int, dtype: torch.dtype) -> list[float]:
     """What is added to the scores of keys that together count as `count` equal ones.
 
@@ -81,7 +99,7 @@ def pad_biases(count: int, dtype: torch.dtype) -> list[float]:
     return biases
 
 
-def _attend(qkv: Tensor, pad: Tensor, count: int, scale: float) -> Tensor:
+def window_attention(qkv: Tensor, pad: Tensor, count: int, scale: float) -> Tensor:
     """Attention inside each of W windows of n rows, to which `count` rows of padding are added.
 
     qkv: [W, n, 3, heads, D]. pad: [3, heads, D], what qkv is in a row of padding. -> [W, n, C].
@@ -101,35 +119,32 @@ def _attend(qkv: Tensor, pad: Tensor, count: int, scale: float) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-class WindowAttention(Host):
+class _Windows(Host):
     """Attention inside windows of a feature map, computed for its own rows only.
 
     The softmax of a window that the original pads has one more term, count * exp(score) for all of
     its padding, and that term's value is the v of a row of zeros.
     """
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [B, H, W, C] -> [B, H * W, C]."""
+    def _attend(self, hidden_states: Tensor) -> Tensor:
         batch, height, width, dim = hidden_states.shape
         parts = regions(height, width, self.window_size)
-        order = inverse = None
+        orders = None
         if len(parts) == 1:
             rows = _rows(hidden_states, parts[0])
         else:
-            places = torch.arange(batch * height * width, device=hidden_states.device)
-            order = torch.cat([_rows(places.view(batch, height, width, 1), p) for p in parts], 0)
-            order = order.squeeze(1)
-            inverse = torch.empty_like(order).index_copy_(0, order, places)
-            rows = _Reorder.apply(hidden_states.reshape(-1, dim), order, inverse)
+            orders = _orders(batch, height, width, parts, hidden_states.device)
+            rows = _reorder(hidden_states.reshape(-1, dim), *orders)
         qkv, pad = autocast(self.qkv(rows), self._padding(rows))
         heads = (3, self.num_heads, dim // self.num_heads)
         whole, out = self.window_size**2, []
         lengths = [batch * down * across * h * w for _, _, down, across, h, w in parts]
         for (*_, h, w), part in zip(parts, qkv.split(lengths)):
-            part = part.view(-1, h * w, *heads)
-            out.append(_attend(part, pad.view(heads), whole - h * w, self.scale).flatten(0, 1))
-        if order is not None:
-            x = _Reorder.apply(torch.cat(out), inverse, order)
+            part = part.reshape(-1, h * w, *heads)
+            part = window_attention(part, pad.reshape(heads), whole - h * w, self.scale)
+            out.append(part.flatten(0, 1))
+        if orders is not None:
+            x = _reorder(torch.cat(out), *reversed(orders))
         else:
             _, _, down, across, h, w = parts[0]
             x = out[0].view(batch, down, across, h, w, dim).transpose(2, 3)
@@ -144,15 +159,40 @@ class WindowAttention(Host):
         return self.qkv.bias
 
 
-class ChannelAttention(Host):
+class WindowAttention(_Windows):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, H, W, C] -> [B, H * W, C]."""
+        return self._attend(hidden_states)
+
+
+class SizedWindowAttention(_Windows):
+    """The form of the published code, which hands the size of the map through."""
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """x [B, H * W, C], size (H, W) -> the same."""
+        return self._attend(x.unflatten(1, size)), size
+
+
+class _Channels(Host):
     """Attention between the channels of a group: scores [D, D] are sums over the tokens."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [B, N, C] -> [B, N, C]."""
+    def _attend(self, hidden_states: Tensor) -> Tensor:
         qkv = autocast(self.qkv(hidden_states))[0]
         qkv = qkv.unflatten(2, (3, self.groups, -1)).permute(2, 0, 3, 1, 4)
         out = channel_attention(*qkv.unbind(0))
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class ChannelAttention(_Channels):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, N, C] -> [B, N, C]."""
+        return self._attend(hidden_states)
+
+
+class SizedChannelAttention(_Channels):
+    def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """x [B, N, C], size (H, W) -> the same."""
+        return self._attend(x), size
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,11 +201,14 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v: [B, groups, N, D], any strides -> [B, groups, N, D]. 16-bit scores would be rounded
     where the softmax is steep: they are summed and normalized in float32, as PyTorch does.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        wide = torch.float32 if q.dtype.itemsize == 2 else q.dtype
-        scores = torch.matmul(k.to(wide).transpose(2, 3), q.to(wide))
+    device, dtype = q.device.type, v.dtype
+    with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        if dtype.itemsize == 2:
+            # the layout that the product wants anyway, in the same pass
+            q, k = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k))
+        scores = torch.matmul(k.transpose(2, 3), q)
         weights = (scores * q.shape[2] ** -0.5).softmax(2)
-        return torch.matmul(v, weights.to(v.dtype))
+        return torch.matmul(v, weights.to(dtype))
 
 
 class VisionMLP(Host):
@@ -177,11 +220,16 @@ class VisionMLP(Host):
         return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate, 0.0)
 
 
-def _choose(name: str, mixin: type[nn.Module]) -> Any:
+_OTHER_ARGUMENTS = "its forward has other arguments than hidden_states, or x and size"
+
+
+def _choose(op: str, mixin: type[nn.Module], sized: type[nn.Module]) -> Any:
     def choose(module: Any) -> Swap | str:
-        if not takes(module, "hidden_states"):
-            return "its forward has other arguments than transformers' (hidden_states)"
-        return extra_parts(module, "qkv", "proj") or Swap(mixin, (name,))
+        if extra := extra_parts(module, "qkv", "proj", "softmax"):
+            return extra
+        if takes(module, "hidden_states"):
+            return Swap(mixin, (op,))
+        return Swap(sized, (op,)) if takes(module, "x", "size") else _OTHER_ARGUMENTS
 
     return choose
 
@@ -200,12 +248,12 @@ _ATTENTION = (
     Rule(
         ("attention",),
         has("qkv", "proj", "window_size", "num_heads", "scale"),
-        _choose("window_attention", WindowAttention),
+        _choose("window_attention", WindowAttention, SizedWindowAttention),
     ),
     Rule(
         ("attention",),
         has("qkv", "proj", "groups"),
-        _choose("channel_attention", ChannelAttention),
+        _choose("channel_attention", ChannelAttention, SizedChannelAttention),
     ),
 )
 _BLOCK = ("window_attn", "channel_attn")
