@@ -86,9 +86,9 @@ def _reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def pad_biases(count: int, dtype: torch.dtype) -> list[float]:
     """What is added to the scores of keys that together count as `count` equal ones.
 
-    One key with log(count) would do, were it not rounded: to 2 % in bfloat16. Each is rounded down,
-    and another makes up for the rest, until their exp add up to count within a sixteenth of a
-    rounding.
+    One key with log(count) would do, were it not rounded: it can be 1.6 % off in bfloat16, in every
+    window and always to the same side. So each is rounded down, and another makes up for the rest,
+    until their exp add up to count within a sixteenth of a rounding.
     """
     grid = torch.finfo(dtype).eps / 2
     biases, rest = [], float(count)
