@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
-from fastvlm.ops._autograd import autocast, autocasts, needs_grad
+from fastvlm.ops._autograd import autocast, autocasts
 from fastvlm.patching.rules import Host, Rule, Swap, extra_parts, has, takes
 
 # top, left, number of windows down and across, their height and width
@@ -47,40 +47,41 @@ def _rows(x: Tensor, region: Region) -> Tensor:
     return x.transpose(2, 3).reshape(-1, x.shape[-1])
 
 
-def _orders(
-    batch: int, height: int, width: int, parts: list[Region], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Where the rows of the regions lie in maps [B, H, W], and the way back."""
-    places = torch.arange(batch * height * width, device=device)
-    maps = places.view(batch, height, width, 1)
-    order = torch.cat([_rows(maps, part) for part in parts]).squeeze(1)
-    return order, torch.empty_like(order).index_copy_(0, order, places)
-
-
-class _Reorder(torch.autograd.Function):
-    """rows[order]. Its gradient is a gather too, by the inverse, where indexing would scatter."""
-
-    generate_vmap_rule = True
+class _Take(torch.autograd.Function):
+    """rows[order], for an order that names each row once: its gradient needs no sums."""
 
     @staticmethod
-    def forward(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(rows: Tensor, order: Tensor) -> Tensor:
         return rows.index_select(0, order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        order, inverse = ctx.saved_tensors
-        return _Reorder.apply(grad, inverse, order), None, None
+        return _Put.apply(ctx.saved_tensors[0], grad), None
 
 
-def _reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    out: Tensor = (
-        _Reorder.apply(rows, order, inverse) if needs_grad(rows) else rows.index_select(0, order)
-    )
-    return out
+class _Put(torch.autograd.Function):
+    """The way back: parts, one after the other, to where `order` says that their rows lie."""
+
+    @staticmethod
+    def forward(order: Tensor, *parts: Tensor) -> Tensor:
+        out = parts[0].new_empty(order.shape[0], parts[0].shape[1])
+        for places, part in zip(order.split([part.shape[0] for part in parts]), parts):
+            out.index_copy_(0, places, part)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        order, *parts = inputs
+        ctx.save_for_backward(order)
+        ctx.lengths = [part.shape[0] for part in parts]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, *_Take.apply(grad, ctx.saved_tensors[0]).split(ctx.lengths)
 
 
 def pad_biases(count: int, dtype: torch.dtype) -> list[float]:
@@ -129,12 +130,13 @@ class _Windows(Host):
     def _attend(self, hidden_states: Tensor) -> Tensor:
         batch, height, width, dim = hidden_states.shape
         parts = regions(height, width, self.window_size)
-        orders = None
         if len(parts) == 1:
             rows = _rows(hidden_states, parts[0])
         else:
-            orders = _orders(batch, height, width, parts, hidden_states.device)
-            rows = _reorder(hidden_states.reshape(-1, dim), *orders)
+            places = torch.arange(batch * height * width, device=hidden_states.device)
+            places = places.view(batch, height, width, 1)
+            order = torch.cat([_rows(places, part) for part in parts]).squeeze(1)
+            rows = _Take.apply(hidden_states.reshape(-1, dim), order)
         qkv, pad = autocast(self.qkv(rows), self._padding(rows))
         heads = (3, self.num_heads, dim // self.num_heads)
         whole, out = self.window_size**2, []
@@ -143,11 +145,11 @@ class _Windows(Host):
             part = part.reshape(-1, h * w, *heads)
             part = window_attention(part, pad.reshape(heads), whole - h * w, self.scale)
             out.append(part.flatten(0, 1))
-        if orders is not None:
-            x = _reorder(torch.cat(out), *reversed(orders))
-        else:
+        if len(parts) == 1:
             _, _, down, across, h, w = parts[0]
             x = out[0].view(batch, down, across, h, w, dim).transpose(2, 3)
+        else:
+            x = _Put.apply(order, *out)
         return self.proj(x.reshape(batch, height * width, dim))
 
     def _padding(self, rows: Tensor) -> Tensor:
@@ -206,9 +208,11 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if dtype.itemsize == 2:
             # the layout that the product wants anyway, in the same pass
             q, k = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k))
-        scores = torch.matmul(k.transpose(2, 3), q)
-        weights = (scores * q.shape[2] ** -0.5).softmax(2)
-        return torch.matmul(v, weights.to(dtype))
+        # flattened before k is transposed: where that copies, it copies runs of D
+        q, k, values = (x.flatten(0, 1) for x in (q, k, v))
+        scores = torch.bmm(k.transpose(1, 2), q)
+        weights = (scores * q.shape[1] ** -0.5).softmax(1)
+        return torch.bmm(values, weights.to(dtype)).view(v.shape)
 
 
 class VisionMLP(Host):
