@@ -368,3 +368,14 @@ def test_compiles_without_a_break(dynamic: bool) -> None:
         expected, got = run(module, x, grad), run(compiled, x, grad)
         for name, value in zip(expected, got.values(), strict=True):
             assert torch.allclose(value, expected[name], atol=1e-5), name
+
+
+def test_rows_taken_and_put_back_differentiate_twice() -> None:
+    order = torch.randperm(6)
+    rows, first, second = (
+        torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (6, 2, 4)
+    )
+    taken = davit._Take.apply(rows, order)
+    assert torch.equal(davit._Put.apply(order, *taken.split([2, 4])), rows)
+    torch.autograd.gradgradcheck(lambda x: davit._Take.apply(x, order) ** 2, (rows,))
+    torch.autograd.gradgradcheck(lambda *x: davit._Put.apply(order, *x) ** 2, (first, second))
