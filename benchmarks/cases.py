@@ -140,7 +140,10 @@ ROPE = _rope()
 LOSS = [LossCase("loss-256000", 512, 768, 256_000, 30.0, 205)]
 # PaliGemma 2's vocabulary; a beam search of 4 beams takes 8
 TOPK = [TopkCase("loss-topk-257024-32", 32, 768, 257_024, 30.0, 8)]
-VISION = [VisionCase("vision-florence2-base-768", 576, 768, 90_368_000, 379_775_877_120)]
+VISION = [
+    VisionCase("vision-florence2-base-224", 49, 224, 90_368_000, 32_132_894_720),
+    VisionCase("vision-florence2-base-768", 576, 768, 90_368_000, 379_775_877_120),
+]
 ALL: list[Case] = [
     *LINEAR, *MLP, *ATTENTION, *CAPTIONS_ATTENTION, *NORM, *ROPE, *LOSS, *TOPK, *VISION
 ]  # fmt: skip

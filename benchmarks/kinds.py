@@ -237,7 +237,8 @@ class TopkCase(_Kind):
 
 @dataclass(frozen=True)
 class VisionCase(_Kind):
-    """A whole vision tower. flops: as PyTorch's FlopCounterMode counts them."""
+    """A whole vision tower. flops: as PyTorch's FlopCounterMode counts them, of the image alone: at
+    224 px transformers computes 41.8 GFLOP, the rest of them for the padding of windows."""
 
     name: str
     rows: int

@@ -12,6 +12,7 @@ import torch
 # the benchmarks are not installed with the package
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fastvlm
 from benchmarks import cases, engines, gpu_baselines, kinds, measure, memory
 from benchmarks.micro import test_attention as attention
 from benchmarks.micro import test_attention_training as training
@@ -143,15 +144,24 @@ def test_tiny_vision_tower_agrees() -> None:
         agree(vision.towers(vision.model(small())), (pixels,))
 
 
-def test_vision_case_counts_as_pytorch_does() -> None:
+@pytest.mark.parametrize(
+    ("case", "padded"), zip(cases.VISION, (41_780_092_928, 379_775_877_120)), ids=("224", "768")
+)
+def test_vision_case_counts_as_pytorch_does(case: kinds.VisionCase, padded: int) -> None:
+    """Of the patched tower, which computes no padding; its attention is what the counter knows."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    (case,) = cases.VISION
     with torch.device("meta"):
         tower = vision.model().model.vision_tower
         pixels = torch.empty(1, 3, case.image_size, case.image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        grid = tower(pixels).last_hidden_state.shape[-2:]
-    assert counter.get_total_flops() == case.flops
+
+    def count() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            grid = tower(pixels).last_hidden_state.shape[-2:]
+        assert grid.numel() == case.rows
+        return counter.get_total_flops()
+
+    assert count() == padded
+    fastvlm.patch(tower, only="attention")
+    assert count() == case.flops
     assert sum(p.numel() for p in tower.parameters()) == case.parameters
-    assert grid.numel() == case.rows

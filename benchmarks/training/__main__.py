@@ -157,9 +157,7 @@ def rows(case: dict[str, Any]) -> list[tuple[str, ...]]:
     base_mib = case["peak_mib"][SIDES[0]]["step"]
     for side, figures in case["sides"].items():
         mib = case["peak_mib"][side]["step"]
-        faster = (
-            figures[key] / base[key] for key in ("samples_per_second", "without_optimizer")
-        )
+        faster = (figures[key] / base[key] for key in ("samples_per_second", "without_optimizer"))
         lines.append(
             (
                 case["shape"],

@@ -34,14 +34,14 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
     kinds: the exact classes that qualify (default: the linear layers). False for an adapter
-    (PEFT), a quantized or parametrized layer, a hook, a DTensor, or where the module computes with
-    a copy of its weight in fewer bits: then it must be called.
+    (PEFT), a quantized or parametrized layer, a hook, a forward set on the instance, a DTensor, or
+    where the module computes with a copy of its weight in fewer bits: then it must be called.
     """
     cls = type(module)
     if getattr(cls, "storage", None) is not None:
         return False
     if vars(cls).get("_fastvlm_base", cls) not in (kinds or (nn.Linear, Linear)):
         return False
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return False
+    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        return False  # an offloader sets a forward of its own on the instance
     return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]

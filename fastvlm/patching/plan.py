@@ -29,6 +29,7 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
     # imported here: fastvlm's ops stand without transformers
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
+    from fastvlm.patching.davit import tower_modules
     from fastvlm.patching.families import (
         PREFIX_MASK,
         STACKS,
@@ -52,6 +53,8 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
             refused = too_old() or (PREFIX_MASK if module in prefixed else None)
             storage = weights if stack.decodes else None
             shares |= _plan_stack(name, module, stack, wanted, storage, refused, add)
+    for name, module, rule in tower_modules(model):
+        add(_change(name, module, rule.floors, _choose(module, rule, wanted)))
     if changes:
         for name, module in model.named_modules():
             _plan_outside(name, module, wanted, weights, shares, add)
