@@ -8,6 +8,7 @@ forward, backward, clipping and AdamW. All sides share one set of weights, which
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -58,7 +59,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         marks.append(time.perf_counter())
-        spans = dict(zip(PARTS, (b - a for a, b in zip(marks, marks[1:]))))
+        spans = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(marks))))
         return spans, loss.item()
 
 
@@ -174,7 +175,7 @@ def rows(case: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--shape", nargs="+", default=["florenz-0.4B", "florenz-gemma-4-layers"])
+    parser.add_argument("--shape", nargs="+", default=["florenz-0.4B-half-width", "florenz-gemma-4-layers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peak", metavar="SIDE", help="only this side's memory, as JSON")

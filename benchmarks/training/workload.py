@@ -59,7 +59,8 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("florenz-0.4B", {}, 8, "0.4B"),
-        Shape("florenz-gemma-4-layers", {"layers": 4, "width": 512}, 8, "3.5B"),
+        Shape("florenz-0.4B-half-width", {"layers": 6, "width": 384}, 16, "0.4B"),
+        Shape("florenz-gemma-4-layers", {"layers": 4, "width": 512}, 16, "3.5B"),
         Shape("drift-florence", {"layers": 2, "width": 128, "vocab_size": 8192}, 4, "0.4B"),
         Shape("drift-gemma", {"layers": 2, "width": 128, "vocab_size": 8192}, 4, "3.5B"),
         Shape("tiny", {"layers": 2, "width": 32, "vocab_size": 99, "encoder_vocab_size": 99}, 3,
