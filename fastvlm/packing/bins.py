@@ -7,6 +7,7 @@ budget. Costs are int64 arrays [units, budgets], bins are lists of unit indices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,20 +54,24 @@ def split_bins(bins: Sequence[Bin], extra: int, loads: NDArray[np.int64]) -> lis
     The heaviest bin is halved again and again: budgets hold, because halves cost less.
     """
     result = [list(one) for one in bins]
+    heaviest = [(-int(loads[one].sum()), i) for i, one in enumerate(result) if len(one) > 1]
+    heapify(heaviest)
     for _ in range(extra):
-        divisible = [i for i, one in enumerate(result) if len(one) > 1]
-        if not divisible:
+        if not heaviest:
             break
-        heaviest = max(divisible, key=lambda i: int(loads[result[i]].sum()))
+        _, index = heappop(heaviest)
         halves: list[Bin] = [[], []]
         weights = [0, 0]
-        for unit in sorted(result[heaviest], key=lambda u: -int(loads[u])):
+        for unit in sorted(result[index], key=lambda u: -int(loads[u])):
             # an empty half comes first even where all loads are 0
             lighter = min((0, 1), key=lambda h: (weights[h], len(halves[h])))
             halves[lighter].append(unit)
             weights[lighter] += int(loads[unit])
-        result[heaviest] = halves[0]
+        result[index] = halves[0]
         result.append(halves[1])
+        for half, weight, place in zip(halves, weights, (index, len(result) - 1)):
+            if len(half) > 1:
+                heappush(heaviest, (-weight, place))
     return result
 
 

@@ -34,14 +34,16 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         of all ranks, a step's ``num_replicas`` batches one after the other: the order in which
         Accelerate deals batches out, so under ``accelerator.prepare`` it must be None.
     shuffle, seed: the order. Batches are made by first-fit-decreasing within windows of ``window``
-        samples of the shuffled order, so what shares a batch is random too.
+        samples (at most an eighth of all) of the shuffled order, so what shares a batch is random
+        too; without shuffle, in the order of the samples.
     drop_last: leave out what does not fill a last step of all ranks; otherwise batches are split
-        for it. Nothing is left out or repeated then, unless there are fewer samples than ranks.
+        for it. Nothing is left out then, and nothing repeated unless no batch can be split, all
+        being one sample: then fewer than num_replicas samples come twice.
     oversized: what becomes of a sample above a budget: "error", or "alone" in its batch.
 
     Every rank gets as many batches, in every epoch: ``len`` is exact, for all epochs, and what a
     learning-rate schedule can rely on. The batches of a step differ in tokens (decoder and encoder
-    together) as little as neighbours in the order of load do.
+    together) as little as neighbours in the order of load do (without shuffle: in the given order).
 
     An epoch is chosen by ``set_epoch``. ``state_dict`` after n batches and ``load_state_dict`` give
     the batches after the n-th. A loader with workers, and Accelerate, draw batches ahead of the
@@ -67,7 +69,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         rank: int | None = 0,
         shuffle: bool = True,
         seed: int = 0,
-        window: int = 4096,
+        window: int = 2048,
         drop_last: bool = False,
         oversized: str = "error",
     ) -> None:
@@ -92,8 +94,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             _refuse_oversized(table, budgets)
         self._units, costs = _units(table, budgets, image_ids)
         self.num_replicas, self.rank, self.drop_last = num_replicas, rank, drop_last
+        loads = costs[:, :2].sum(1)
+        # what has no bound must not decide the order in which bins are filled
+        costs = costs * (budgets < UNLIMITED)
+        # in one window for all, the same samples would share batches in every epoch
+        window = min(window, max(1, len(costs) // 8))
         self._planner = Planner(
-            costs, budgets, costs[:, :2].sum(1), num_replicas, window, shuffle, drop_last, seed
+            costs, budgets, loads, num_replicas, window, shuffle, drop_last, seed
         )
         described = repr((budgets.tolist(), num_replicas, window, shuffle, drop_last, seed))
         ids = [] if image_ids is None else self._units
