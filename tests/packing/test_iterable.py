@@ -211,14 +211,19 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
         packed([], **changes)
 
 
+def shard_rows(shards: list[int]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for row in flat(samples(40, seed=7)[shard::4]):
+            yield {**row, "pixel_values": row["pixel_values"].tolist()}
+
+
 def test_datasets_streaming() -> None:
     datasets = pytest.importorskip("datasets")
-    rows = flat(samples(40, seed=7))
-    for row in rows:
-        row["pixel_values"] = row["pixel_values"].tolist()
 
     def stream() -> Any:
-        return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+        return datasets.IterableDataset.from_generator(
+            shard_rows, gen_kwargs={"shards": [0, 1, 2, 3]}
+        )
 
     for workers in (0, 2):
         dataset = packed(stream(), max_target_tokens=60)
@@ -237,13 +242,17 @@ def test_datasets_streaming() -> None:
 def test_webdataset() -> None:
     webdataset = pytest.importorskip("webdataset")
     given_samples = samples(30, seed=8)
+
+    def read(shards: Iterator[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            yield from given_samples[int(shard["url"]) :: 6]
+
     for workers in (0, 2):
-        # the pipeline's own stages; shards of a tar file would stand in front of them
+        # the pipeline's own stages, but for the reading of tar files
         source = webdataset.DataPipeline(
             webdataset.SimpleShardList([str(i) for i in range(6)]),
             webdataset.split_by_worker,
-            webdataset.map(lambda shard: given_samples[int(shard["url"]) :: 6]),
-            webdataset.unlisted(),
+            read,
         )
         dataset = packed(source)
         assert dataset.source_split == "workers"
