@@ -134,7 +134,8 @@ class PackedIterable(IterableDataset[list[PreparedSample]]):
             self._at = self._beginning()
         shard, num_shards = self._shard()
         balance = self.collator.balance
-        self.collator.seed_balance(self.epoch, self.rank, shard)
+        worker = get_worker_info()
+        self.collator.seed_balance(self.epoch, self.rank, 0 if worker is None else worker.id)
         if balance is not None and self._at["balance"] is not None:
             balance.load_state_dict(self._at["balance"])
         source: Any = self.source if isinstance(self.source, Iterable) else self.source()

@@ -103,8 +103,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             costs, budgets, loads, num_replicas, window, shuffle, drop_last, seed
         )
         described = repr((budgets.tolist(), num_replicas, window, shuffle, drop_last, seed))
-        ids = [] if image_ids is None else self._units
-        self._fingerprint = zlib.crc32((described + repr(ids)).encode() + table.tobytes())
+        described += repr(self._units)
+        self._fingerprint = zlib.crc32(described.encode() + table.tobytes())
         self.epoch = 0
         self._planned: tuple[int, list[Step]] = (0, self._planner.plan(0))
         self._num_steps = len(self._planned[1])
@@ -143,7 +143,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         for step in self._steps()[first:]:
             for one in step if self.rank is None else [step[self.rank]]:
                 self._drawn += 1
-                yield [index for unit in one for index in self._units[unit]]
+                if self._units is None:
+                    yield list(one)
+                else:
+                    yield [index for unit in one for index in self._units[unit]]
 
     def state_dict(self, consumed: int | None = None) -> dict[str, int]:
         """Where the epoch stands, the same on every rank.
@@ -213,10 +216,13 @@ def _refuse_oversized(table: NDArray[np.int64], budgets: NDArray[np.int64]) -> N
 
 def _units(
     table: NDArray[np.int64], budgets: NDArray[np.int64], image_ids: Sequence[Hashable] | None
-) -> tuple[list[list[int]], NDArray[np.int64]]:
-    """Samples that stay together, and their costs [units, 3]; an image is paid once."""
+) -> tuple[list[list[int]] | None, NDArray[np.int64]]:
+    """Samples that stay together (None: each by itself), and their costs [units, 3].
+
+    An image is paid once.
+    """
     if image_ids is None:
-        return [[index] for index in range(len(table))], table
+        return None, table
     if len(image_ids) != len(table):
         raise fail(_OP, "image_ids", f"of one entry for each of {len(table)} samples", image_ids)
     units: list[list[int]] = []

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import transformers
+from accelerate import data_loader
 from torch.utils.data import DataLoader
 
 from fastvlm.packing import (
@@ -110,7 +116,6 @@ def test_the_trainer_sees_all_and_resumes_in_the_middle(
 
 
 def test_the_trainer_takes_a_packed_stream(example: Any, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     tiny = example("tiny")
     collator = PackingCollator(
         groups=tiny.TASKS, pad_token_id=1, decoder_pad_token_id=1, decoder_start_token_id=2
@@ -136,7 +141,6 @@ def test_the_trainer_takes_a_packed_stream(example: Any, tmp_path: Path) -> None
 def test_accelerate_deals_out_what_the_sampler_made_for_each_rank(
     example: Any, num_processes: int
 ) -> None:
-    data_loader = pytest.importorskip("accelerate.data_loader")
     tiny = example("tiny")
     samples = tiny.samples()
     collator = PackingCollator(groups=tiny.TASKS, pad_token_id=1)
@@ -178,38 +182,65 @@ def test_accelerate_deals_out_what_the_sampler_made_for_each_rank(
         assert [ids(batch) for batch in loader] == wanted[2:]
 
 
-def _two_processes(path: str) -> None:
-    sys.path.insert(0, str(EXAMPLES))
-    accelerate = importlib.import_module("accelerate")
-    tiny = importlib.import_module("tiny")
-    accelerator = accelerate.Accelerator(cpu=True)
-    collator = PackingCollator(
-        groups=tiny.TASKS, pad_token_id=1, decoder_pad_token_id=1, decoder_start_token_id=2
-    )
-    samples = tiny.samples()
-    sampler = TokenBudgetBatchSampler(
-        [collator.lengths(sample) for sample in samples],
-        max_target_tokens=40,
-        num_replicas=accelerator.num_processes,
-        rank=None,
-    )
-    loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collator)
-    model, loader = accelerator.prepare(tiny.TinyModel(), loader)
-    seen = []
-    for batch in loader:
-        accelerator.backward(model(**batch)["loss"])
-        seen += batch["pixel_values"][:, 0, 0, 0].tolist()
-    torch.save(seen, f"{path}/{accelerator.process_index}.pt")
+def two_processes(kind: str, folder: Path) -> list[list[list[float]]]:
+    """The images of each step of both ranks, from two processes that train together."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    script = Path(__file__).with_name("one_of_two.py")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), kind, str(folder), rank],
+            env={
+                **os.environ,
+                **common,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "ACCELERATE_USE_CPU": "true",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+    finally:
+        for process in running:
+            process.kill()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def all_images(example: Any) -> list[float]:
+    return sorted(float(s["pixel_values"][0, 0, 0]) for s in example("tiny").samples())
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_all_images_once(example: Any, tmp_path: Path) -> None:
-    launchers = pytest.importorskip("accelerate")
-    launchers.debug_launcher(_two_processes, args=(str(tmp_path),), num_processes=2)
-    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert all(halves)
-    wanted = [float(s["pixel_values"][0, 0, 0]) for s in example("tiny").samples()]
-    assert sorted(halves[0] + halves[1]) == sorted(wanted)
+def test_two_processes_of_accelerate_share_the_images(example: Any, tmp_path: Path) -> None:
+    first, second = two_processes("accelerate", tmp_path)
+    assert len(first) == len(second)
+    assert sorted(chain(*first, *second)) == all_images(example)
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_trainer_share_the_images_and_resume(
+    example: Any, tmp_path: Path
+) -> None:
+    first, second = two_processes("trainer", tmp_path)
+    # two epochs, and the rest of the second again, from step 5
+    per_epoch = (len(first) + 5) // 4
+    assert per_epoch < 5 < 2 * per_epoch
+    for rank in (first, second):
+        assert rank[2 * per_epoch :] == rank[5 : 2 * per_epoch]
+    for epoch in (0, 1):
+        part = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert sorted(chain(*first[part], *second[part])) == all_images(example)
 
 
 def test_what_lightning_asks_of_a_loader_is_there() -> None:
