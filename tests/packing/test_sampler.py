@@ -165,7 +165,12 @@ def test_resumes_at_every_point(
         second.load_state_dict(state)
         assert second.state_dict() == state
         second.set_epoch(epoch)
-        assert list(second) == batches[steps * per_step :]
+        going_on = iter(second)
+        for number in range(steps * per_step, len(batches)):
+            assert next(going_on) == batches[number]
+            # what is drawn after resuming counts from the epoch's start too
+            assert second.state_dict()["batches"] == (number + 1) // per_step
+        assert list(going_on) == []
         # only once: the next pass is a whole one
         assert list(second) == batches
 
@@ -270,6 +275,12 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
     assert list(TokenBudgetBatchSampler(**arguments)) == [[0]]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         TokenBudgetBatchSampler(**{**arguments, **changes})
+
+
+def test_an_image_is_paid_once() -> None:
+    ids = ["a", "b", "a", "b", "a"]
+    sampler = TokenBudgetBatchSampler([1] * 5, max_target_tokens=9, max_images=2, image_ids=ids)
+    assert len(sampler) == 1
 
 
 def test_nothing_gives_nothing() -> None:
