@@ -287,3 +287,10 @@ def test_copies_are_independent() -> None:
     assert other.balance is not None
     assert sum(pack.balance.counts.values()) == 9
     assert sum(other.balance.counts.values()) == 0
+
+
+def test_with_an_id_other_objects_are_the_same_image_and_the_first_is_taken() -> None:
+    record = {"image_id": "a", "input_ids": [4], "labels": [5]}
+    pixels = [image(0), image(1)]
+    batch = PackingCollator(pad_token_id=1)([{**record, "pixel_values": one} for one in pixels])
+    assert torch.equal(batch["pixel_values"], pixels[0][None])

@@ -257,3 +257,18 @@ def test_webdataset() -> None:
         dataset = packed(source)
         assert dataset.source_split == "workers"
         assert held(load(dataset, num_workers=workers)) == records(given_samples)
+
+
+def test_records_of_an_image_that_follow_each_other_go_to_one_rank() -> None:
+    found = []
+    for rank in (0, 1):
+        shard = packed(flat(samples(30, seed=9)), num_replicas=2, rank=rank, buffer=1000)
+        found.append({sample.image_id for batch in shard for sample in batch})
+    assert not found[0] & found[1]
+    assert found[0] | found[1] == set(range(30))
+
+
+def test_a_prompt_of_several_targets_is_paid_once() -> None:
+    target = {"prompt_ids": [4] * 12, "label_ids": [7]}
+    sample = {"pixel_values": image(0), "image_id": 0, "targets": [target] * 3}
+    assert len(list(packed([sample], PackingCollator(pad_token_id=1)))) == 1
