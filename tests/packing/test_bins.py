@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import corpus_lengths
 
@@ -20,6 +20,7 @@ costs_lists = st.lists(
 BUDGETS = np.array([9, 12, 4])
 
 
+@settings(deadline=None)
 @given(costs_lists, st.randoms())
 def test_every_unit_is_in_one_bin_within_all_budgets(
     costs: list[tuple[int, ...]], draw: random.Random
@@ -34,6 +35,7 @@ def test_every_unit_is_in_one_bin_within_all_budgets(
     assert len(bins) == len(first_fit_decreasing(sorted(units), table, BUDGETS))
 
 
+@settings(deadline=None)
 @given(costs_lists)
 def test_no_unit_would_have_fitted_into_an_earlier_bin(costs: list[tuple[int, ...]]) -> None:
     table = np.array(costs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import GROUPS, WordTokenizer, flat, image, read_back, records, samples
 from transformers.models.bart.modeling_bart import shift_tokens_right
@@ -21,6 +21,7 @@ def collator(**settings: Any) -> PackingCollator:
     return PackingCollator(**{"groups": GROUPS, "pad_token_id": 1, **settings})
 
 
+@settings(deadline=None)
 @given(
     count=st.integers(1, 8),
     seed=st.integers(0, 1000),
@@ -38,6 +39,7 @@ def test_a_batch_holds_exactly_its_records(
         assert batch["input_ids"].shape[1] % multiple == batch["labels"].shape[1] % multiple == 0
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_flat_records_in_any_order_make_the_same_targets(seed: int) -> None:
     given_samples = samples(4, seed)
@@ -188,6 +190,7 @@ def test_prepared_samples_are_taken_as_they_are() -> None:
     assert all(torch.equal(torch.as_tensor(once[k]), torch.as_tensor(twice[k])) for k in once)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_lengths_are_those_of_the_batch(seed: int) -> None:
     pack = collator(max_target_tokens=4, image_token_id=50, num_image_tokens=3)

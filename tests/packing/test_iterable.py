@@ -31,7 +31,7 @@ def held(batches: list[dict[str, Any]]) -> Counter[Record]:
     return sum((read_back(batch) for batch in batches), Counter())
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     count=st.integers(1, 40),
     seed=st.integers(0, 99),

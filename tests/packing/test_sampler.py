@@ -35,7 +35,7 @@ def ranks(lengths: Any, num_replicas: int, epoch: int = 0, **kwargs: Any) -> lis
     return result
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     lengths=lengths_lists,
     num_replicas=st.integers(1, 4),
@@ -59,7 +59,7 @@ def test_an_epoch_has_every_sample_once_within_the_budgets(
     assert not repeated or max(map(len, batches)) == 1
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(lengths=lengths_lists, num_replicas=st.integers(1, 4), window=st.sampled_from([2, 7, 100]))
 def test_dropping_the_last_leaves_out_less_than_a_step(
     lengths: list[tuple[int, int, int]], num_replicas: int, window: int
@@ -80,6 +80,7 @@ def test_dropping_the_last_leaves_out_less_than_a_step(
         assert len(rest) < max(num_replicas, 1)
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, num_replicas=st.integers(1, 3), window=st.sampled_from([3, 10]))
 def test_every_epoch_is_as_long(
     lengths: list[tuple[int, int, int]], num_replicas: int, window: int
@@ -90,6 +91,7 @@ def test_every_epoch_is_as_long(
         assert len(list(sampler)) == len(sampler)
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, num_replicas=st.integers(1, 4))
 def test_rank_none_gives_all_ranks_batches_step_by_step(
     lengths: list[tuple[int, int, int]], num_replicas: int
@@ -133,7 +135,7 @@ def test_batches_are_full_and_ranks_even_on_the_reference_workload(num_replicas:
     assert load.sum(1).max() / load.sum(1).min() < 1.005
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=lengths_lists,
     num_replicas=st.integers(1, 3),
@@ -212,6 +214,7 @@ def test_an_epoch_before_the_loaded_one_is_refused() -> None:
     assert len(list(sampler)) == len(sampler)
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, data=st.data())
 def test_records_of_an_image_share_a_batch(
     lengths: list[tuple[int, int, int]], data: st.DataObject
