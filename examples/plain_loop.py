@@ -7,10 +7,8 @@ from fastvlm.packing import PackingCollator, ResumableDataLoader, TokenBudgetBat
 
 
 def main(epochs: int = 6) -> list[float]:
-    samples, model = tiny.samples(), tiny.TinyModel()
-    collator = PackingCollator(
-        groups=tiny.TASKS, pad_token_id=1, decoder_pad_token_id=1, decoder_start_token_id=2
-    )
+    samples, model = tiny.samples(), tiny.model()
+    collator = PackingCollator(groups=tiny.TASKS, **tiny.IMAGE_TOKENS, **tiny.SPECIAL_IDS)
     lengths = [collator.lengths(sample) for sample in samples]
     sampler = TokenBudgetBatchSampler(lengths, max_target_tokens=64)
     loader = ResumableDataLoader(samples, batch_sampler=sampler, collate_fn=collator)
@@ -18,7 +16,7 @@ def main(epochs: int = 6) -> list[float]:
     for epoch in range(sampler.epoch, epochs):
         loader.set_epoch(epoch)
         for batch in loader:
-            loss = model(**batch)["loss"]
+            loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

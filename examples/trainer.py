@@ -28,13 +28,11 @@ class PackedTrainer(Trainer):
 
 
 def trainer(output_dir: str, samples: list[Any], **arguments: Any) -> PackedTrainer:
-    collator = PackingCollator(
-        groups=tiny.TASKS, pad_token_id=1, decoder_pad_token_id=1, decoder_start_token_id=2
-    )
+    collator = PackingCollator(groups=tiny.TASKS, **tiny.IMAGE_TOKENS, **tiny.SPECIAL_IDS)
     settings = TrainingArguments(
         output_dir, **{"num_train_epochs": 6, "learning_rate": 0.01, "report_to": [], **arguments}
     )
-    return PackedTrainer(tiny.TinyModel(), settings, collator, samples)
+    return PackedTrainer(tiny.model(), settings, collator, samples)
 
 
 def main(output_dir: str = "packed-trainer") -> list[float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvlm.checks import describe
 from fastvlm.nn.linear import Linear, is_plain
+from fastvlm.ops._autograd import autocasts
 from fastvlm.patching.layouts import READERS
 from fastvlm.patching.logits import LazyLogits, Wanted, settled, wanted, wanting
 from fastvlm.patching.rules import Host, Swap, takes
@@ -34,8 +35,8 @@ class LossHead(Host):
         if wants is None or not is_plain(self):
             return super().forward(input)
         kind = input.device.type
-        autocast = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
+        casts = autocasts(kind) and input.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if casts else input.dtype
         return LazyLogits(input, self.weight, self.bias, wants, dtype)
 
 

@@ -23,9 +23,7 @@ def images(batch: dict[str, Any]) -> list[float]:
 def with_accelerate(folder: str) -> list[list[float]]:
     accelerate = importlib.import_module("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
-    collator = PackingCollator(
-        groups=tiny.TASKS, pad_token_id=1, decoder_pad_token_id=1, decoder_start_token_id=2
-    )
+    collator = PackingCollator(groups=tiny.TASKS, **tiny.IMAGE_TOKENS, **tiny.SPECIAL_IDS)
     sampler = TokenBudgetBatchSampler(
         [collator.lengths(sample) for sample in tiny.samples()],
         max_target_tokens=40,
@@ -33,10 +31,10 @@ def with_accelerate(folder: str) -> list[list[float]]:
         rank=None,
     )
     loader = torch.utils.data.DataLoader(tiny.samples(), batch_sampler=sampler, collate_fn=collator)
-    model, loader = accelerator.prepare(tiny.TinyModel(), loader)
+    model, loader = accelerator.prepare(tiny.model(), loader)
     seen = []
     for batch in loader:
-        accelerator.backward(model(**batch)["loss"])
+        accelerator.backward(model(**batch).loss)
         seen.append(images(batch))
     return seen
 

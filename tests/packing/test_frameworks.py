@@ -117,9 +117,7 @@ def test_the_trainer_sees_all_and_resumes_in_the_middle(
 
 def test_the_trainer_takes_a_packed_stream(example: Any, tmp_path: Path) -> None:
     tiny = example("tiny")
-    collator = PackingCollator(
-        groups=tiny.TASKS, pad_token_id=1, decoder_pad_token_id=1, decoder_start_token_id=2
-    )
+    collator = PackingCollator(groups=tiny.TASKS, **tiny.IMAGE_TOKENS, **tiny.SPECIAL_IDS)
     packed = pack_iterable(tiny.samples(), collator, max_target_tokens=64)
     arguments = transformers.TrainingArguments(
         str(tmp_path),
@@ -131,7 +129,7 @@ def test_the_trainer_takes_a_packed_stream(example: Any, tmp_path: Path) -> None
         save_strategy="no",
         disable_tqdm=True,
     )
-    run = transformers.Trainer(tiny.TinyModel(), arguments, collator, packed)
+    run = transformers.Trainer(tiny.model(), arguments, collator, packed)
     seen = watched(run)
     run.train()
     assert seen == [ids(collator(batch)) for batch in packed][:4]
@@ -143,7 +141,7 @@ def test_accelerate_deals_out_what_the_sampler_made_for_each_rank(
 ) -> None:
     tiny = example("tiny")
     samples = tiny.samples()
-    collator = PackingCollator(groups=tiny.TASKS, pad_token_id=1)
+    collator = PackingCollator(groups=tiny.TASKS, **tiny.IMAGE_TOKENS, **tiny.SPECIAL_IDS)
     lengths = [collator.lengths(sample) for sample in samples]
 
     def sampler(rank: int | None) -> TokenBudgetBatchSampler:
