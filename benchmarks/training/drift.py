@@ -1,8 +1,8 @@
 """``python -m benchmarks.training.drift``: a hundred steps, patched and not, from the same seed.
 
-float32 without dropout, ten batches in turn. Beside the two curves stands a third: transformers' own
-with its parameters moved by one rounding at the start, which is the drift that rounding alone makes.
-The patched curve must stay within twice that, or within what one rounding of the loss is.
+float32 without dropout, ten batches in turn. Beside the two curves stands a third: transformers'
+own with its parameters moved by one rounding at the start, which is the drift that rounding alone
+makes. The patched curve must stay within twice that, or within what one rounding of the loss is.
 """
 
 from __future__ import annotations
