@@ -177,15 +177,13 @@ def choose_mlp(module: Any) -> Swap | str:
 
 
 def choose_norm(module: Any) -> Swap | str:
-    """(1 + w) or w: told apart by running the module once on a few numbers."""
+    """(1 + w) or w: told apart by running the module once on numbers in place of its weight."""
     named_eps = hasattr(module, "eps")
     eps = module.eps if named_eps else module.variance_epsilon
-    weight = module.weight
-    if weight.is_meta:
-        return "its weight is on the meta device, so its offset cannot be found out"
+    weight = torch.linspace(-0.5, 0.75, module.weight.numel())
     with torch.no_grad():
-        x = torch.linspace(-1, 2, weight.numel(), device=weight.device).unsqueeze(0)
-        y = module(x).float()
+        x = torch.linspace(-1, 2, weight.numel()).unsqueeze(0)
+        y = torch.func.functional_call(module, {"weight": weight}, (x,)).float()
         for offset in (1.0, 0.0):
             ours = ops.rms_norm(x, weight, eps=eps, offset=offset).float()
             if torch.allclose(y, ours, rtol=1e-2, atol=1e-3):
