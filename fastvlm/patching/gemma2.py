@@ -12,6 +12,7 @@ from fastvlm import ops
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import GegluMLP, gelu_kind
 from fastvlm.nn.norm import RMSNorm
+from fastvlm.patching import gemma_step
 from fastvlm.patching.attention import heads, self_attend
 from fastvlm.patching.classes import unpatched_class
 from fastvlm.patching.layouts import KEYWORD
@@ -76,9 +77,29 @@ class VarianceEpsilonRMSNorm(RMSNorm):
         return float(self.__dict__["variance_epsilon"])
 
 
-class GemmaDecoder(DecoderStack):
+class GemmaSteps(DecoderStack):
+    """The planned decoding steps of Gemma-2's stack and of those that grew from it."""
+
     packs_ids = True
 
+    def _plan(self, past: Any) -> Any:
+        return gemma_step.plan(self, past, GemmaLayer, is_fusable)
+
+    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
+        return gemma_step.embedded(self, ids)
+
+    def _rotation(self, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
+        if position_ids is None:
+            position_ids = torch.full((1, 1), filled, device=x.device)
+        tables = self.rotary_emb(x.unsqueeze(1), position_ids)
+        return tuple(t[:, 0].expand(x.shape[0], -1) for t in tables)
+
+    def _end_step(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
+
+
+class GemmaDecoder(GemmaSteps):
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.config)
 
@@ -111,8 +132,8 @@ class SandwichLayer(Host):
         """h = residual + [tanh(gate)] post(x), and where a norm follows also following(h)."""
         p = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
         norms = [post] if following is None else [post, following]
-        alike = {(norm.eps, norm.offset) for norm in norms if _is_fusable(norm)}
-        if p == 0 and len(alike) == 1 and all(map(_is_fusable, norms)):
+        alike = {(norm.eps, norm.offset) for norm in norms if is_fusable(norm)}
+        if p == 0 and len(alike) == 1 and all(map(is_fusable, norms)):
             return ops.residual_rms_norm(
                 x,
                 residual,
@@ -154,7 +175,7 @@ class GemmaLayer(SandwichLayer):
         return self._mlp(x, h)
 
 
-def _is_fusable(norm: nn.Module) -> bool:
+def is_fusable(norm: nn.Module) -> bool:
     return isinstance(norm, RMSNorm) and is_plain(norm, unpatched_class(norm))
 
 
