@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         choices=("bf16", "int8"),
         help="also with weights in so many bits, at the most beams (default: both)",
     )
+    parser.add_argument(
+        "--large-beams", type=int, nargs="*", default=[4], help="of Florence-2-large, default 4"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--threads", type=int, help="default: PyTorch's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -46,15 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     load = env.load_average()
     photo, name = load_photo(None)
     cases = []
-    runs = [(beams, None) for beams in args.beams]
-    runs += [(max(args.beams), weights) for weights in args.weights]
-    for beams, weights in runs:
-        label = f"{beams} beams, weights {weights}" if weights else f"{beams} beams"
+    runs = [(beams, None, False) for beams in args.beams]
+    runs += [(max(args.beams), weights, False) for weights in args.weights]
+    runs += [(beams, None, True) for beams in args.large_beams]
+    for beams, weights, large in runs:
+        label = f"{'large, ' if large else ''}{beams} beams"
+        label += f", weights {weights}" if weights else ""
         workload = random_workload(
             photo,
             beams=beams,
             new_tokens=args.new_tokens,
             tiny=args.small,
+            large=large,
             device=args.device,
         )
         result = compare(

@@ -78,6 +78,15 @@ def florence2_base() -> Florence2Config:
     return _config(768, 6, 12, 3072, 51289, {})
 
 
+def florence2_large() -> Florence2Config:
+    """Florence-2-large, 776M parameters, as microsoft/Florence-2-large."""
+    vision = {
+        "embed_dim": (256, 512, 1024, 2048), "num_heads": (8, 16, 32, 64),
+        "num_groups": (8, 16, 32, 64),
+    }  # fmt: skip
+    return _config(1024, 12, 16, 4096, 51289, vision)
+
+
 def small() -> Florence2Config:
     """The same structure, tiny: for tests."""
     vision = {
@@ -130,11 +139,18 @@ def random_model(config: Florence2Config) -> Any:
 
 
 def random_workload(
-    photo: Image.Image, *, beams: int, new_tokens: int, tiny: bool = False, device: str = "cpu"
+    photo: Image.Image,
+    *,
+    beams: int,
+    new_tokens: int,
+    tiny: bool = False,
+    large: bool = False,
+    device: str = "cpu",
 ) -> Workload:
-    """Florence-2-base's shapes (or a tiny model's), random weights, a random prompt."""
+    """Florence-2-base's shapes (or large's, or a tiny model's), random weights, a random prompt."""
     size = 96 if tiny else IMAGE_SIZE
-    model = random_model(small() if tiny else florence2_base()).to(device)
+    config = small() if tiny else florence2_large() if large else florence2_base()
+    model = random_model(config).to(device)
     config = model.config
     image_tokens = 1 + (size // 32) ** 2
     generator = torch.Generator().manual_seed(SEED)
@@ -151,7 +167,7 @@ def random_workload(
         },
         settings={**_settings(beams, new_tokens), "min_new_tokens": new_tokens},
         facts={
-            "model": "a tiny Florence-2" if tiny else "Florence-2-base",
+            "model": "a tiny Florence-2" if tiny else f"Florence-2-{'large' if large else 'base'}",
             "weights": "random",
             "seed": SEED,
             **_facts(model, ids, config.image_token_id, size),

@@ -1,0 +1,185 @@
+"""``python -m benchmarks.decoding``: where a decoding step's time goes, and a Florenz with a cache.
+
+The step: Florence-2-base, float32, 3 beams, patched. Its kernels are timed by PyTorch's profiler,
+which costs time itself, so the parts are shares of the step that was timed without it. Beside them
+stands the floor: the bytes of the weights that a step reads over the bandwidth of this machine.
+
+The cache: Florenz with a Gemma-2 decoder, reduced, 4 beams and 128 tokens, patched and with its
+cache, against the same model without a cache, as published (arXiv 2503.09443, released code).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.modeling_outputs import BaseModelOutput
+
+import fastvlm
+from benchmarks import measure
+from fastvlm import env
+from fastvlm.demo.workload import load_photo, random_workload
+from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
+from fastvlm.tables import text_table
+
+RESULTS = Path(__file__).resolve().parent / "results" / "decoding-cpu.json"
+SHORT, LONG, BEAMS = 8, 64, 3
+OURS, LIBRARY = "fastvlm_cpu::", "aten::"
+
+
+def step_weights(model: Any) -> int:
+    """Bytes of the weights that one step reads: the decoder's and the head's."""
+    decoder = model.get_decoder()
+    decoder = getattr(decoder, "decoder", decoder)
+    read = {id(model.lm_head.weight): model.lm_head.weight}
+    for name, module in decoder.named_modules():
+        per_image = "encoder_attn" in name and name.endswith(("k_proj", "v_proj"))
+        if isinstance(module, nn.Linear) and not per_image:
+            read[id(module.weight)] = module.weight
+    return sum(weight.numel() * weight.element_size() for weight in read.values())
+
+
+class Decoder:
+    """generate() behind an encoder that has run."""
+
+    def __init__(self, tiny: bool) -> None:
+        photo, _ = load_photo(None)
+        work = random_workload(photo, beams=BEAMS, new_tokens=LONG, tiny=tiny)
+        self.model, self.settings = work.model, work.settings
+        inputs = work.inputs
+        with torch.no_grad():
+            self.states = self.model(
+                **inputs, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False
+            ).encoder_last_hidden_state
+        self.mask = inputs["attention_mask"]
+
+    def __call__(self, tokens: int) -> float:
+        settings = {**self.settings, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        start = time.perf_counter()
+        self.model.generate(  # type: ignore[operator]
+            encoder_outputs=BaseModelOutput(self.states), attention_mask=self.mask, **settings
+        )
+        return time.perf_counter() - start
+
+    def step(self, rounds: int) -> float:
+        """Seconds: the difference of a long and a short caption, by its tokens."""
+        found = []
+        for _ in range(rounds):
+            short, long = self(SHORT), self(LONG)
+            found.append((long - short) / (LONG - SHORT))
+        return statistics.median(found)
+
+
+def profiled(decoder: Decoder, seconds: float) -> dict[str, float]:
+    """Milliseconds of a step by what takes them; "Python" is what no operator accounts for."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        total = decoder(LONG)
+    own: dict[str, float] = {}
+    for event in seen.key_averages():
+        if event.key.startswith((OURS, LIBRARY, "mkldnn::")):
+            name = event.key if event.key.startswith(OURS) else "PyTorch's operators"
+            own[name] = own.get(name, 0.0) + event.self_cpu_time_total / 1e6
+    scale = 1e3 * seconds / total
+    parts = {name: round(value * scale, 3) for name, value in own.items()}
+    parts["Python, transformers' generate() included"] = round(
+        1e3 * seconds - sum(parts.values()), 3
+    )
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def step_case(rounds: int, tiny: bool) -> dict[str, Any]:
+    decoder = Decoder(tiny)
+    sides = {}
+    for side in ("transformers", "fastvlm"):
+        fastvlm.unpatch(decoder.model)
+        if side == "fastvlm":
+            fastvlm.patch(decoder.model)
+        decoder(SHORT)
+        sides[side] = decoder.step(rounds)
+    bandwidth = measure.stream_bandwidth("cpu")
+    size = step_weights(decoder.model)
+    floor = size / bandwidth
+    return {
+        "case": "a step of Florence-2-base, 3 beams",
+        "ms": {side: round(1e3 * seconds, 3) for side, seconds in sides.items()},
+        "ratio": round(sides["transformers"] / sides["fastvlm"], 3),
+        "weight_bytes": size,
+        "stream_gb_per_s": round(bandwidth / 1e9, 2),
+        "floor_ms": round(1e3 * floor, 3),
+        "floor_share": round(floor / sides["fastvlm"], 4),
+        "parts_ms": profiled(decoder, sides["fastvlm"]),
+    }
+
+
+def florenz_case(tiny: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    tokens = 16 if tiny else 128
+    settings = {"layers": 2, "width": 32, "vocab_size": 99} if tiny else {"layers": 4, "width": 256}
+    config = FlorenzConfig.reduced("3.5B", **settings)
+    model = FlorenzForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn_gate.fill_(0.5)
+        for p in model.model.decoder.layers.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 1.5 * p.shape[1] ** -0.5)
+    image = torch.full((1, 50), config.image_token_id)
+    ids = torch.cat([image, torch.randint(4, 99, (1, 17))], 1)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 224, 224)}
+    wish = {
+        "num_beams": 4, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False,
+    }  # fmt: skip
+    found, seconds = {}, {}
+    for side, cache in (("without a cache", False), ("transformers' cache", True), ("fastvlm", 1)):
+        if side == "fastvlm":
+            fastvlm.patch(model)
+        model.generate(**inputs, **{**wish, "max_new_tokens": 4, "min_new_tokens": 4})
+        start = time.perf_counter()
+        found[side] = model.generate(**inputs, **wish, use_cache=bool(cache))
+        seconds[side] = time.perf_counter() - start
+    same = all(torch.equal(t, found["fastvlm"]) for t in found.values())
+    return {
+        "case": f"Florenz, Gemma-2 decoder, {config.decoder.num_hidden_layers} layers of "
+        f"{config.decoder.hidden_size}, 4 beams, {tokens} tokens, whole call",
+        "seconds": {side: round(value, 3) for side, value in seconds.items()},
+        "ratio": {
+            side: round(value / seconds["fastvlm"], 2)
+            for side, value in seconds.items()
+            if side != "fastvlm"
+        },
+        "identical_tokens": same,
+        "distinct_tokens": len(set(found["fastvlm"].flatten().tolist())),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="tiny models, for testing")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    load = env.load_average()
+    step, florenz = step_case(args.rounds, args.small), florenz_case(args.small)
+    print(f"{step['case']}: {step['ms']} ms, {step['ratio']}x")
+    print(f"floor {step['floor_ms']} ms, {100 * step['floor_share']:.0f} % of it reached\n")
+    print(text_table(("part", "ms a step"), [(k, f"{v:.3f}") for k, v in step["parts_ms"].items()]))
+    print(f"\n{florenz['case']}: {florenz['seconds']} s; {florenz['ratio']}; tokens the same: "
+          f"{florenz['identical_tokens']}")  # fmt: skip
+    head = {**env.stamp(), "device": "cpu", "threads": torch.get_num_threads(),
+            "load_average_before": load}  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**head, "cases": [step, florenz]}, indent=1) + "\n")
+    print(f"written: {args.out}")
+    return 0 if florenz["identical_tokens"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
