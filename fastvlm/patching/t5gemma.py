@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from fastvlm.patching import gemma2
+from fastvlm.patching import gemma2, gemma_step
 from fastvlm.patching.attention import cross_attend, heads
 from fastvlm.patching.layouts import KEYWORD
 from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
-from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
+from fastvlm.patching.stacks import Call, EncoderStack
 
 
 class T5GemmaCrossAttention(Host):
@@ -123,8 +124,15 @@ class T5GemmaEncoder(_DefaultMask, EncoderStack):
     pass
 
 
-class T5GemmaDecoder(_DefaultMask, DecoderStack):
+class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
     has_cross_attention = True
+
+    def _plan(self, past: Any) -> Any:
+        return gemma_step.plan(self, past, T5GemmaDecoderLayer, gemma2.is_fusable)
+
+    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
+        x = gemma_step.embedded(self, ids)
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
     def no_cross_mask(self) -> Any:
         return {"full_attention": None}

@@ -14,7 +14,7 @@ import fastvlm
 from fastvlm.decoding import rows
 from fastvlm.patching.steps import Plan
 
-PLANNED = ["bart", "florence2", "gemma2", "florenz"]
+PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
 
 
 @pytest.fixture
