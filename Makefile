@@ -26,7 +26,7 @@ demo: build
 	  $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.emulator build
-	$(RUN) pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) pytest -n auto --maxprocesses 4 $(ARGS)
 
 # every case of the Triton kernels, executed by an emulator, without a GPU
 test-triton: $(VENV)/.dev $(VENV)/.emulator build
@@ -67,6 +67,8 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev build
 	$(RUN) fastvlm bench
 	$(RUN) benchmarks.end_to_end
+	$(RUN) benchmarks.decoding
+	$(RUN) benchmarks.training
 	$(RUN) benchmarks.limits
 	$(RUN) benchmarks.report
 
