@@ -100,6 +100,8 @@ def caption(
     is_florenz = getattr(model.config, "model_type", None) == "florenz"
     texts = prompt_texts(spoken, prompt, names_target=is_florenz)
     options = _Options(model, generate_kwargs, num_beams, max_new_tokens)
+    if options.value("stop_strings") is not None:
+        options.kwargs["tokenizer"] = target_words
     start = _start_ids(options, target_words)
     targets = [
         _Target(place, language, start + _ids(target_words, language.prefix), texts.index(text))

@@ -1,4 +1,4 @@
-"""The encoder's part of many captions: the vision tower once an image, the encoder once a prompt."""
+"""The encoder's part of many captions: each image is seen once, each prompt read once."""
 
 from __future__ import annotations
 

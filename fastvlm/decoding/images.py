@@ -25,12 +25,8 @@ def to_pixels(images: Any, image_processor: Any) -> Tensor:
     tensors and arrays are pixel_values already. ValueError: no image, something else than an
     image, a file that is none, images of several sizes.
     """
-    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
-        items = list(images)
-    elif isinstance(images, (list, tuple)):
-        items = list(images)
-    else:
-        items = [images]
+    batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
+    items = list(images) if batch or isinstance(images, (list, tuple)) else [images]
     if not items:
         raise fail(OP, "images", "one image or more", images)
     pixels = [_pixels(item, index, image_processor) for index, item in enumerate(items)]
