@@ -33,7 +33,8 @@ def tokenizer(size: int, special: dict[str, str]) -> PreTrainedTokenizerFast:
     texts = [*TASKS.values(), "The target language is.", *(x.prefix for x in LANGUAGES.values())]
     texts += [x.name for x in LANGUAGES.values()]
     words = [word for text in texts for word, _ in split.pre_tokenize_str(text)]
-    known = list(dict.fromkeys([*special.values(), *words]))
+    # transformers' stop strings try each word behind this one
+    known = list(dict.fromkeys([*special.values(), *words, "abcdef"]))
     known += [f"w{index}" for index in range(len(known), size)]
     model = WordLevel({word: i for i, word in enumerate(known[:size])}, unk_token="<unk>")
     backend = Tokenizer(model)
@@ -54,6 +55,11 @@ class Speaker:
     model: Any
     processor: Any
     tokenizer: Any
+
+    @property
+    def ends(self) -> list[int]:
+        """So many end tokens that rows end early, each at another step."""
+        return list(range(12, self.model.lm_head.out_features, 3))
 
     @property
     def words(self) -> Any:
@@ -97,10 +103,26 @@ def speaker(kind: str) -> Speaker:
         words = tokenizer(model.config.image_token_id, BART)
         processor = SimpleNamespace(image_processor=image_processor(), tokenizer=words)
         return Speaker(model, processor, None)
-    model = small.build("0.4B" if kind == "florenz-bart" else "3.5B")
+    model = _talkative(small.build("0.4B" if kind == "florenz-bart" else "3.5B"))
     prompts = tokenizer(small.PROMPT_VOCAB, BART)
     processor = SimpleNamespace(image_processor=image_processor(), tokenizer=prompts)
     return Speaker(model, processor, tokenizer(small.VOCAB, GEMMA))
+
+
+def _talkative(model: Any) -> Any:
+    """Weights with which tokens vary; a tied head otherwise repeats what it reads."""
+    generator = torch.Generator().manual_seed(7)
+    inner = model.model
+    with torch.no_grad():
+        for name, module in [*inner.encoder.named_modules(), *inner.decoder.named_modules()]:
+            if isinstance(module, torch.nn.Linear):
+                gain = 0.7 if name.endswith(("v_proj", "out_proj", "o_proj")) else 2.0
+                module.weight.normal_(0, gain * module.in_features**-0.5, generator=generator)
+        inner.decoder.embed_tokens.weight.normal_(0, 0.1, generator=generator)
+        for layer in inner.decoder.layers:
+            if hasattr(layer, "encoder_attn_gate"):
+                layer.encoder_attn_gate.fill_(0.7)
+    return model
 
 
 def pixels(count: int) -> Tensor:

@@ -9,19 +9,20 @@ import pytest
 import torch
 from speakers import IMAGE_TOKENS, LANGUAGE_CODES, PREFIXES, TOPIC, Speaker, pixels
 from torch import Tensor
+from transformers import GenerationConfig
 
 import fastvlm
 from fastvlm.decoding import prefixes
 from fastvlm.decoding.languages import LANGUAGES
 
-ENDS = list(range(20, 60))  # so many end tokens that rows end early, each at another step
+ENDS = "those of the speaker"
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "greedy-ended": {"eos_token_id": ENDS},
     "greedy-penalties": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.7},
     "beams": {"num_beams": 3},
-    "beams-ended": {"num_beams": 3, "eos_token_id": ENDS, "length_penalty": 2.0},
-    "beams-early": {"num_beams": 2, "early_stopping": True, "eos_token_id": ENDS},
+    "beams-length-penalty": {"num_beams": 3, "eos_token_id": ENDS, "length_penalty": 0.4},
+    "beams-early-ended": {"num_beams": 2, "early_stopping": True, "eos_token_id": ENDS},
     "beams-all": {"num_beams": 3, "num_return_sequences": 3, "no_repeat_ngram_size": 2},
     "no-cache": {"num_beams": 2, "use_cache": False},
     "static-cache": {"cache_implementation": "static"},
@@ -53,34 +54,43 @@ def cut(tokens: Tensor, ends: list[int] | int) -> list[int]:
     return ids[: first + 1]
 
 
+def alone(
+    plain: Speaker, image: Tensor, prompt: str, code: str, row: int = 0, **settings: Any
+) -> tuple[list[int], float]:
+    """Tokens and score that generate() by itself gives one image in one language."""
+    prefix = prefix_of(code)
+    want = plain.alone(image, prompt, prefix, max_new_tokens=9, **settings)
+    ends = settings.get("eos_token_id", plain.model.generation_config.eos_token_id)
+    tokens = cut(want.sequences[row, len(plain.begun(prefix)) :], ends)
+    if settings.get("num_beams"):
+        return tokens, float(want.sequences_scores[row])
+    steps = plain.model.compute_transition_scores(
+        want.sequences, want.scores, normalize_logits=True
+    )
+    return tokens, float(steps[0, : len(tokens)].mean())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_and_scores_are_those_of_separate_calls(
     told: Speaker, plain: Speaker, case: str
 ) -> None:
-    settings = CASES[case]
+    settings = dict(CASES[case])
+    if "eos_token_id" in settings:
+        settings["eos_token_id"] = plain.ends
     images = pixels(2)
     captions = caption(told, images, **settings)
     ranks = settings.get("num_return_sequences", 1)
     order = [(c.image, c.language) for c in captions]
     assert order == [(i, code) for i in (0, 1) for code in LANGUAGE_CODES for _ in range(ranks)]
-    ends = settings.get("eos_token_id", plain.model.generation_config.eos_token_id)
     for index, got in enumerate(captions):
-        prefix = prefix_of(got.language)
-        want = plain.alone(images[got.image], TOPIC, prefix, max_new_tokens=9, **settings)
-        begun = len(plain.begun(prefix))
         row = index % ranks
-        tokens = cut(want.sequences[row, begun:], ends)
+        tokens, score = alone(plain, images[got.image], TOPIC, got.language, row, **settings)
         assert list(got.tokens) == tokens
-        if settings.get("num_beams"):
-            score = want.sequences_scores[row]
-        else:
-            steps = plain.model.compute_transition_scores(
-                want.sequences, want.scores, normalize_logits=True
-            )
-            score = steps[0, : len(tokens)].mean()
-        assert got.score == pytest.approx(float(score), rel=1e-3, abs=1e-4)
-    # the comparison says something: captions differ, and some end before the others
-    assert len({c.tokens for c in captions}) > len(captions) // 2
+        assert got.score == pytest.approx(score, rel=1e-3, abs=1e-4)
+    # the comparison says something: languages and images differ, and some rows end before others
+    assert len({c.tokens for c in captions}) > 2
+    scores = [[c.score for c in captions if c.image == image] for image in (0, 1)]
+    assert any(abs(a - b) > 2e-2 for a, b in zip(*scores))
     if "ended" in case:
         assert len({len(c.tokens) for c in captions}) > 1
 
@@ -141,15 +151,13 @@ def test_each_distinct_prompt_is_encoded_once(
     captions = caption(told, pixels(2), prompt=prompt, **settings)
     assert (tower, encoder) == ([2], [6])
     prompt["en"] = TOPIC
-    tokens = [c.tokens for c in captions]
     for got in captions:
-        prefix, text = prefix_of(got.language), prompt[got.language]
         image = pixels(2)[got.image]
-        want = plain.alone(image, text, prefix, max_new_tokens=9, **settings)
-        begun = len(plain.begun(prefix))
-        eos = plain.model.generation_config.eos_token_id
-        assert list(got.tokens) == cut(want.sequences[0, begun:], eos)
-    assert tokens != [c.tokens for c in caption(told, pixels(2), **settings)]
+        tokens, score = alone(plain, image, prompt[got.language], got.language, **settings)
+        assert list(got.tokens) == tokens
+        assert got.score == pytest.approx(score, rel=1e-3, abs=1e-4)
+    same = caption(told, pixels(2), **settings)
+    assert max(abs(a.score - b.score) for a, b in zip(captions, same)) > 2e-2
 
 
 def test_florenz_names_the_target_language(plain: Speaker) -> None:
@@ -271,9 +279,10 @@ def test_no_prefix(told: Speaker, plain: Speaker) -> None:
 
 
 def test_a_generation_config_serves_as_arguments_do(told: Speaker) -> None:
-    config = type(told.model.generation_config)(num_beams=2, length_penalty=0.5, eos_token_id=ENDS)
+    settings = {"num_beams": 2, "length_penalty": 0.5, "eos_token_id": told.ends}
+    config = GenerationConfig(**settings)
     got = caption(told, pixels(1), generation_config=config)
-    want = caption(told, pixels(1), num_beams=2, length_penalty=0.5, eos_token_id=ENDS)
+    want = caption(told, pixels(1), **settings)
     assert got == want
     assert config.max_new_tokens is None
 
