@@ -223,12 +223,12 @@ def _start_ids(options: _Options, tokenizer: Any) -> list[int]:
 def _together(model: Any, options: _Options, targets: list[_Target]) -> list[list[_Target]]:
     """Targets that one generate() call may write: all, or those of one length of prefix.
 
-    A static cache has no room for a mask by rows, and a min_length counts the padding. A row of
-    the start token alone (no bos, no prefix) would look like padding to a ban on n-grams.
+    A min_length counts the padding. A row of the start token alone (no bos, no prefix) would look
+    like padding to a ban on n-grams.
     """
     lengths = {len(target.begun) for target in targets}
     exact = may_pad(model) and min(lengths) > 1
-    exact &= not options.value("cache_implementation") and not options.value("min_length")
+    exact &= not options.value("min_length")
     if len(lengths) == 1 or exact:
         return [targets]
     return [[t for t in targets if len(t.begun) == length] for length in sorted(lengths)]

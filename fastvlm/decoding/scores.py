@@ -31,7 +31,7 @@ class TokenScores(StoppingCriteria):
         if not self.beams:
             taken = last.gather(1, input_ids[:, -1:]).squeeze(1)
             self.steps.append(taken - last.logsumexp(1))
-        last.set_()  # the same tensor object is held by generate()
+        last.data = last.new_empty(0)  # generate() holds the same tensor
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def of(self, row: int, tokens: int, length_penalty: float) -> float:

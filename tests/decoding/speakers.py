@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, Florence2Processor, PreTrainedTokenizerFast
 
 from fastvlm.decoding.languages import LANGUAGES, TASKS
 from fastvlm.demo import workload
@@ -27,8 +27,13 @@ PREFIXES = {"xx": "photo"}
 TOPIC = "What does the image describe?"
 
 
-def tokenizer(size: int, special: dict[str, str]) -> PreTrainedTokenizerFast:
-    """Whole words as tokens: those of prompts and prefixes, then w40, w41, … up to size."""
+def tokenizer(
+    size: int, special: dict[str, str], image_token: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Whole words as tokens: those of prompts and prefixes, then w40, w41, … up to size.
+
+    image_token: a special token behind them.
+    """
     split = pre_tokenizers.Whitespace()
     texts = [*TASKS.values(), "The target language is.", *(x.prefix for x in LANGUAGES.values())]
     texts += [x.name for x in LANGUAGES.values()]
@@ -39,13 +44,21 @@ def tokenizer(size: int, special: dict[str, str]) -> PreTrainedTokenizerFast:
     model = WordLevel({word: i for i, word in enumerate(known[:size])}, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    more = {} if image_token is None else {"extra_special_tokens": {"image_token": image_token}}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **more)
 
 
 def image_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(
         size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_seq_length=IMAGE_TOKENS
     )
+
+
+def florence2_processor() -> Florence2Processor:
+    """transformers' own, whose placeholder is the tiny model's."""
+    vocabulary = workload.small().image_token_id
+    words = tokenizer(vocabulary, BART, image_token="<image>")
+    return Florence2Processor(image_processor(), words)
 
 
 @dataclass

@@ -213,6 +213,35 @@ def test_one_generate_for_all_prefixes(told: Speaker, monkeypatch: pytest.Monkey
     assert [c.tokens for c in grouped] == [c.tokens for c in together]
 
 
+def test_a_row_of_the_start_token_alone_is_not_padded(
+    plain: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.words.bos_token = None
+    real, begun = plain.model.generate, []
+    monkeypatch.setattr(
+        plain.model,
+        "generate",
+        lambda **kw: begun.append(kw["decoder_input_ids"].tolist()) or real(**kw),
+    )
+    caption(plain, pixels(1), ["zh", "en"], prefixes={"zh": ""})
+    start = plain.model.generation_config.decoder_start_token_id
+    assert begun[0] == [[start]]
+    assert [len(row) for row in begun[1]] == [4]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_scores_of_the_vocabulary_are_not_kept(plain: Speaker, settings: dict[str, Any]) -> None:
+    held: list[int] = []
+
+    def look(input_ids: Tensor, scores: Any) -> Tensor:
+        held.append(sum(step.numel() for step in scores))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    caption(plain, pixels(1), ["en"], stopping_criteria=[look], **settings)
+    assert len(held) > 3
+    assert set(held) == {settings.get("num_beams", 1) * plain.model.lm_head.out_features}
+
+
 def test_positions_are_counted_from_the_row_only_inside(told: Speaker) -> None:
     before = caption(told, pixels(1), ["zh"])
     caption(told, pixels(1))
