@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from fastvlm.demo.arguments import UsageError
 
@@ -10,13 +11,11 @@ from fastvlm.demo.arguments import UsageError
 def run(args: argparse.Namespace) -> int:
     """Run a command, demo or caption, with its parsed arguments; returns the exit code."""
     # imported here: the command line must print its help without importing torch
+    name = "captions" if args.command == "caption" else "show"
     try:
-        if args.command == "caption":
-            from fastvlm.demo import captions as command
-        else:
-            from fastvlm.demo import show as command
+        command = import_module(f"fastvlm.demo.{name}")
     except ModuleNotFoundError as error:
         wanted = "what pip install 'fastvlm[demo]' brings"
         raise UsageError("this command", wanted, f"no module {error.name}") from None
 
-    return command.run(args)
+    return int(command.run(args))

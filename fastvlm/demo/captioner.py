@@ -17,7 +17,7 @@ from fastvlm.demo.arguments import UsageError
 
 @dataclass
 class Captioner:
-    """Arguments of fastvlm.caption, what the model is called, and whether its text means anything."""
+    """Arguments of fastvlm.caption, the model's name, and whether its weights are real."""
 
     model: Any
     processor: Any
