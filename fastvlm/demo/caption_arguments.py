@@ -6,6 +6,9 @@ import argparse
 
 from fastvlm.demo.arguments import MOST_TOKENS, whole_number
 
+# the first words of a language take positions too, at worst a byte each
+PREFIX_TOKENS = 63
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -40,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=whole_number("--beams", 1, 64), default=3, help="default 3")
     parser.add_argument(
         "--new-tokens",
-        type=whole_number("--new-tokens", 1, MOST_TOKENS),
+        type=whole_number("--new-tokens", 1, MOST_TOKENS - PREFIX_TOKENS),
         default=32,
         metavar="N",
         help="at most, beside the first words of a language; default 32",

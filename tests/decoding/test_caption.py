@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
 import threading
 from typing import Any
 
@@ -197,6 +199,21 @@ def test_the_cross_cache_has_one_copy_of_an_image(plain: Speaker) -> None:
     assert shared % (2 * 2 * longest) == 0
 
 
+@pytest.mark.parametrize(
+    ("prompts", "copies"), [("aabb", 2), ("abab", 2), ("aaab", 4), ("aaaa", 1), ("abcd", 4)]
+)
+def test_languages_of_a_prompt_share_a_copy(plain: Speaker, prompts: str, copies: int) -> None:
+    """Where the prompts have equally many languages; else a copy is repeated for some."""
+    words = {"a": "image", "b": "Bild", "c": "photo", "d": "imagen"}
+    prompt = {
+        code: f"What does the {words[name]} describe?"
+        for code, name in zip(LANGUAGE_CODES, prompts)
+    }
+    with fastvlm.patched(plain.model):
+        one = cross_bytes(plain, prompt=TOPIC)
+        assert cross_bytes(plain, prompt=prompt) == copies * one
+
+
 def test_one_generate_for_all_prefixes(told: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = told.model.generate
@@ -350,3 +367,19 @@ def test_decoders_without_known_positions_are_not_padded(plain: Speaker) -> None
             setattr(stack, name, torch.nn.Identity())
             delattr(stack, name)
     assert not prefixes.may_pad(plain.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_runs(told: Speaker, dtype: torch.dtype) -> None:
+    told.model.to(dtype)
+    captions = caption(told, pixels(1), num_beams=2)
+    assert len(captions) == len(LANGUAGE_CODES)
+    assert all(-20 < one.score < 0 for one in captions)
+
+
+def test_older_transformers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fastvlm.decoding.caption", raising=False)
+    monkeypatch.delitem(vars(fastvlm), "caption", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
+    with pytest.raises(ImportError, match=r"caption needs transformers 5, here is 4\.57\.1"):
+        _ = fastvlm.caption
