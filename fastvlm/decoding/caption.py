@@ -70,8 +70,10 @@ def caption(
     """Captions of images in several languages; each image is seen once, all rows decode together.
 
     The tokens are those of one ``model.generate`` for each image and language with the prefix as
-    decoder_input_ids (greedy and beams; sampling draws for all rows at once). Of a patched model
-    the languages and beams that share a prompt read one copy of an image's keys and values.
+    decoder_input_ids: greedy and beams, in float32; in 16 bits a row rounds otherwise beside other
+    rows, and sampling draws for all rows at once. Of a patched model the languages and beams that
+    share a prompt read one copy of an image's keys and values (where prompts have unequally many
+    languages, as few copies as leave equal groups).
 
     model: Florence-2 or Florenz, patched or not; its mode (train, eval) is left as it is.
     processor: has image_processor and tokenizer (transformers' Florence2Processor), of the prompts.

@@ -38,6 +38,8 @@ def tokenizer(
     texts = [*TASKS.values(), "The target language is.", *(x.prefix for x in LANGUAGES.values())]
     texts += [x.name for x in LANGUAGES.values()]
     words = [word for text in texts for word, _ in split.pre_tokenize_str(text)]
+    if special is GEMMA:  # other ids, so that taking the wrong tokenizer shows
+        words.reverse()
     # transformers' stop strings try each word behind this one
     known = list(dict.fromkeys([*special.values(), *words, "abcdef"]))
     known += [f"w{index}" for index in range(len(known), size)]
