@@ -82,10 +82,25 @@ class Traffic(TorchDispatchMode):
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """PyTorch's dropout is one kernel on CUDA, and three operators on a device it knows less of."""
+    """PyTorch's dropout and attention are one kernel each on CUDA, and several operators on a
+    device that it knows less of."""
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
 
-    with mock.patch.object(torch.nn.functional, "dropout", dropout):
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out: Tensor = efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+        return out
+
+    functional = torch.nn.functional
+    with (
+        mock.patch.object(functional, "dropout", dropout),
+        mock.patch.object(functional, "scaled_dot_product_attention", attention),
+    ):
         yield

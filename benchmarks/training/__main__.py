@@ -175,7 +175,7 @@ def rows(case: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--shape", nargs="+", default=["florenz-0.4B-half-width", "florenz-gemma-4-layers"])
+    parser.add_argument("--shape", nargs="+", default=list(workload.TIMED))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peak", metavar="SIDE", help="only this side's memory, as JSON")

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.training.counted``: one micro-batch of the true sizes, counted on no device.
+"""``python -m benchmarks.training.counted``: one micro-batch of the true sizes, counted.
 
 Launches, bytes, FLOPs of matrix products and peak activation memory of forward and backward of the
-four Florenz models, frozen as published, in bfloat16: transformers eager on the padded batch, and the
-patched model on the Triton path. Nothing is timed; tensors have shapes and no memory.
+four Florenz models, frozen as published, in bfloat16: transformers eager on the padded batch, and
+the patched model on the Triton path. Nothing is timed; tensors have shapes and no memory.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Step(counter.Traffic):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        formula = flop_registry.get(func.overloadpacket)
+        name, formula = func._schema.name.split("::")[1], flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self._work(str(func.overloadpacket), formula(*args, **(kwargs or {}), out_val=result))
+            self._work(name, formula(*args, **(kwargs or {}), out_val=result))
+        self._work(f"fastvlm.{name}", products_of_loss(name, args, self.pairs[0, 0]))
         for x in counter._tensors(result):
             self._hold(x)
         return result
@@ -61,7 +62,8 @@ class Step(counter.Traffic):
             self._work(name, products_of(name.removeprefix("fastvlm."), tensors, self.pairs))
 
     def _work(self, name: str, flops: float) -> None:
-        self.flops[name] = self.flops.get(name, 0) + flops
+        if flops:
+            self.flops[name] = self.flops.get(name, 0) + flops
 
     def _hold(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -89,11 +91,18 @@ def products_of(kernel: str, x: list[Tensor], pairs: dict[tuple[int, int], int])
         q, k = x[0], x[1]
         products = {"attention_forward": 2, "attention_backward_q": 3}.get(kernel, 4)
         return 2.0 * products * pairs[q.shape[0], k.shape[0]] * q.shape[1] * q.shape[2]
-    if kernel.startswith("cross_entropy") and not kernel.endswith("combine"):
-        # rows without a label are skipped: the number that counts is the number of labels
-        vocabulary, width = max((t.shape for t in x if t.dim() == 2), key=lambda shape: shape[0])
-        return 2.0 * pairs[0, 0] * vocabulary * width
     return 0.0
+
+
+def products_of_loss(name: str, args: tuple[Any, ...], labels: int) -> float:
+    """The same of the loss, whose kernels run in chunks and skip the rows without a label."""
+    if name == "linear_cross_entropy":
+        products, (vocabulary, width) = 1, args[1].shape
+    elif name == "linear_cross_entropy_backward":
+        products, (vocabulary, width) = 1 + sum(args[-1][:2]), args[2].shape
+    else:
+        return 0.0
+    return 2.0 * products * labels * vocabulary * width
 
 
 def lengths_of(batch: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -172,8 +181,8 @@ def count(size: str, side: str) -> dict[str, Any]:
         "flops": sum(step.flops.values()),
         "peak_activation_bytes": step.peak,
         "by_operator": {
-            name: [n, step.moved[name], step.flops.get(name, 0)]
-            for name, n in step.launches.most_common()
+            name: [step.launches[name], step.moved[name], step.flops.get(name, 0)]
+            for name in sorted({*step.launches, *step.flops})
         },
     }
 

@@ -68,6 +68,8 @@ SHAPES = {
     )
 }  # fmt: skip
 
+TIMED = ("florenz-0.4B-half-width", "florenz-gemma-4-layers")
+
 
 def _length(draw: random.Random, mean: float) -> int:
     drawn = draw.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)

@@ -105,7 +105,8 @@ def reduced_size(
     def scaled(size: int, multiple: int) -> int:
         return max(multiple, round(size * width / full / multiple) * multiple)
 
-    dims = [scaled(d, 8) for d in vision["embed_dim"]]
+    # heads of 32 where there are two or more, one head otherwise
+    dims = [scaled(d, 32 if scaled(d, 8) >= 64 else 8) for d in vision["embed_dim"]]
     heads = [max(1, d // 32) for d in dims]
     depths = [min(d, layers) for d in vision["depths"]]
     vision.update(embed_dim=dims, num_heads=heads, num_groups=heads, depths=depths)
@@ -124,7 +125,7 @@ def reduced_size(
 
 
 def _reduce_bart(part: dict[str, Any], layers: int, width: int) -> None:
-    heads = max(2, width // 64)
+    heads = max(n for n in range(1, max(2, width // 64) + 1) if width % n == 0)
     part.update(
         d_model=width,
         encoder_layers=layers,

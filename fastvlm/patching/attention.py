@@ -10,6 +10,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from fastvlm import ops
 from fastvlm.decoding import cache as shared
+from fastvlm.decoding import rows as kept
 from fastvlm.patching.layouts import Layouts
 
 
@@ -36,20 +37,20 @@ def self_attend(
     In a packed stack B is 1 and L all tokens of the batch.
     """
     if cache is not None:
-        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+        layer = kept.layer_of(cache, layer_idx)
+        keys, values = layer.append(k, v)
         if layouts.rows is None:
-            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-            filled = keys.shape[1]
-            lengths = torch.full((q.shape[0],), filled, dtype=torch.int32, device=q.device)
-            visible = layouts.visible
-            if visible is not None:
-                visible = visible[:, -filled:]
+            ancestry = layer.rows.ancestry
+            if layouts.visible is not None:
+                seen = layouts.visible
+                ancestry = seen if ancestry is None else torch.where(seen < 0, seen, ancestry)
+            assert layer.rows.lengths is not None
             out = ops.cached_attention(
                 q[:, 0],
                 keys,
                 values,
-                lengths,
-                ancestry=visible,
+                layer.rows.lengths,
+                ancestry=ancestry,
                 window=window,
                 scale=scale,
                 softcap=softcap,

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from fastvlm import ops
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
+from fastvlm.patching import bart_step
 from fastvlm.patching.attention import cross_attend, heads, self_attend
 from fastvlm.patching.layouts import KEYWORD
 from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
@@ -157,6 +158,12 @@ class PreNormDecoderLayer(BartDecoderLayer):
 
 class BartDecoder(DecoderStack):
     has_cross_attention = True
+
+    def _plan(self, past: Any) -> Any:
+        return bart_step.plan(self, past, BartDecoderLayer)
+
+    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
+        return bart_step.embedded(self, ids, filled)
 
     def new_cache(self) -> EncoderDecoderCache:
         return EncoderDecoderCache(

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from fastvlm.patching import gemma2, t5gemma
+from fastvlm.patching import gemma2, gemma_step, t5gemma
 from fastvlm.patching.rules import Rule, StackRule, Swap, extra_parts, has, takes
-from fastvlm.patching.stacks import Call, DecoderStack
+from fastvlm.patching.stacks import Call
 
 
 class FlorenzLayer(gemma2.SandwichLayer):
@@ -53,9 +53,11 @@ class FlorenzLayer(gemma2.SandwichLayer):
         return self._mlp(x, h)
 
 
-class FlorenzDecoder(DecoderStack):
+class FlorenzDecoder(gemma2.GemmaSteps):
     has_cross_attention = True
-    packs_ids = True
+
+    def _plan(self, past: Any) -> Any:
+        return gemma_step.plan(self, past, FlorenzLayer, gemma2.is_fusable)
 
     def no_mask(self) -> Any:
         return dict(gemma2.MASKLESS)

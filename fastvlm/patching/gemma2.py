@@ -12,6 +12,7 @@ from fastvlm import ops
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import GegluMLP, gelu_kind
 from fastvlm.nn.norm import RMSNorm
+from fastvlm.patching import gemma_step
 from fastvlm.patching.attention import heads, self_attend
 from fastvlm.patching.classes import unpatched_class
 from fastvlm.patching.layouts import KEYWORD
@@ -76,9 +77,29 @@ class VarianceEpsilonRMSNorm(RMSNorm):
         return float(self.__dict__["variance_epsilon"])
 
 
-class GemmaDecoder(DecoderStack):
+class GemmaSteps(DecoderStack):
+    """The planned decoding steps of Gemma-2's stack and of those that grew from it."""
+
     packs_ids = True
 
+    def _plan(self, past: Any) -> Any:
+        return gemma_step.plan(self, past, GemmaLayer, is_fusable)
+
+    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
+        return gemma_step.embedded(self, ids)
+
+    def _rotation(self, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
+        if position_ids is None:
+            position_ids = torch.full((1, 1), filled, device=x.device)
+        tables = self.rotary_emb(x.unsqueeze(1), position_ids)
+        return tuple(t[:, 0].expand(x.shape[0], -1) for t in tables)
+
+    def _end_step(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
+
+
+class GemmaDecoder(GemmaSteps):
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.config)
 
@@ -111,8 +132,8 @@ class SandwichLayer(Host):
         """h = residual + [tanh(gate)] post(x), and where a norm follows also following(h)."""
         p = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
         norms = [post] if following is None else [post, following]
-        alike = {(norm.eps, norm.offset) for norm in norms if _is_fusable(norm)}
-        if p == 0 and len(alike) == 1 and all(map(_is_fusable, norms)):
+        alike = {(norm.eps, norm.offset) for norm in norms if is_fusable(norm)}
+        if p == 0 and len(alike) == 1 and all(map(is_fusable, norms)):
             return ops.residual_rms_norm(
                 x,
                 residual,
@@ -154,7 +175,7 @@ class GemmaLayer(SandwichLayer):
         return self._mlp(x, h)
 
 
-def _is_fusable(norm: nn.Module) -> bool:
+def is_fusable(norm: nn.Module) -> bool:
     return isinstance(norm, RMSNorm) and is_plain(norm, unpatched_class(norm))
 
 
@@ -177,15 +198,13 @@ def choose_mlp(module: Any) -> Swap | str:
 
 
 def choose_norm(module: Any) -> Swap | str:
-    """(1 + w) or w: told apart by running the module once on a few numbers."""
+    """(1 + w) or w: told apart by running the module once on numbers in place of its weight."""
     named_eps = hasattr(module, "eps")
     eps = module.eps if named_eps else module.variance_epsilon
-    weight = module.weight
-    if weight.is_meta:
-        return "its weight is on the meta device, so its offset cannot be found out"
+    weight = torch.linspace(-0.5, 0.75, module.weight.numel())
     with torch.no_grad():
-        x = torch.linspace(-1, 2, weight.numel(), device=weight.device).unsqueeze(0)
-        y = module(x).float()
+        x = torch.linspace(-1, 2, weight.numel()).unsqueeze(0)
+        y = torch.func.functional_call(module, {"weight": weight}, (x,)).float()
         for offset in (1.0, 0.0):
             ours = ops.rms_norm(x, weight, eps=eps, offset=offset).float()
             if torch.allclose(y, ours, rtol=1e-2, atol=1e-3):

@@ -20,6 +20,7 @@ from fastvlm.patching.layouts import READERS
 from fastvlm.patching.logits import LazyLogits, Wanted, settled, wanted, wanting
 from fastvlm.patching.rules import Host, Swap, takes
 from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
+from fastvlm.patching.tied import tapped
 
 IMAGES = "image_of_prompt"
 _SHIFT = "prepare_decoder_input_ids_from_labels"
@@ -37,7 +38,9 @@ class LossHead(Host):
         kind = input.device.type
         casts = autocasts(kind) and input.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if casts else input.dtype
-        return LazyLogits(input, self.weight, self.bias, wants, dtype)
+        packed = wants.packed if wants.packed and wants.packed.is_shown_by(input) else None
+        weight = tapped(self.weight, wants)
+        return LazyLogits(input, weight, self.bias, wants, dtype, packed=packed)
 
 
 class Head(LossHead, Linear):

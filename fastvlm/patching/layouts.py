@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.layout import Layout
+from fastvlm.patching.logits import Packed, wanted
 
 KEYWORD = "fastvlm_layouts"
 # keyword argument of a patched model: int64 [B], the encoder row that each decoder row reads
@@ -125,7 +126,11 @@ def zero_padding(output: Any, layouts: Layouts) -> Any:
     if rows is None or rows.q_padding is None or rows.q_padding.index is None:
         return output
     states = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
-    states = rows.unpack(layouts.pack(layouts.enter(states)))
+    tokens = layouts.pack(layouts.enter(states))
+    states = rows.unpack(tokens)
+    wants = None if torch.compiler.is_compiling() else wanted()
+    if wants is not None:
+        wants.packed = Packed(states, tokens, rows.q_padding.index)
     if isinstance(output, tuple):
         return (states, *output[1:])
     output["last_hidden_state"] = states

@@ -26,13 +26,41 @@ class Wanted:
     """What one call with labels wants beside the loss, and gets.
 
     groups: int64 [B], the (task, language) of each row of labels. group_losses float32 and
-    group_tokens int64 [num_groups]: filled in by the loss.
+    group_tokens int64 [num_groups]: filled in by the loss. packed: what the decoder gave, by the
+    decoder itself, so that the loss need not look for its tokens on the padded grid. lookups,
+    lookups_left, tapped, grad_weight: see `fastvlm.patching.tied`.
     """
 
     groups: Tensor | None = None
     num_groups: int | None = None
     group_losses: Tensor | None = None
     group_tokens: Tensor | None = None
+    packed: Packed | None = None
+    lookups: int = 0
+    lookups_left: int = 0
+    tapped: Tensor | None = None
+    grad_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """padded [B, L, d]: rows [tokens, d] at the flat positions index, zeros elsewhere."""
+
+    padded: Tensor
+    rows: Tensor
+    index: Tensor
+
+    def is_shown_by(self, x: Tensor) -> bool:
+        """Whether x is padded or a view of all of it: what slices of nothing make."""
+        ours = self.padded
+        return (
+            x.shape == ours.shape
+            and x.stride() == ours.stride()
+            and x.storage_offset() == ours.storage_offset()
+            and x.dtype == ours.dtype
+            and x.untyped_storage()._cdata == ours.untyped_storage()._cdata
+            and x._version == ours._version
+        )
 
 
 # of the call that runs in this thread: heads that are called outside of one give logits
@@ -57,7 +85,8 @@ class LazyLogits:
     """softcap * tanh((h weight^T + bias) / softcap) of the shape and dtype that a model expects.
 
     h: [..., d]. weight: [V, d]. bias: [V]. divided: softcap's division was asked for, its tanh or
-    factor not yet. It answers like a tensor; what it cannot answer, the computed tensor does.
+    factor not yet. packed: what h is a padded grid of. It answers like a tensor; what it cannot
+    answer, the computed tensor does.
     """
 
     h: Tensor
@@ -68,6 +97,7 @@ class LazyLogits:
     divided: float | None = None
     bounded: bool = False
     softcap: float | None = None
+    packed: Packed | None = None
 
     def tensor(self) -> Tensor:
         logits = ops.linear(self.h, self.weight, self.bias)
@@ -136,7 +166,7 @@ class LazyLogits:
     def __getitem__(self, index: Any) -> Any:
         rows = isinstance(index, tuple) and len(index) == 3 and index[0] is Ellipsis
         if rows and isinstance(index[1], slice) and index[2] == slice(None):
-            return replace(self, h=self.h[index])
+            return replace(self, h=self.h[index], packed=None)
         return self.tensor()[index]
 
     def tanh(self) -> Any:
@@ -185,8 +215,13 @@ def _cross_entropy(
     groups = wants.groups
     if groups is not None and target.shape[0] % groups.shape[0] == 0:
         groups = groups.repeat_interleave(target.shape[0] // groups.shape[0])
+    h, packed = input.h, input.packed
+    # without a reduction the result has a place for each row
+    if packed is not None and reduction != "none" and target.shape[0] == h.shape[0]:
+        h, target = packed.rows, target.index_select(0, packed.index)
+        groups = None if groups is None else groups.index_select(0, packed.index)
     found = ops.linear_cross_entropy(
-        input.h,
+        h,
         input.weight,
         target,
         bias=input.bias,

@@ -110,7 +110,7 @@ def _plan_outside(
     name: str, module: Any, wanted: frozenset[str], weights: str | None, shares: bool, add: Any
 ) -> None:
     """The head, and the class that generates and has a loss."""
-    from fastvlm.patching import language_model
+    from fastvlm.patching import language_model, tied
 
     head: Any = getattr(module, "get_output_embeddings", lambda: None)()
     # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
@@ -130,6 +130,9 @@ def _plan_outside(
     )
     kept = "attention" in wanted or language_model.shares_states(module)
     shares = shares and kept and generates and module.config.is_encoder_decoder
+    for inner, part in module.named_modules(prefix=name) if loss else ():
+        if isinstance(part, nn.Embedding) and part.weight is head.weight:
+            add(_change(inner, part, ("loss",), tied.choose(part)))
     if shares or loss:
         add(_change(name, module, ("attention", "loss"), language_model.choose(shares, loss)))
     elif trains and "loss" in wanted:

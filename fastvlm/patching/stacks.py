@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPastAndCrossAttentions,
+)
 
 from fastvlm.decoding import cache as shared
+from fastvlm.decoding import rows as kept
 from fastvlm.layout import Layout
 from fastvlm.patching.layouts import (
     KEYWORD,
@@ -33,6 +38,7 @@ from fastvlm.patching.layouts import (
     zero_padding,
 )
 from fastvlm.patching.rules import Host
+from fastvlm.patching.steps import usual
 
 
 def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -162,7 +168,7 @@ class DecoderStack(_Stack):
         return Layouts(cross=cross, visible=visible_positions(mask))
 
     def _knows(self, past: Any) -> bool:
-        """A cache whose keys lie as the fused path reads them."""
+        """A cache whose keys lie as the fused path reads them, or that is empty still."""
         if self.has_cross_attention != isinstance(past, EncoderDecoderCache):
             return False
         parts = [past]
@@ -171,6 +177,8 @@ class DecoderStack(_Stack):
             if not shared.is_shared(cross) and any(past.is_updated.values()):
                 return False
             parts = [past.self_attention_cache, cross]
+        if not kept.keeps_rows(parts[0]) and parts[0].get_seq_length() > 0:
+            return False
         return all(type(part) is DynamicCache and not part.offloading for part in parts)
 
     def _cross(
@@ -224,10 +232,13 @@ class DecoderStack(_Stack):
                 states, mask = self._expanded(call)
                 arguments.update(encoder_hidden_states=states, encoder_attention_mask=mask)
             return super().forward(**arguments)
+        own = call.past
         if isinstance(call.past, EncoderDecoderCache):
-            cross = call.past.cross_attention_cache
+            own, cross = call.past.self_attention_cache, call.past.cross_attention_cache
             if not shared.is_shared(cross):
                 shared.share(cross)
+        if own is not None and not kept.keeps_rows(own):
+            kept.keep_rows(own)
         arguments["attention_mask"] = self.no_mask() if layouts.fused_self else call.attention_mask
         if self.has_cross_attention:
             states = call.encoder_states
@@ -235,9 +246,54 @@ class DecoderStack(_Stack):
                 states = layouts.cross.pack_kv(states).unsqueeze(0)
             arguments["encoder_hidden_states"] = states
             arguments["encoder_attention_mask"] = self.no_cross_mask()
+        if layouts.rows is not None and call.past is not None:
+            call.past.__dict__.pop("fastvlm_plans", None)  # a new prefill, of other images
+        if layouts.rows is None and layouts.fused_self:
+            output = self._planned(call, layouts, kwargs)
+            if output is not None:
+                return output
         self._pack_ids(arguments, layouts)
         arguments[KEYWORD] = layouts
         return zero_padding(super().forward(**arguments), layouts)
+
+    def _plan(self, past: Any) -> Any:
+        """The step of this stack for a prefilled cache (`fastvlm.patching.steps`), or None."""
+        return None
+
+    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
+        """ids [R, 1] at position filled -> [R, d]."""
+        raise NotImplementedError
+
+    def _rotation(self, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
+        """cos and sin [R, head_dim] of the new tokens, for a stack with RoPE."""
+        return ()
+
+    def _end_step(self, x: Tensor) -> Tensor:
+        """What the stack does after its last layer."""
+        return x
+
+    def _planned(self, call: Call, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
+        """A decoding step by its plan; None where the modules must be called."""
+        ids, past = call.input_ids, call.past
+        if ids is None or not usual(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
+            return None
+        plans = past.__dict__.setdefault("fastvlm_plans", {})
+        if id(self) not in plans:
+            plans[id(self)] = self._plan(past)
+        plan = plans[id(self)]
+        if plan is None or plan.stack is not self:
+            return None
+        filled = past.get_seq_length()
+        x = self._embed_step(ids, filled)
+        x = plan(x, layouts, self._rotation(x, kwargs.get("position_ids"), filled))
+        return self._output(self._end_step(x).unsqueeze(1), past)
+
+    def _output(self, states: Tensor, past: Any) -> Any:
+        if self.has_cross_attention:
+            return BaseModelOutputWithPastAndCrossAttentions(
+                last_hidden_state=states, past_key_values=past
+            )
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past)
 
     def _expanded(self, call: Call) -> tuple[Tensor | None, Any]:
         """Encoder states and mask with one row per query row, as transformers' own path wants."""

@@ -86,7 +86,7 @@ def test_a_config_survives_its_json() -> None:
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-@pytest.mark.parametrize("width", [16, 64, 256])
+@pytest.mark.parametrize("width", [16, 64, 256, 96, 128, 160, 208, 336])
 def test_reduced_keeps_the_structure(size: str, width: int) -> None:
     full = FlorenzConfig.of_size(size)
     small = FlorenzConfig.reduced(size, layers=3, width=width, vocab_size=50)
@@ -98,6 +98,8 @@ def test_reduced_keeps_the_structure(size: str, width: int) -> None:
         assert small.decoder.num_attention_heads == 2 * small.decoder.num_key_value_heads
         ratio = small.decoder.hidden_size / width
         assert ratio == pytest.approx(full.decoder.hidden_size / 1024, rel=0.15)
+    vision = small.vision_config
+    assert all(d % n == 0 for d, n in zip(vision.embed_dim, vision.num_heads))
     with torch.device("meta"):
         FlorenzForConditionalGeneration(small)
 

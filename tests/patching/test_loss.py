@@ -87,6 +87,21 @@ def test_no_logits_and_no_padding(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert 21 not in calls.rows["linear"]
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_loss_sees_the_tokens_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the padded grid that the decoder gave them on, and the groups of those tokens."""
+    _, model, batch = both(name)
+    calls = Calls(monkeypatch, "linear_cross_entropy")
+    groups = torch.tensor([1, 0, 1])
+    out = model(**batch, groups=groups, num_groups=2)
+    tokens = int((batch["labels"] != -100).sum())
+    assert calls.rows["linear_cross_entropy"] == [tokens]
+    by_row = (batch["labels"] != -100)[:, 1 if name == "gemma2" else 0 :].sum(1)
+    assert torch.equal(out.group_tokens, torch.zeros(2).long().index_add(0, groups, by_row))
+    model.eval()(**batch)  # in evaluation the grid is what it is
+    assert max(calls.rows["linear_cross_entropy"]) >= tokens
+
+
 @pytest.mark.parametrize("name", ["t5gemma", "gemma2"])
 def test_gemma_stacks_run_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, batch = both(name)
@@ -219,7 +234,8 @@ def test_only_the_loss() -> None:
     plain, ours, batch = both("bart")
     fastvlm.unpatch(ours)
     report = fastvlm.patch(ours, only="loss")
-    assert {op for entry in report.patched for op in entry.ops} == {"linear_cross_entropy"}
+    named = {op for entry in report.patched for op in entry.ops}
+    assert named == {"linear_cross_entropy", "one gradient with the head"}
     for model in (plain, ours):
         model(**batch).loss.backward()
     assert_same(ours, plain)

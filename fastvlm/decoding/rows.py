@@ -1,0 +1,225 @@
+"""The self-attention cache of a patched model: keys and values stay where they were written.
+
+When beams change places, a table says which cache row holds each position of each beam
+(`fastvlm.ops.cached_attention`, ``ancestry``), so that a reordering moves a few integers once for
+all layers instead of every layer's keys and values.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+try:
+    from transformers.cache_utils import DynamicLayer
+except ImportError:
+    DynamicLayer = object  # transformers 4, as in fastvlm.decoding.cache
+
+# positions that a cache has room for at first, beyond those of the prefill; then it doubles
+ROOM = 64
+
+
+class Rows:
+    """What all layers of one cache share.
+
+    table: int32 [rows, capacity], the cache row of each position; a row writes to itself. lengths:
+    int32 [rows], positions so far. moved: whether the table says anything.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[RowLayer] = []
+        self.forget()
+
+    def forget(self) -> None:
+        self.table: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.filled = 0
+        self.moved = False
+
+    def grown(self, rows: int, filled: int, capacity: int, device: torch.device) -> None:
+        """Room for capacity positions, filled of which are there now (or will be in a moment)."""
+        self.filled = filled
+        if self.table is None or self.lengths is None:
+            self.table = _own(rows, capacity, device)
+            self.lengths = torch.full((rows,), filled, dtype=torch.int32, device=device)
+            return
+        if self.table.shape[1] < capacity:
+            more = _own(rows, capacity - self.table.shape[1], device)
+            self.table = torch.cat([self.table, more], 1)
+        self.lengths.fill_(filled)
+
+    def reorder(self, index: Tensor) -> None:
+        if self.table is None:
+            return
+        now = self.table[:, : self.filled]
+        now.copy_(now.index_select(0, index.to(now.device)))
+        self.moved = True
+
+    @property
+    def ancestry(self) -> Tensor | None:
+        """The table of the positions so far; None where each row reads itself."""
+        if not self.moved or self.table is None:
+            return None
+        return self.table[:, : self.filled]
+
+    def settle(self) -> None:
+        """Rows in their order now, each on its own, for a change that knows no table."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.in_order()
+        self.forget()
+
+
+def _own(rows: int, columns: int, device: torch.device) -> Tensor:
+    numbers = torch.arange(rows, dtype=torch.int32, device=device)
+    return numbers.unsqueeze(1).repeat(1, columns)
+
+
+class RowLayer(DynamicLayer):
+    """K/V of one layer, [rows, capacity, Hkv, D], written once.
+
+    ``keys`` and ``values`` are transformers' view of it, in the order of the rows now: [rows, Hkv,
+    length, D].
+    """
+
+    is_sliding = False
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+        self.first = not rows.layers  # of the layers of its cache: it keeps the table
+        rows.layers.append(self)
+        self.filled = 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [rows, L, Hkv, D] of new positions -> all of them, [rows, filled + L, Hkv, D]."""
+        start, stop = self.filled, self.filled + k.shape[1]
+        if self.k is None or self.v is None or stop > self.k.shape[1]:
+            self._grow(k, stop)
+        assert self.k is not None
+        assert self.v is not None
+        self.k[:, start:stop] = k
+        self.v[:, start:stop] = v
+        self.filled = stop
+        if self.first:
+            self.rows.grown(k.shape[0], stop, self.k.shape[1], k.device)
+        return self.k[:, :stop], self.v[:, :stop]
+
+    def _grow(self, k: Tensor, stop: int) -> None:
+        capacity = stop + ROOM if self.k is None else max(stop, 2 * self.k.shape[1])
+        room = (k.shape[0], capacity, *k.shape[2:])
+        for name in ("k", "v"):
+            old, new = getattr(self, name), k.new_empty(room)
+            if old is not None:
+                new[:, : self.filled] = old[:, : self.filled]
+            setattr(self, name, new)
+        self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
+
+    def _ordered(self, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x, table = x[:, : self.filled], self.rows.ancestry
+        if table is not None:
+            rows = table[:, : self.filled].clamp_min(0).long()
+            x = x[rows, torch.arange(self.filled, device=x.device)]
+        return x.transpose(1, 2)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._ordered(self.__dict__.get("k"))
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._set("k", value)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._ordered(self.__dict__.get("v"))
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._set("v", value)
+
+    def _set(self, name: str, value: Tensor | None) -> None:
+        self.__dict__[name] = None if value is None else value.transpose(1, 2).contiguous()
+
+    def in_order(self) -> tuple[Tensor | None, ...]:
+        """[rows, length, Hkv, D] each."""
+        return tuple(
+            None if x is None else x.transpose(1, 2).contiguous() for x in (self.keys, self.values)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What transformers' own attention calls."""
+        self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.filled + query_length, 0
+
+    def reset(self) -> None:
+        self.k = self.v = None
+        self.filled, self.is_initialized = 0, False
+        self.rows.forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.first:
+            self.rows.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.filled = max(0, self.filled - abs(tokens_to_remove))
+        rows = self.rows
+        if self.first and rows.table is not None:
+            rows.grown(rows.table.shape[0], self.filled, 0, rows.table.device)
+            # what is written there again is each row's own
+            rows.table[:, self.filled :] = _own(rows.table.shape[0], 1, rows.table.device)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._changed(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._changed(lambda x: x[indices])
+
+    def _changed(self, change: Any) -> None:
+        """Other rows than there were: the table starts anew."""
+        if self.first:
+            self.rows.settle()
+        if self.k is None or self.v is None:
+            return
+        self.k, self.v = change(self.k), change(self.v)
+        if self.first:
+            self.rows.grown(self.k.shape[0], self.filled, self.k.shape[1], self.k.device)
+
+
+def keep_rows(cache: Cache) -> None:
+    """Turn a still empty self-attention cache into one whose rows stay in place."""
+    count = len(cache.layers)
+    cache.layers = []
+    cache.layer_class_to_replicate = partial(RowLayer, Rows())
+    for index in range(count):
+        layer_of(cache, index)
+
+
+def keeps_rows(cache: Any) -> bool:
+    made = getattr(cache, "layer_class_to_replicate", None)
+    return isinstance(made, partial) and made.func is RowLayer
+
+
+def rows_of(cache: Any) -> Rows:
+    rows: Rows = cache.layer_class_to_replicate.args[0]
+    return rows
+
+
+def layer_of(cache: Any, index: int) -> RowLayer:
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    found: RowLayer = cache.layers[index]
+    return found

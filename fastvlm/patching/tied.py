@@ -1,0 +1,119 @@
+"""One gradient for an embedding and the head that is tied to it.
+
+PyTorch makes two of the size of the table, one of them of zeros but for the rows of a batch's
+tokens, and adds them. Here the embedding's backward pass adds its rows to what the head's, which
+always comes before it, has just made for the same parameter and autograd still waits with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastvlm.nn.linear import is_plain
+from fastvlm.patching.classes import is_patched
+from fastvlm.patching.logits import Wanted, wanted
+from fastvlm.patching.rules import Host, Swap
+
+
+class _Tapped(torch.autograd.Function):
+    """The head's weight as it is; its gradient is left where the embedding finds it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, wants: Wanted) -> Tensor:
+        ctx.wants = wants
+        return weight.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.wants.grad_weight = grad
+        return grad, None
+
+
+def tapped(weight: Tensor, wants: Wanted) -> Tensor:
+    if not (wants.lookups and torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    wants.tapped = weight
+    tapped: Tensor = _Tapped.apply(weight, wants)
+    return tapped
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of weight [V, d] times a factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, factor: float, padding: int, wants: Wanted
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.factor, ctx.padding, ctx.wants = weight, factor, padding, wants
+        wants.lookups += 1
+        rows = F.embedding(ids, weight)
+        return rows if factor == 1 else rows.mul_(factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        weight, wants = ctx.weight, ctx.wants
+        grad = grad if ctx.factor == 1 else grad * ctx.factor
+        made = wants.grad_weight if wants.tapped is weight else None
+        wants.lookups_left = (wants.lookups_left or wants.lookups) - 1
+        if wants.lookups_left == 0:
+            wants.grad_weight = None  # autograd may take over a tensor that nobody else holds
+        if made is None or made.shape != weight.shape or made.dtype != grad.dtype:
+            dense = torch.ops.aten.embedding_dense_backward
+            return dense(grad, ids, weight.shape[0], ctx.padding, False), None, None, None, None
+        rows, places = grad.flatten(0, -2), ids.flatten()
+        if ctx.padding >= 0:
+            rows = rows.masked_fill((places == ctx.padding).unsqueeze(1), 0)
+        if made.is_cuda:
+            made.index_put_((places,), rows, accumulate=True)  # in one order, unlike index_add_
+        else:
+            made.index_add_(0, places, rows)
+        return None, None, None, None, None
+
+
+class TiedEmbedding(Host):
+    """A token embedding whose weight is the head's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wants = None if torch.compiler.is_compiling() else wanted()
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        # on CUDA the sum of many rows of 16 bits is PyTorch's business: it adds in float32
+        narrow = self.weight.is_cuda and self.weight.dtype.itemsize < 4
+        if wants is None or not trains or narrow or not is_plain(self, self._fastvlm_base):
+            out: Tensor = super().forward(input)
+            return out
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        factor = factor_of(self)
+        rows: Tensor = _Lookup.apply(self.weight, input, factor, padding, wants)
+        return rows
+
+
+def factor_of(module: Any) -> float | None:
+    """What the rows are multiplied with, rounded as the module rounds it; None: we cannot tell."""
+    base = vars(type(module)).get("_fastvlm_base", type(module))
+    if base.forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+    if "ScaledWordEmbedding" not in base.__name__ or not isinstance(scale, (int, float)):
+        return None
+    return torch.tensor(scale, dtype=module.weight.dtype, device="cpu").item()
+
+
+def choose(module: Any) -> Swap | str:
+    """The swap of an embedding that does nothing but look rows up and scale them."""
+    if is_patched(module):
+        swap: Swap = type(module)._fastvlm_swap
+        return swap
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return "its gradient is no plain sum of rows"
+    if factor_of(module) is None:
+        return f"{type(module).__name__} does not tell what it multiplies its rows with"
+    return Swap(TiedEmbedding, ("one gradient with the head",))

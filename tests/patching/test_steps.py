@@ -1,0 +1,198 @@
+"""Decoding steps: planned where nothing but the usual is there, else by the modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES
+from test_families import generate
+from torch import nn
+
+import fastvlm
+from fastvlm.decoding import rows
+from fastvlm.patching.steps import Plan
+
+PLANNED = ["bart", "florence2", "gemma2", "florenz"]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each planned step had."""
+    calls: list[int] = []
+    run = Plan.__call__
+
+    def counted(self: Plan, *args: Any) -> Any:
+        calls.append(len(self.layers))
+        return run(self, *args)
+
+    monkeypatch.setattr(Plan, "__call__", counted)
+    return calls
+
+
+def patched(name: str, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
+    model = FAMILIES[name].build()
+    fastvlm.patch(model, **settings)
+    return model, FAMILIES[name].inputs(model)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("weights", [None, "bf16", "int8"])
+def test_every_step_but_the_prefill_is_planned(
+    name: str, weights: str | None, planned: list[int]
+) -> None:
+    model, inputs = patched(name, weights=weights)
+    generate(model, inputs, num_beams=3)
+    assert planned == [2] * 11  # of twelve new tokens the prefill gives the first
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_planned_and_called_steps_are_the_same(
+    name: str, weights: str | None, planned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = patched(name, weights=weights)
+    wish = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
+    ours = generate(model, inputs, **wish)
+    count = len(planned)
+    layer = model.get_decoder()
+    layer = getattr(layer, "decoder", layer).layers[1]
+    layer.register_forward_hook(lambda module, args, out: None)
+    called = generate(model, inputs, **wish)
+    assert len(planned) == count > 0
+    assert torch.equal(ours.sequences, called.sequences)
+    for a, b in zip(ours.scores, called.scores):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_adapters_and_hooks_are_called(name: str, planned: list[int]) -> None:
+    model, inputs = patched(name)
+    expected = generate(model, inputs, num_beams=2)
+    linear = next(m for n, m in model.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
+    seen: list[int] = []
+    stack = [m for n, m in model.named_modules() if n.endswith("decoder.layers.1.self_attn.q_proj")]
+    linear = stack[0] if stack else linear
+    linear.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    planned.clear()
+    assert torch.equal(generate(model, inputs, num_beams=2), expected)
+    assert len(seen) == 12
+    assert planned == []
+
+
+def test_weights_that_change_between_calls_are_seen(planned: list[int]) -> None:
+    model, inputs = patched("bart")
+    before = generate(model, inputs)
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight.mul_(-1)
+    after = generate(model, inputs)
+    assert planned
+    assert not torch.equal(before, after)
+    fastvlm.unpatch(model)
+    assert torch.equal(generate(model, inputs), after)
+
+
+@pytest.mark.parametrize("name", ["bart", "florenz", "t5gemma", "gemma2"])
+def test_keys_and_values_are_written_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams change places in a table; the cache is what transformers' reordered one is."""
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    if name == "gemma2":  # what stands at its padding is nobody's business
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    wish = {"num_beams": 4, "return_dict_in_generate": True}
+    plain = generate(model, inputs, **wish).past_key_values
+    fastvlm.patch(model)
+    moved: list[torch.Tensor] = []
+    reorder = rows.Rows.reorder
+
+    def watched(self: Any, index: torch.Tensor) -> None:
+        moved.append(index)
+        reorder(self, index)
+
+    monkeypatch.setattr(rows.Rows, "reorder", watched)
+    ours = generate(model, inputs, **wish).past_key_values
+    plain, ours = (getattr(c, "self_attention_cache", c) for c in (plain, ours))
+    assert len(moved) >= 11
+    assert any((index != torch.arange(len(index))).any() for index in moved)
+    for a, b in zip(ours.layers, plain.layers):
+        length = b.keys.shape[2]  # a sliding window of transformers' drops what is behind it
+        assert torch.allclose(a.keys[:, :, -length:], b.keys, atol=1e-5)
+        assert torch.allclose(a.values[:, :, -length:], b.values, atol=1e-5)
+
+
+class TestCache:
+    """What users and transformers do with a cache."""
+
+    def filled(self, steps: int = 3) -> tuple[nn.Module, Any, dict[str, Any]]:
+        model, _ = patched("bart")
+        cache = model.model.decoder.new_cache()
+        # both rows read one image: what moves from row to row then belongs to it
+        given = {"encoder_outputs": (torch.randn(1, 4, 32),), "past_key_values": cache}
+        with torch.no_grad():
+            model(**given, decoder_input_ids=torch.tensor([[2, 5], [2, 6]]))
+            for step in range(steps):
+                model(**given, decoder_input_ids=torch.tensor([[7 + step], [9 + step]]))
+        return model, cache, given
+
+    def logits(self, model: nn.Module, given: dict[str, Any], ids: list[list[int]]) -> Any:
+        with torch.no_grad():
+            return model(**given, decoder_input_ids=torch.tensor(ids)).logits
+
+    def whole(self, model: nn.Module, given: dict[str, Any], ids: list[list[int]]) -> Any:
+        with torch.no_grad():
+            out = model(
+                encoder_outputs=given["encoder_outputs"],
+                decoder_input_ids=torch.tensor(ids),
+                use_cache=False,
+            )
+        return out.logits[:, -1:]
+
+    def test_reorder_then_select_then_go_on(self) -> None:
+        model, cache, given = self.filled()
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = self.logits(model, given, [[11], [12]])
+        history = [[2, 6, 9, 10, 11, 11], [2, 5, 7, 8, 9, 12]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+        own = cache.self_attention_cache
+        own.batch_select_indices(torch.tensor([1, 0]))
+        got = self.logits(model, given, [[13], [14]])
+        history = [history[1] + [13], history[0] + [14]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+
+    def test_crop_after_a_reorder(self) -> None:
+        model, cache, given = self.filled()
+        cache.reorder_cache(torch.tensor([1, 1]))
+        cache.self_attention_cache.crop(-2)
+        got = self.logits(model, given, [[20], [21]])
+        history = [[2, 6, 9, 20], [2, 6, 9, 21]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+
+    def test_several_tokens_after_a_reorder(self) -> None:
+        model, cache, given = self.filled()
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = self.logits(model, given, [[20, 22], [21, 23]])[:, -1:]
+        history = [[2, 6, 9, 10, 11, 20, 22], [2, 5, 7, 8, 9, 21, 23]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+        got = self.logits(model, given, [[24], [25]])
+        history = [history[0] + [24], history[1] + [25]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+
+    def test_more_positions_than_there_was_room_for(self) -> None:
+        model, cache, given = self.filled(steps=rows.ROOM + 9)
+        length = rows.ROOM + 11
+        assert cache.get_seq_length() == length
+        assert cache.self_attention_cache.layers[0].k.shape[1] >= length
+        history = [[2, 5, *range(7, 16 + rows.ROOM)], [2, 6, *range(9, 18 + rows.ROOM)]]
+        got = self.logits(model, given, [[3], [4]])
+        history = [history[0] + [3], history[1] + [4]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+
+    def test_copies_are_apart(self) -> None:
+        import copy
+
+        model, cache, given = self.filled()
+        other = {**given, "past_key_values": copy.deepcopy(cache)}
+        first = self.logits(model, given, [[30], [31]])
+        other["past_key_values"].reorder_cache(torch.tensor([1, 0]))
+        assert torch.allclose(self.logits(model, other, [[31], [30]]), first.flip(0), atol=1e-4)
