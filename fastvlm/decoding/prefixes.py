@@ -60,39 +60,72 @@ def may_pad(model: Any) -> bool:
     return _learned_positions(stack) is not None or hasattr(stack, "rotary_emb")
 
 
+class _Rows:
+    """Hooks on a table of learned positions, for one `row_positions`."""
+
+    def __init__(self, pads: Tensor) -> None:
+        self.pads = pads
+
+    def starts(self, rows: int) -> Tensor:
+        return self.pads.repeat_interleave(rows // self.pads.shape[0])
+
+    def before(self, table: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _current.rows.get(id(table)) is not self:
+            return None
+        starts = self.starts(args[0].shape[0]).view(-1, 1)
+        positions = (kwargs["position_ids"].view(1, -1) - starts).clamp(min=0)
+        return args, {**kwargs, "position_ids": positions.flatten()}
+
+    def after(self, table: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if _current.rows.get(id(table)) is not self:
+            return None
+        batch, length = args[0].shape[:2]
+        return output.view(batch, length, output.shape[-1])
+
+
+class _Current(threading.local):
+    """By table, whose rows this thread decodes; others may use the same model meanwhile."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, _Rows] = {}
+
+
+_current = _Current()
+
+
 @contextlib.contextmanager
 def row_positions(model: Any, pads: Tensor) -> Iterator[None]:
     """Inside, learned positions of a decoder's row count from pads[row] on, not from column 0.
 
     pads int64 [R]; a call has R rows, or a multiple of it (beams of a row are neighbours). For
-    calls of this thread only, as others may use the model at the same time.
+    calls of this thread only.
     """
     table = _learned_positions(decoder_stack(model))
     if table is None or not pads.any():
         yield
         return
-    thread = threading.get_ident()
-
-    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != thread:
-            return None
-        batch = args[0].shape[0]
-        columns = kwargs["position_ids"].view(1, -1)
-        starts = pads.repeat_interleave(batch // pads.shape[0]).view(-1, 1)
-        return args, {**kwargs, "position_ids": (columns - starts).clamp(min=0).flatten()}
-
-    def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if threading.get_ident() != thread:
-            return None
-        batch, length = args[0].shape[:2]
-        return output.view(batch, length, output.shape[-1])
-
+    rows, outer = _Rows(pads), dict(_current.rows)
     handles = [
-        table.register_forward_pre_hook(before, with_kwargs=True),
-        table.register_forward_hook(after),
+        table.register_forward_pre_hook(rows.before, with_kwargs=True),
+        table.register_forward_hook(rows.after),
     ]
+    _current.rows[id(table)] = rows
     try:
         yield
     finally:
+        _current.rows = outer
         for handle in handles:
             handle.remove()
+
+
+def starts_of(table: nn.Module, rows: int) -> Tensor | None:
+    """int64 [rows], the column in which each row starts; None where all start in the first."""
+    found = _current.rows.get(id(table))
+    return None if found is None else found.starts(rows)
+
+
+def only_counts(table: nn.Module) -> bool:
+    """Whether a table of positions has no hooks but those of `row_positions`."""
+    hooks = [*table._forward_pre_hooks.values(), *table._forward_hooks.values()]
+    ours = all(isinstance(getattr(hook, "__self__", None), _Rows) for hook in hooks)
+    return ours and "forward" not in vars(table)

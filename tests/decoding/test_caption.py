@@ -199,6 +199,20 @@ def test_the_cross_cache_has_one_copy_of_an_image(plain: Speaker) -> None:
     assert shared % (2 * 2 * longest) == 0
 
 
+def test_padded_rows_take_the_planned_step(plain: Speaker) -> None:
+    """What counts a row's positions is no hook of a stranger, for which modules must be called."""
+    kept: list[Any] = []
+    plain.model.register_forward_hook(lambda _, args, out: kept.append(out.past_key_values))
+    with fastvlm.patched(plain.model):
+        caption(plain, pixels(1), ["en", "zh"], num_beams=2)
+        assert all(plan is not None for plan in kept[-1].fastvlm_plans.values())
+        table = prefixes.decoder_stack(plain.model)._modules.get("embed_positions")
+        if table is not None:
+            table.register_forward_hook(lambda *_: None)
+            caption(plain, pixels(1), ["en", "zh"], num_beams=2)
+            assert not any(kept[-1].fastvlm_plans.values())
+
+
 @pytest.mark.parametrize(
     ("prompts", "copies"), [("aabb", 2), ("abab", 2), ("aaab", 4), ("aaaa", 1), ("abcd", 4)]
 )
@@ -277,30 +291,46 @@ def test_an_error_leaves_the_model_usable(told: Speaker) -> None:
     assert [c.tokens for c in caption(told, pixels(1))] == [c.tokens for c in want]
 
 
-def test_two_threads_do_not_see_each_others_positions(told: Speaker) -> None:
-    """One pads, the other does not; they take turns at every step."""
-    turn = threading.Barrier(2)
-    got: dict[Any, Any] = {}
+def test_threads_do_not_see_each_others_positions(told: Speaker) -> None:
+    """Two pad, one does not; they take turns at every step."""
+    spoken = [("en", "zh"), ("zh",), ("zh", "zh", "de")]
+    want = [caption(told, pixels(2), list(codes), min_new_tokens=9) for codes in spoken]
+    turn = threading.Barrier(len(spoken))
+    got: dict[int, Any] = {}
 
     def pause(input_ids: Tensor, scores: Tensor) -> Tensor:
         turn.wait(timeout=30)
         return scores
 
-    def run(codes: tuple[str, ...]) -> None:
+    def run(index: int) -> None:
         settings = {"min_new_tokens": 9, "logits_processor": [pause]}
-        got[codes] = caption(told, pixels(2), list(codes), **settings)
+        got[index] = caption(told, pixels(2), list(spoken[index]), **settings)
 
-    want = {
-        codes: caption(told, pixels(2), list(codes), min_new_tokens=9)
-        for codes in (("en", "zh"), ("zh",))
-    }
-    threads = [threading.Thread(target=run, args=(codes,)) for codes in want]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(spoken))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for codes, captions in want.items():
-        assert [c.tokens for c in got[codes]] == [c.tokens for c in captions]
+    for index, captions in enumerate(want):
+        assert [c.tokens for c in got[index]] == [c.tokens for c in captions]
+
+
+def test_captions_within_captions(told: Speaker) -> None:
+    """A logits processor that captions with the same model: the inner rows count for themselves."""
+    want = caption(told, pixels(1), ["zh", "en", "en"])
+    inner: list[Any] = []
+
+    def asks(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(inner) < 2:
+            inner.append(None)
+            inner[-1] = caption(told, pixels(1), ["zh", "en", "en"])
+        return scores
+
+    outer = caption(told, pixels(1), ["en", "zh"], logits_processor=[asks])
+    alone = caption(told, pixels(1), ["en", "zh"])
+    assert [c.tokens for c in outer] == [c.tokens for c in alone]
+    for captions in inner:
+        assert [c.tokens for c in captions] == [c.tokens for c in want]
 
 
 def test_the_prefix_is_cut_or_kept_and_text_begins_upper_case(told: Speaker) -> None:
