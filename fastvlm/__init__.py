@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvlm import nn, ops
+    from fastvlm.decoding.caption import Caption, caption
     from fastvlm.layout import Layout
     from fastvlm.ops.dispatch import use
     from fastvlm.patching.log_probs import log_prob_change
     from fastvlm.patching.patch import PatchError, patch, patched, unpatch
 
 __all__ = [
+    "Caption",
     "Layout",
     "PatchError",
+    "caption",
     "log_prob_change",
     "nn",
     "ops",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 _HOME = {
+    **dict.fromkeys(("Caption", "caption"), "fastvlm.decoding.caption"),
     "Layout": "fastvlm.layout",
     "use": "fastvlm.ops.dispatch",
     "log_prob_change": "fastvlm.patching.log_probs",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastvlm  env | build | demo | bench | compile``."""
+"""The command line: ``python -m fastvlm  env | build | demo | caption | bench | compile``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvlm.demo import arguments
+from fastvlm.demo import arguments, caption_arguments
 from fastvlm.triton.compiling import command
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -31,6 +31,15 @@ def _parser() -> argparse.ArgumentParser:
         "fastvlm, in one process: tokens, times and memory of both. Exit code 1 if tokens differ.",
     )
     arguments.add(demo)
+    caption = commands.add_parser(
+        "caption",
+        help="describe photos in several languages at once",
+        description="Describe photos in several languages with a patched model: each photo is "
+        "encoded once, and all languages and beams decode together. Each caption begins with the "
+        "first words of its language, which is how captions emerge in languages that a model was "
+        "only taught to translate into (arXiv 2503.09443).",
+    )
+    caption_arguments.add(caption)
     bench = commands.add_parser(
         "bench",
         help="run the kernel benchmarks (from a checkout)",
@@ -106,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(args)
     except arguments.UsageError as error:
-        print(f"fastvlm {error}", file=sys.stderr)
+        command_name = next(iter(sys.argv[1:] if argv is None else argv), "")
+        print(f"fastvlm {command_name}: {error}", file=sys.stderr)
         return 2
 
 

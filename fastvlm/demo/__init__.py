@@ -1,19 +1,21 @@
-"""The demo: one photo captioned by Florence-2 through transformers and patched by fastvlm."""
+"""The demo, one photo captioned with and without fastvlm, and captions in many languages."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from fastvlm.demo.arguments import UsageError
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo with parsed arguments (`fastvlm.demo.arguments`); returns the exit code."""
+    """Run a command, demo or caption, with its parsed arguments; returns the exit code."""
     # imported here: the command line must print its help without importing torch
+    name = "captions" if args.command == "caption" else "show"
     try:
-        from fastvlm.demo import show
+        command = import_module(f"fastvlm.demo.{name}")
     except ModuleNotFoundError as error:
         wanted = "what pip install 'fastvlm[demo]' brings"
-        raise UsageError("the demo", wanted, f"no module {error.name}") from None
+        raise UsageError("this command", wanted, f"no module {error.name}") from None
 
-    return show.run(args)
+    return int(command.run(args))

@@ -14,7 +14,7 @@ class UsageError(Exception):
     """An argument that cannot be used."""
 
     def __init__(self, argument: str, wanted: str, given: object) -> None:
-        super().__init__(f"demo: {argument} wants {wanted}; got {given}")
+        super().__init__(f"{argument} wants {wanted}; got {given}")
 
 
 def whole_number(argument: str, least: int, most: int | None = None) -> Callable[[str], int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
+from fastvlm.decoding.prefixes import only_counts, starts_of
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.steps import At, CrossReads, Layer, Plan, SelfReads, product, products, quiet
 from fastvlm.patching.tied import factor_of
@@ -35,20 +36,22 @@ def plan(stack: Any, past: Any, layer_class: Any) -> Plan | None:
 
 def _embeds(stack: Any) -> bool:
     norm = stack.layernorm_embedding
-    parts = stack.embed_tokens, stack.embed_positions, norm
+    parts = stack.embed_tokens, norm
     offset = getattr(stack.embed_positions, "offset", None)
     known = factor_of(stack.embed_tokens) is not None and isinstance(offset, int)
+    known = known and only_counts(stack.embed_positions)
     return known and quiet(*parts) and is_plain(norm, nn.LayerNorm) and norm.bias is not None
 
 
 def embedded(stack: Any, ids: Tensor, filled: int) -> Tensor:
-    """ids [R, 1] at position filled -> [R, d]."""
+    """ids [R, 1] at position filled -> [R, d], less where a row starts if it is padded."""
     norm, places = stack.layernorm_embedding, stack.embed_positions
     x = F.embedding(ids[:, 0], stack.embed_tokens.weight)
     factor = factor_of(stack.embed_tokens)
     if factor is not None and factor != 1:
         x = x * factor
-    x = x + places.weight[filled + places.offset]
+    at, starts = filled + places.offset, starts_of(places, x.shape[0])
+    x = x + places.weight[at if starts is None else at - starts]
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
