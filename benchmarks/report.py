@@ -130,6 +130,59 @@ def end_to_end(figures: Figures) -> str:
     return f"{_where(figures)}.\n\n{markdown_table(headers, rows)}"
 
 
+# of a patched step, against transformers eager: samples a second, and the step's memory
+TRAINING = {"fastvlm": (3.0, 0.4), "fastvlm, 6 targets": (5.0, 0.4)}
+
+
+def training(figures: Figures) -> str:
+    rows = []
+    for case in figures["cases"]:
+        base, memory = case["sides"]["transformers"], case["peak_mib"]
+        for side, found in case["sides"].items():
+            faster = found["samples_per_second"] / base["samples_per_second"]
+            share = memory[side]["step"] / memory["transformers"]["step"]
+            verdict = ""
+            if side in TRAINING:
+                least, most = TRAINING[side]
+                verdict = "met" if faster >= least and share <= most else "NOT MET"
+                verdict = f"{least:g}x, {100 * most:.0f} %: {verdict}"
+            batch = found["batch"]
+            rows.append((
+                case["shape"], side, f"{batch['targets']} of {batch['images']}",
+                f"{batch['decoder_filled']:.0%}, {batch['encoder_filled']:.0%}",
+                f"{found['seconds']:.2f}", f"{found['samples_per_second']:.2f}", f"{faster:.2f}x",
+                f"{memory[side]['step']:.0f} ({share:.0%})", verdict,
+            ))  # fmt: skip
+    headers = (
+        "model", "side", "targets of images", "of the grids are tokens", "seconds a step",
+        "samples/s", "faster", "MiB of a step", "target",
+    )  # fmt: skip
+    return f"{_where(figures)}.\n\n{markdown_table(headers, rows)}"
+
+
+def decoding(figures: Figures) -> str:
+    """A step and what it is made of, then whole calls."""
+    step, *calls = figures["cases"]
+    parts = [(name, f"{value:.2f}") for name, value in step["parts_ms"].items()]
+    lines = [
+        f"{_where(figures)}.",
+        f"{step['case']}: transformers {step['ms']['transformers']:.1f} ms, fastvlm "
+        f"{step['ms']['fastvlm']:.1f} ms ({step['ratio']:.2f}x). Its weights are "
+        f"{step['weight_bytes'] / 1e6:.0f} MB, which at {step['stream_gb_per_s']} GB/s take "
+        f"{step['floor_ms']:.1f} ms: {step['floor_share']:.0%} of the floor (target 65 %).",
+        markdown_table(("part of a step", "ms"), parts),
+    ]
+    rows = []
+    for call in calls:
+        seconds = "; ".join(f"{side} {value:.2f} s" for side, value in call["seconds"].items())
+        ratio = call["ratio"]
+        ratio = ratio if isinstance(ratio, dict) else {"": ratio}
+        faster = "; ".join(f"{side} {value:.2f}x".strip() for side, value in ratio.items())
+        rows.append((call["case"], seconds, faster, "yes" if call["identical_tokens"] else "NO"))
+    headers = ("work", "seconds", "fastvlm is faster", "identical tokens")
+    return "\n\n".join([*lines, markdown_table(headers, rows)])
+
+
 COLORS = {"float32": "#d9541e", "bfloat16": "#3a6ea5"}
 
 
@@ -168,12 +221,18 @@ def chart(figures: Figures, path: Path) -> None:
     plt.close(figure)
 
 
+SINGLE = {
+    "training-cpu": ("Training steps", training),
+    "decoding-cpu": ("Decoding", decoding),
+}
+
+
 def write(folder: Path) -> Path:
     """The page for all results in a folder; FileNotFoundError where there are none."""
     parts = ["# Benchmark results"]
     for path in sorted(folder.glob("*.json")):
         kind = path.stem.partition("-")[0]
-        if kind not in ("micro", "end_to_end", "limits"):
+        if path.stem not in SINGLE and kind not in ("micro", "end_to_end", "limits"):
             continue
         figures = json.loads(path.read_text())
         if kind == "micro":
@@ -188,6 +247,9 @@ def write(folder: Path) -> Path:
                 micro(figures),
                 f"![{path.stem}]({path.stem}.svg)",
             ]
+        elif path.stem in SINGLE:
+            title, table = SINGLE[path.stem]
+            parts += [f"## {title}", table(figures)]
         elif kind == "limits":
             parts += ["## Where the time goes", limits.tables(figures)]
         else:
