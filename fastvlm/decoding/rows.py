@@ -31,7 +31,8 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self.layers: list[RowLayer] = []
+        self.layers = 0
+        self.before: Tensor | None = None  # the table, while rows are selected layer by layer
         self.forget()
 
     def forget(self) -> None:
@@ -43,6 +44,9 @@ class Rows:
     def grown(self, rows: int, filled: int, capacity: int, device: torch.device) -> None:
         """Room for capacity positions, filled of which are there now (or will be in a moment)."""
         self.filled = filled
+        if self.table is not None and _frozen(self.table):
+            self.table = self.table.clone()
+            self.lengths = None if self.lengths is None else self.lengths.clone()
         if self.table is None or self.lengths is None:
             self.table = _own(rows, capacity, device)
             self.lengths = torch.full((rows,), filled, dtype=torch.int32, device=device)
@@ -55,6 +59,8 @@ class Rows:
     def reorder(self, index: Tensor) -> None:
         if self.table is None:
             return
+        if _frozen(self.table):
+            self.table = self.table.clone()
         now = self.table[:, : self.filled]
         now.copy_(now.index_select(0, index.to(now.device)))
         self.moved = True
@@ -66,11 +72,15 @@ class Rows:
             return None
         return self.table[:, : self.filled]
 
-    def settle(self) -> None:
-        """Rows in their order now, each on its own, for a change that knows no table."""
-        for layer in self.layers:
-            layer.k, layer.v = layer.in_order()
+    def restart(self) -> None:
+        """A new table, for rows that each layer is about to put in order by the old one."""
+        self.before = self.ancestry
         self.forget()
+
+
+def _frozen(x: Tensor) -> bool:
+    """Made under inference_mode, where it could be written to, and here it cannot."""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _own(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -90,8 +100,8 @@ class RowLayer(DynamicLayer):
     def __init__(self, rows: Rows) -> None:
         super().__init__()
         self.rows = rows
-        self.first = not rows.layers  # of the layers of its cache: it keeps the table
-        rows.layers.append(self)
+        self.first = rows.layers == 0  # of the layers of its cache: it keeps the table
+        rows.layers += 1
         self.filled = 0
         self.k: Tensor | None = None
         self.v: Tensor | None = None
@@ -99,7 +109,7 @@ class RowLayer(DynamicLayer):
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [rows, L, Hkv, D] of new positions -> all of them, [rows, filled + L, Hkv, D]."""
         start, stop = self.filled, self.filled + k.shape[1]
-        if self.k is None or self.v is None or stop > self.k.shape[1]:
+        if self.k is None or self.v is None or stop > self.k.shape[1] or _frozen(self.k):
             self._grow(k, stop)
         assert self.k is not None
         assert self.v is not None
@@ -111,7 +121,10 @@ class RowLayer(DynamicLayer):
         return self.k[:, :stop], self.v[:, :stop]
 
     def _grow(self, k: Tensor, stop: int) -> None:
-        capacity = stop + ROOM if self.k is None else max(stop, 2 * self.k.shape[1])
+        capacity = stop + ROOM
+        if self.k is not None:
+            capacity = max(self.k.shape[1], 2 * self.k.shape[1] if stop > self.k.shape[1] else 0)
+            capacity = max(capacity, stop)
         room = (k.shape[0], capacity, *k.shape[2:])
         for name in ("k", "v"):
             old, new = getattr(self, name), k.new_empty(room)
@@ -120,10 +133,10 @@ class RowLayer(DynamicLayer):
             setattr(self, name, new)
         self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
 
-    def _ordered(self, x: Tensor | None) -> Tensor | None:
+    def _ordered(self, x: Tensor | None, table: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        x, table = x[:, : self.filled], self.rows.ancestry
+        x = x[:, : self.filled]
         if table is not None:
             rows = table[:, : self.filled].clamp_min(0).long()
             x = x[rows, torch.arange(self.filled, device=x.device)]
@@ -131,7 +144,7 @@ class RowLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._ordered(self.__dict__.get("k"))
+        return self._ordered(self.__dict__.get("k"), self.rows.ancestry)
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -139,20 +152,25 @@ class RowLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self._ordered(self.__dict__.get("v"))
+        return self._ordered(self.__dict__.get("v"), self.rows.ancestry)
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._set("v", value)
 
     def _set(self, name: str, value: Tensor | None) -> None:
-        self.__dict__[name] = None if value is None else value.transpose(1, 2).contiguous()
-
-    def in_order(self) -> tuple[Tensor | None, ...]:
-        """[rows, length, Hkv, D] each."""
-        return tuple(
-            None if x is None else x.transpose(1, 2).contiguous() for x in (self.keys, self.values)
-        )
+        if value is None:
+            self.__dict__[name] = None
+            return
+        if self.rows.moved:
+            raise NotImplementedError(
+                "fastvlm: keys and values of a cache whose beams have changed places cannot be "
+                "assigned; decode with fastvlm.unpatch(model)"
+            )
+        self.__dict__[name] = value.transpose(1, 2).contiguous()
+        self.filled = value.shape[-2]
+        if self.first:
+            self.rows.grown(value.shape[0], self.filled, self.filled, value.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own attention calls."""
@@ -191,10 +209,13 @@ class RowLayer(DynamicLayer):
     def _changed(self, change: Any) -> None:
         """Other rows than there were: the table starts anew."""
         if self.first:
-            self.rows.settle()
+            self.rows.restart()
         if self.k is None or self.v is None:
             return
-        self.k, self.v = change(self.k), change(self.v)
+        self.k, self.v = (
+            change(self._ordered(x, self.rows.before)).transpose(1, 2).contiguous()
+            for x in (self.k, self.v)
+        )
         if self.first:
             self.rows.grown(self.k.shape[0], self.filled, self.k.shape[1], self.k.device)
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fastvlm.checks import describe
 from fastvlm.nn.linear import Linear, is_plain
-from fastvlm.ops._autograd import autocasts
-from fastvlm.patching.layouts import READERS
-from fastvlm.patching.logits import LazyLogits, Wanted, settled, wanted, wanting
+from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
+from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
 from fastvlm.patching.rules import Host, Swap, takes
 from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
 from fastvlm.patching.tied import tapped
@@ -35,12 +34,12 @@ class LossHead(Host):
         wants = None if torch.compiler.is_compiling() else wanted()
         if wants is None or not is_plain(self):
             return super().forward(input)
-        kind = input.device.type
-        casts = autocasts(kind) and input.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if casts else input.dtype
+        state = State.now(input, self.weight)
+        casts = state.autocast is not None and input.dtype != torch.float64
+        dtype = state.autocast if casts and state.autocast is not None else input.dtype
         packed = wants.packed if wants.packed and wants.packed.is_shown_by(input) else None
         weight = tapped(self.weight, wants)
-        return LazyLogits(input, weight, self.bias, wants, dtype, packed=packed)
+        return LazyLogits(input, weight, self.bias, wants, dtype, state, packed=packed)
 
 
 class Head(LossHead, Linear):
@@ -94,22 +93,26 @@ class LossModel(Host):
         labels = kwargs.get("labels")
         groups, num_groups = kwargs.pop("groups", None), kwargs.pop("num_groups", None)
         self._check(kwargs, labels, groups, num_groups)
-        if labels is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().forward(**kwargs)
+        if labels is None:
+            with wanting(None):
+                return super().forward(**kwargs)
         if self.training:  # in evaluation logits and caches are looked at, there too
             if kwargs.get("use_cache") is None:
                 kwargs["use_cache"] = False
             self._without_tail(kwargs, labels)
-        with wanting(Wanted(groups, num_groups)) as wants:
+        wants = Wanted(groups, num_groups, hidden_labels=self._hides_labels(kwargs, labels))
+        with wanting(wants):
             outputs = settled(super().forward(**kwargs), self.training)
+        wants.done()
         if groups is not None:
             if wants.group_losses is None or isinstance(outputs, tuple):
                 raise ValueError(
                     "fastvlm: groups must be left out where the head is no plain nn.Linear (an "
                     "adapter, a hook), the loss is not transformers' own, or return_dict=False"
                 )
-            outputs.group_losses = wants.group_losses.detach()
-            outputs.group_tokens = wants.group_tokens
+            outputs.group_losses, outputs.group_tokens = wants.group_losses, wants.group_tokens
         return outputs
 
     def _check(self, kwargs: dict[str, Any], labels: Any, groups: Any, num_groups: Any) -> None:
@@ -137,6 +140,10 @@ class LossModel(Host):
         decoder = _decoder_of(self)
         if decoder is None or mask is not None or labels.dim() != 2:
             return
+        if wants_hidden_states(decoder, kwargs) or wants_attentions(decoder, kwargs):
+            return
+        if restarts(kwargs.get(prefix + "position_ids")):
+            return
         if kwargs.get("past_key_values") is not None:
             return
         if ids is None and embeds is None and hasattr(self, _SHIFT):
@@ -146,6 +153,20 @@ class LossModel(Host):
             return
         mask, default = last_label(labels), decoder.default_mask(ids)
         kwargs[prefix + "attention_mask"] = mask if default is None else mask & default
+
+    def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
+        """Whether a label counts in a row that the decoder's mask hides.
+
+        A causal model predicts it one row before: with padding on the left, from the last pad.
+        """
+        encodes = self.config.is_encoder_decoder
+        mask = kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != labels.shape or labels.dim() != 2:
+            return False
+        counted = labels != -100
+        if not encodes:
+            counted, mask = counted[:, 1:], mask[:, :-1]
+        return bool((counted & (mask == 0)).any())
 
     def _place_images(self, kwargs: dict[str, Any]) -> None:
         """Token embeddings with each row's image in place, as the model would make them."""

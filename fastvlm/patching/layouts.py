@@ -89,6 +89,13 @@ def packed_positions(position_ids: Tensor | None, rows: Layout) -> Tensor:
     return rows.pack(position_ids.expand(grid.batch, grid.length)).unsqueeze(0)
 
 
+def restarts(position_ids: Tensor | None) -> bool:
+    """Whether positions begin anew within a row: a collator that puts texts one behind another."""
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return False
+    return bool((position_ids[..., 1:] <= position_ids[..., :-1]).any())
+
+
 def is_2d(mask: object) -> bool:
     """A mask this module understands: none, or [batch, length]."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)

@@ -8,7 +8,7 @@ transformers does between head and loss (bias, softcap, float(), view) is kept i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import ops
+from fastvlm.ops._autograd import autocasts
 
 
 @dataclass
@@ -27,8 +28,9 @@ class Wanted:
 
     groups: int64 [B], the (task, language) of each row of labels. group_losses float32 and
     group_tokens int64 [num_groups]: filled in by the loss. packed: what the decoder gave, by the
-    decoder itself, so that the loss need not look for its tokens on the padded grid. lookups,
-    lookups_left, tapped, grad_weight: see `fastvlm.patching.tied`.
+    decoder itself, so that the loss need not look for its tokens on the padded grid. table: see
+    `fastvlm.patching.tied`. hidden_labels: a label counts in a row that the mask hides; then the
+    decoder must compute that row as transformers does.
     """
 
     groups: Tensor | None = None
@@ -36,10 +38,12 @@ class Wanted:
     group_losses: Tensor | None = None
     group_tokens: Tensor | None = None
     packed: Packed | None = None
-    lookups: int = 0
-    lookups_left: int = 0
-    tapped: Tensor | None = None
-    grad_weight: Tensor | None = None
+    table: tuple[Any, ...] | None = None
+    hidden_labels: bool = False
+
+    def done(self) -> None:
+        """Let go of the graph: whoever keeps the output keeps this."""
+        self.packed = self.table = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def wanted() -> Wanted | None:
 
 
 @contextmanager
-def wanting(wants: Wanted) -> Iterator[Wanted]:
+def wanting(wants: Wanted | None) -> Iterator[Wanted | None]:
+    """None: what is called inside is another model's business (a teacher's)."""
     token = _WANTED.set(wants)
     try:
         yield wants
@@ -80,13 +85,43 @@ def wanting(wants: Wanted) -> Iterator[Wanted]:
         _WANTED.reset(token)
 
 
+@dataclass(frozen=True)
+class State:
+    """How the head was called: with gradients or not, under autocast, on which weight's values."""
+
+    grad: bool
+    autocast: torch.dtype | None
+    version: int | None
+
+    @classmethod
+    def now(cls, x: Tensor, weight: Tensor) -> State:
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if autocasts(kind) else None
+        version = None if weight.is_inference() else weight._version
+        return cls(torch.is_grad_enabled(), autocast, version)
+
+    @contextmanager
+    def restored(self, weight: Tensor) -> Iterator[None]:
+        if self.version is not None and weight._version != self.version:
+            raise RuntimeError(
+                "fastvlm: outputs.logits must be looked at before the weights change "
+                "(optimizer.step()): a patched model computes them only then"
+            )
+        kind = weight.device.type
+        with torch.set_grad_enabled(self.grad), ExitStack() as stack:
+            if kind != "meta":
+                on = self.autocast is not None
+                stack.enter_context(torch.autocast(kind, self.autocast, enabled=on))
+            yield
+
+
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
     """softcap * tanh((h weight^T + bias) / softcap) of the shape and dtype that a model expects.
 
     h: [..., d]. weight: [V, d]. bias: [V]. divided: softcap's division was asked for, its tanh or
-    factor not yet. packed: what h is a padded grid of. It answers like a tensor; what it cannot
-    answer, the computed tensor does.
+    factor not yet. packed: what h is a padded grid of. state: see `State`. It answers like a
+    tensor; what it cannot answer, the computed tensor does.
     """
 
     h: Tensor
@@ -94,12 +129,18 @@ class LazyLogits:
     bias: Tensor | None
     wants: Wanted
     dtype: torch.dtype
+    state: State
     divided: float | None = None
     bounded: bool = False
     softcap: float | None = None
     packed: Packed | None = None
 
     def tensor(self) -> Tensor:
+        """RuntimeError where the weight has changed since: these would be other logits."""
+        with self.state.restored(self.weight):
+            return self._computed()
+
+    def _computed(self) -> Tensor:
         logits = ops.linear(self.h, self.weight, self.bias)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -151,7 +192,8 @@ class LazyLogits:
         vector = isinstance(other, Tensor) and other.numel() == other.shape[-1] == self.shape[-1]
         if not vector or self.bias is not None or self.divided is not None or self.softcap:
             return self.tensor() + other
-        return replace(self, bias=other.flatten().to(self.h.dtype))
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return replace(self, bias=other.flatten().to(self.h.dtype), dtype=dtype)
 
     def __truediv__(self, other: Any) -> Any:
         if not isinstance(other, (int, float)) or self.divided is not None or self.softcap:
@@ -233,7 +275,8 @@ def _cross_entropy(
     )
     if groups is None:
         return found  # type: ignore[return-value]
-    loss, wants.group_losses, wants.group_tokens = found
+    loss, sums, wants.group_tokens = found
+    wants.group_losses = sums.detach()
     return loss
 
 
@@ -261,7 +304,15 @@ class _Lazily:
     def __getitem__(self, key: Any) -> Any:
         if key == "logits":
             return self.logits
+        if key == 0:  # the loss, for which nobody needs the logits
+            return next(iter(super().values()))  # type: ignore[misc]
         return super().__getitem__(key)  # type: ignore[misc]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def items(self) -> Any:
         if not self._fastvlm_training:
@@ -292,4 +343,6 @@ def settled(outputs: Any, training: bool) -> Any:
     if not isinstance(getattr(outputs, "logits", None), LazyLogits):
         return outputs
     kind: Any = type(outputs)
-    return _lazily(kind, training)(**dict(outputs.items()))
+    fields = dict(outputs.items())
+    fields["logits"] = replace(fields["logits"], packed=None)
+    return _lazily(kind, training)(**fields)

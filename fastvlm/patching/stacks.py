@@ -31,14 +31,16 @@ from fastvlm.patching.layouts import (
     is_2d,
     ones,
     packed_positions,
+    restarts,
     visible_positions,
     wants_attentions,
     wants_hidden_states,
     window_needs_columns,
     zero_padding,
 )
+from fastvlm.patching.logits import wanted
 from fastvlm.patching.rules import Host
-from fastvlm.patching.steps import usual
+from fastvlm.patching.steps import PLANS, usual
 
 
 def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -95,6 +97,8 @@ class EncoderStack(_Stack):
         kwargs.pop(READERS, None)  # the decoder's
         batch, length, device = _grid(input_ids, inputs_embeds)
         plain = not args and length > 0 and is_2d(attention_mask)
+        if plain and attention_mask is not None:
+            plain = attention_mask.shape == (batch, length)
         if not plain or wants_attentions(self, kwargs):
             return super().forward(
                 input_ids, attention_mask, *args, inputs_embeds=inputs_embeds, **kwargs
@@ -158,6 +162,11 @@ class DecoderStack(_Stack):
             return None
         if filled == 0 and window_needs_columns(self, mask):
             return None
+        wants = None if torch.compiler.is_compiling() else wanted()
+        if wants is not None and wants.hidden_labels:
+            return None  # rows that nobody should see, and that count in the loss
+        if mask is None and call.past is None and restarts(kwargs.get("position_ids")):
+            return None  # several texts in a row, which transformers tells by their positions
         cross = self._cross(call, mask, batch, length, filled, device)
         if filled == 0:
             rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
@@ -246,8 +255,8 @@ class DecoderStack(_Stack):
                 states = layouts.cross.pack_kv(states).unsqueeze(0)
             arguments["encoder_hidden_states"] = states
             arguments["encoder_attention_mask"] = self.no_cross_mask()
-        if layouts.rows is not None and call.past is not None:
-            call.past.__dict__.pop("fastvlm_plans", None)  # a new prefill, of other images
+        if call.past is not None and (layouts.rows is not None or not layouts.fused_self):
+            PLANS.pop(call.past, None)  # a new prefill, perhaps of other images or weights
         if layouts.rows is None and layouts.fused_self:
             output = self._planned(call, layouts, kwargs)
             if output is not None:
@@ -277,11 +286,11 @@ class DecoderStack(_Stack):
         ids, past = call.input_ids, call.past
         if ids is None or not usual(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
             return None
-        plans = past.__dict__.setdefault("fastvlm_plans", {})
+        plans = PLANS.setdefault(past, {})
         if id(self) not in plans:
             plans[id(self)] = self._plan(past)
         plan = plans[id(self)]
-        if plan is None or plan.stack is not self:
+        if plan is None or plan.stack() is not self:
             return None
         filled = past.get_seq_length()
         x = self._embed_step(ids, filled)

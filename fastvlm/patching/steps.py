@@ -9,8 +9,10 @@ next.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +110,7 @@ class Plan:
     """The step of one stack for one cache; layers: a function for each."""
 
     def __init__(self, stack: Any, layers: list[Layer]):
-        self.stack, self.layers = stack, layers
+        self.stack, self.layers = weakref.ref(stack), layers
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], before the stack's last norm."""
@@ -117,6 +119,10 @@ class Plan:
         for layer in self.layers:
             x = layer(x, at)
         return x
+
+
+# beside the caches, not in them: a cache is copied, saved and kept
+PLANS: WeakKeyDictionary[Any, dict[int, Plan | None]] = WeakKeyDictionary()
 
 
 def usual(stack: Any, kwargs: dict[str, Any]) -> bool:

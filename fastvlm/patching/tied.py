@@ -1,8 +1,9 @@
 """One gradient for an embedding and the head that is tied to it.
 
 PyTorch makes two of the size of the table, one of them of zeros but for the rows of a batch's
-tokens, and adds them. Here the embedding's backward pass adds its rows to what the head's, which
-always comes before it, has just made for the same parameter and autograd still waits with.
+tokens, and adds them. Here both read the table through one node of their own. The head's backward
+pass always comes first and leaves its gradient in that node's buffer; the embedding's adds its rows
+to it there, and has none of its own. What else uses the parameter meets the sum behind that node.
 """
 
 from __future__ import annotations
@@ -20,55 +21,76 @@ from fastvlm.patching.logits import Wanted, wanted
 from fastvlm.patching.rules import Host, Swap
 
 
-class _Tapped(torch.autograd.Function):
-    """The head's weight as it is; its gradient is left where the embedding finds it."""
+class _Meeting:
+    """Where the head's gradient is, while one backward pass goes from the head to the table.
+
+    The nodes of a graph hold this and nothing else: what it held of the graph would hold itself.
+    """
+
+    made: Tensor | None = None
+
+
+class _Table(torch.autograd.Function):
+    """The weight as it is, for the lookups and the head of one call."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, wants: Wanted) -> Tensor:
-        ctx.wants = wants
+    def forward(ctx: Any, weight: Tensor, meeting: _Meeting) -> Tensor:
+        ctx.meeting = meeting
         return weight.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.wants.grad_weight = grad
+        ctx.meeting.made = None  # autograd may take over a tensor that nobody else holds
+        return grad, None
+
+
+class _Tapped(torch.autograd.Function):
+    """The table for the head; its gradient is left where the lookups find it."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, meeting: _Meeting) -> Tensor:
+        ctx.meeting = meeting
+        return table.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.meeting.made = grad
         return grad, None
 
 
 def tapped(weight: Tensor, wants: Wanted) -> Tensor:
-    if not (wants.lookups and torch.is_grad_enabled() and weight.requires_grad):
+    """The head's weight, where an embedding of this call has looked up rows of it."""
+    if wants.table is None or wants.table[0] is not weight or not torch.is_grad_enabled():
         return weight
-    wants.tapped = weight
-    tapped: Tensor = _Tapped.apply(weight, wants)
+    _, table, meeting = wants.table
+    tapped: Tensor = _Tapped.apply(table, meeting)
     return tapped
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of weight [V, d] times a factor."""
+    """Rows of table [V, d] times a factor."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, ids: Tensor, factor: float, padding: int, wants: Wanted
+        ctx: Any, table: Tensor, ids: Tensor, factor: float, padding: int, meeting: _Meeting
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.weight, ctx.factor, ctx.padding, ctx.wants = weight, factor, padding, wants
-        wants.lookups += 1
-        rows = F.embedding(ids, weight)
+        ctx.rows, ctx.factor, ctx.padding = table.shape[0], factor, padding
+        ctx.meeting = meeting
+        rows = F.embedding(ids, table)
         return rows if factor == 1 else rows.mul_(factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        weight, wants = ctx.weight, ctx.wants
         grad = grad if ctx.factor == 1 else grad * ctx.factor
-        made = wants.grad_weight if wants.tapped is weight else None
-        wants.lookups_left = (wants.lookups_left or wants.lookups) - 1
-        if wants.lookups_left == 0:
-            wants.grad_weight = None  # autograd may take over a tensor that nobody else holds
-        if made is None or made.shape != weight.shape or made.dtype != grad.dtype:
+        made = ctx.meeting.made
+        if made is None or made.dtype != grad.dtype:  # not through the loss
             dense = torch.ops.aten.embedding_dense_backward
-            return dense(grad, ids, weight.shape[0], ctx.padding, False), None, None, None, None
+            return dense(grad, ids, ctx.rows, ctx.padding, False), None, None, None, None
         rows, places = grad.flatten(0, -2), ids.flatten()
         if ctx.padding >= 0:
             rows = rows.masked_fill((places == ctx.padding).unsqueeze(1), 0)
@@ -91,8 +113,11 @@ class TiedEmbedding(Host):
             out: Tensor = super().forward(input)
             return out
         padding = -1 if self.padding_idx is None else self.padding_idx
-        factor = factor_of(self)
-        rows: Tensor = _Lookup.apply(self.weight, input, factor, padding, wants)
+        if wants.table is None or wants.table[0] is not self.weight:
+            meeting = _Meeting()
+            wants.table = self.weight, _Table.apply(self.weight, meeting), meeting
+        _, table, meeting = wants.table
+        rows: Tensor = _Lookup.apply(table, input, factor_of(self), padding, meeting)
         return rows
 
 

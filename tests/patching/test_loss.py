@@ -187,6 +187,99 @@ def test_tuples() -> None:
     assert torch.allclose(loss, expected[0])
 
 
+def test_logits_are_those_of_the_call() -> None:
+    """Not of weights that have changed since; with gradients, and as autocast made them."""
+    plain, ours, batch = both("bart")
+    out = ours(**batch)
+    with torch.no_grad():
+        assert not out.logits.argmax(-1).requires_grad
+    assert out.logits.requires_grad
+    for model in (plain, ours):
+        model.zero_grad()
+        out = model(**batch)
+        with torch.no_grad():
+            _ = out.logits
+        (out.loss + out.logits[batch["labels"] != -100].square().mean()).backward()
+    assert_same(ours, plain)
+    out = ours(**batch)
+    out.loss.backward()
+    torch.optim.SGD(ours.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="must be looked at before the weights change"):
+        _ = out.logits
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = ours(**batch), plain(**batch)
+    assert got.logits.dtype == expected.logits.dtype
+
+
+def test_the_loss_by_its_place_and_get() -> None:
+    _, model, batch = both("bart")
+    out = model(**batch)
+    assert torch.equal(out[0], out.loss)
+    assert type(out.__dict__["logits"]) is LazyLogits
+    assert type(out.get("logits")) is Tensor
+    assert out.get("nothing", 5) == 5
+
+
+def test_a_teacher_inside_of_a_students_call() -> None:
+    _, student, batch = both("bart")
+    _, teacher, _ = both("bart")
+    seen: list[Any] = []
+    inputs = {**batch, "decoder_input_ids": batch["labels"].clamp_min(1)}
+    del inputs["labels"]
+
+    def hook(*args: Any) -> None:
+        with torch.no_grad():
+            seen.append(teacher(**inputs).logits)
+
+    student.model.decoder.register_forward_hook(hook)
+    student(**batch).loss.backward()
+    assert type(seen[0]) is Tensor
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", ["left", "unmasked", "bart", "t5gemma", "florenz"])
+def test_labels_in_rows_that_the_mask_hides_count_as_before(case: str, training: bool) -> None:
+    """Left padding predicts the first token from the last pad; so transformers counts it."""
+    name = "gemma2" if case in ("left", "unmasked") else case
+    plain, ours, batch = both(name)
+    if case == "left":
+        batch = FAMILIES["gemma2"].inputs(plain)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    elif case == "unmasked":
+        batch["labels"] = batch["input_ids"]
+    else:
+        batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
+        batch["decoder_attention_mask"][0, -2:] = 0
+    for model in (plain, ours):
+        model.train(training)
+        model(**batch).loss.backward()
+    assert torch.allclose(ours(**batch).loss, plain(**batch).loss, rtol=1e-5)
+    assert_same(ours, plain, 1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_texts_one_behind_another_do_not_see_each_other(training: bool) -> None:
+    """DataCollatorWithFlattening: one row, positions that begin anew."""
+    plain, ours, _ = both("gemma2")
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
+    batch = {"input_ids": ids, "position_ids": positions, "labels": ids, "use_cache": False}
+    for model in (plain, ours):
+        model.train(training)
+    assert torch.allclose(ours(**batch).loss, plain(**batch).loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bart", "gemma2"])
+def test_hidden_states_behind_the_last_label(name: str) -> None:
+    plain, ours, batch = both(name)
+    batch["labels"][:, -2:] = -100
+    batch.pop("attention_mask") if name == "gemma2" else None
+    states = [m(**batch, output_hidden_states=True) for m in (plain, ours)]
+    key = "hidden_states" if name == "gemma2" else "decoder_hidden_states"
+    for a, b in zip(*(s[key] for s in states)):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
 def test_a_loss_of_the_users_own_gets_logits() -> None:
     _, model, batch = both("florence2")
     seen = []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
+import weakref
 from typing import Any
 
 import pytest
@@ -188,10 +192,59 @@ class TestCache:
         history = [history[0] + [3], history[1] + [4]]
         assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
 
-    def test_copies_are_apart(self) -> None:
-        import copy
+    def test_a_cache_of_inference_mode_goes_on_without(self) -> None:
+        model, _ = patched("bart")
+        given = {"encoder_outputs": (torch.randn(1, 4, 32),)}
+        with torch.inference_mode():
+            cache = model.model.decoder.new_cache()
+            model(**given, past_key_values=cache, decoder_input_ids=torch.tensor([[2], [2]]))
+            cache.reorder_cache(torch.tensor([1, 0]))
+        given["past_key_values"] = cache
+        got = self.logits(model, given, [[7], [8]])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert torch.allclose(got, self.whole(model, given, [[2, 7], [2, 8]]), atol=1e-4)
 
+    def test_nothing_holds_a_cache(self) -> None:
+        _model, cache, given = self.filled()
+        gc.collect()
+        gc.disable()
+        try:
+            layer = weakref.ref(cache.self_attention_cache.layers[0])
+            del cache, given
+            assert layer() is None
+        finally:
+            gc.enable()
+
+    def test_assigned_keys(self) -> None:
         model, cache, given = self.filled()
+        layers = cache.self_attention_cache.layers
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+        got = self.logits(model, given, [[20], [21]])
+        history = [[2, 5, 7, 8, 20], [2, 6, 9, 10, 21]]
+        assert torch.allclose(got, self.whole(model, given, history), atol=1e-4)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(NotImplementedError, match="have changed places"):
+            layers[0].keys = layers[0].keys
+
+    def test_an_adapter_between_two_turns_is_seen(self) -> None:
+        model, _cache, given = self.filled()
+        linear = model.model.decoder.layers[0].self_attn.q_proj
+        linear.register_forward_hook(lambda m, args, out: out * 2)
+        before = self.logits(model, given, [[20, 22], [21, 23]])
+        got = self.logits(model, given, [[24], [25]])
+        history = [[2, 5, 7, 8, 9, 20, 22, 24], [2, 6, 9, 10, 11, 21, 23, 25]]
+        assert before.isfinite().all()
+        # the turn before the hook was computed without it
+        assert not torch.allclose(got, self.whole(model, given, history), atol=1e-3)
+        again = self.logits(model, given, [[26], [27]])
+        assert again.isfinite().all()
+
+    def test_copies_are_apart(self) -> None:
+        model, cache, given = self.filled()
+        buffer = io.BytesIO()
+        torch.save(cache, buffer)  # without the model
+        assert buffer.tell() < 200_000
         other = {**given, "past_key_values": copy.deepcopy(cache)}
         first = self.logits(model, given, [[30], [31]])
         other["past_key_values"].reorder_cache(torch.tensor([1, 0]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -80,6 +82,74 @@ def test_accumulation_second_use_and_other_losses() -> None:
         out = model(**batch)
         (out.loss + out.logits[:, 0].sum() * 1e-3).backward()  # through both
     assert_same(ours, plain, 1e-3)
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("use", ["two calls", "before", "after", "in between"])
+def test_others_contribute_to_the_same_gradient(name: str, use: str) -> None:
+    plain, ours, batch = pair(name)
+    other = {k: v.flip(0) if v.dim() < 4 else v for k, v in batch.items()}
+    if name in ("gemma2",):
+        other["labels"] = batch["labels"].roll(1, 0).masked_fill(other["attention_mask"] == 0, -100)
+    for model in (plain, ours):
+        weight = model.get_output_embeddings().weight
+        found = [weight.square().sum() * 1e-2] if use == "before" else []
+        if use == "in between":
+            stack = model.get_decoder()
+            stack = getattr(stack, "decoder", stack)
+            stack.layers[1].register_forward_pre_hook(
+                lambda *args, f=found, w=weight: f.append(w.square().sum() * 1e-2)
+            )
+        loss = model(**batch).loss
+        if use == "two calls":
+            loss = loss + model(**other).loss
+        if use == "after":
+            found.append(weight.square().sum() * 1e-2)
+        (loss + sum(found)).backward()
+    assert_same(ours, plain, 1e-4)
+
+
+def test_a_backward_pass_that_reaches_some_lookups_only() -> None:
+    plain, ours, batch = pair("bart")
+    found = []
+    for model in (plain, ours):
+        states: list[torch.Tensor] = []
+
+        def detached(m: Any, args: Any, out: Any, states: Any = states) -> Any:
+            states.append(out[0])
+            out["last_hidden_state"] = out[0].detach()
+            return out
+
+        model.model.encoder.register_forward_hook(detached)
+        out = model(**batch)
+        (grad,) = torch.autograd.grad(out.loss, model.lm_head.weight, retain_graph=True)
+        kept = grad.clone()
+        states[0][batch["attention_mask"] != 0].square().mean().backward()
+        assert torch.equal(grad, kept)  # the user's
+        found.append((grad, model.lm_head.weight.grad))
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_is_kept_of_a_call(name: str, backward: bool) -> None:
+    """Python's collector cannot see a cycle through autograd's nodes."""
+    _, model, batch = pair(name)
+    rows = len(batch["labels"])
+    kept = []
+    for _ in range(3):
+        out = model(**batch, groups=torch.zeros(rows).long(), num_groups=1)
+        kept.append(weakref.ref(out.__dict__["logits"].wants))
+        if backward:
+            out.loss.backward()
+        del out
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+    weight = weakref.ref(model.get_output_embeddings().weight)
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 def test_gradients_of_the_table_alone_and_of_others_alone() -> None:

@@ -144,11 +144,11 @@ def test_accelerate(tmp_path: Path) -> None:
         for batch in loader:
             with accelerator.accumulate(model):
                 out = model(**batch)
+                assert out.logits.shape == (*batch["labels"].shape, models.VOCAB)
                 accelerator.backward(out.loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            assert out.logits.shape == (*batch["labels"].shape, models.VOCAB)
             losses.append(out.loss.detach())
         return torch.stack(losses)
 
