@@ -11,6 +11,7 @@ import importlib.metadata
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,9 @@ def onnxruntime_session(model: bytes) -> Session:
 
 
 def openvino_session(model: bytes) -> Session:
+    # without it OpenVINO falls back to reporting nothing; with it, a fork of this process, threads
+    # and all, goes to the network
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core = openvino.Core()
