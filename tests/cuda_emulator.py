@@ -55,13 +55,10 @@ def _compile(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 
-def compile_kernels(floor: str, to: Path, csrc: Path, engine: Path, *options: str) -> None:
-    """The kernels of one floor as a library of their own, from the csrc that is given."""
-    _compile(
-        [CXX, *FLAGS, *WATCHED, *options, "-x", "c++", "-c", str(csrc / "cuda" / f"{floor}.cu"),
-         "-o", f"{to}.o"]
-    )  # fmt: skip
-    # without the option: the sanitizer's library must not be linked
+def compile_watched(source: Path, to: Path, engine: Path, *options: str) -> None:
+    """A file of kernels as a library, every access to memory of which the emulator judges."""
+    _compile([CXX, *FLAGS, *WATCHED, *options, "-x", "c++", "-c", str(source), "-o", f"{to}.o"])
+    # without WATCHED: the sanitizer's own library must not be linked
     _compile([CXX, "-shared", f"{to}.o", str(engine), "-o", str(to)])
 
 
@@ -94,7 +91,9 @@ def _build(folder: Path) -> None:
             for file, to in zip(files, objects)
         ]
         jobs += [
-            pool.submit(compile_kernels, floor, folder / f"{floor}.so", csrc, engine)
+            pool.submit(
+                compile_watched, csrc / "cuda" / f"{floor}.cu", folder / f"{floor}.so", engine
+            )
             for floor in floors()
         ]
         for job in jobs:
@@ -170,7 +169,8 @@ def replaced(floor: str, file: str, old: str, new: str, to: Path) -> Iterator[No
     assert len(re.findall(re.escape(old), text)) == 1, f"{file} has changed: plant this bug anew"
     changed.write_text(text.replace(old, new))
     # -w: a bug may leave a variable without a use
-    compile_kernels(floor, to / "mutant.so", csrc, folder() / "libengine.so", "-w")
+    engine_file = folder() / "libengine.so"
+    compile_watched(csrc / "cuda" / f"{floor}.cu", to / "mutant.so", engine_file, "-w")
     handle = load(engine(), to / "mutant.so")
     try:
         yield
