@@ -14,6 +14,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../cuda/kernels.h"
 

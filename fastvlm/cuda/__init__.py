@@ -20,6 +20,7 @@ from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
 
 # the file under fastvlm/cuda/ that launches each op
 FLOORS = {
+    "attention": ("cross_attention", "cached_attention"),
     "norm": (
         "rms_norm",
         "rms_norm_backward",

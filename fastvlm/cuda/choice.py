@@ -17,6 +17,7 @@ class Rule(NamedTuple):
     reason: str
 
 
+# of what the kernel takes at all, which is a decoding step's: see unsupported() of its launcher
 ALWAYS = Rule(
     lambda *args: True,
     "a decoding step: small, often, and bound by how fast K/V and weights stream",
@@ -26,6 +27,7 @@ FEW_ROWS = 64
 NEVER = Rule(lambda *args: False, "Triton's kernel does the same work with the same loads")
 
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(("cross_attention", "cached_attention"), ALWAYS),
     # a decoding step has few rows: a launch through Triton's Python costs more than the kernel
     **dict.fromkeys(
         ("rms_norm", "residual_rms_norm", "residual_layer_norm"),
