@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 
+import cuda_emulator
 import plain
 import torch
 
-from fastvlm import ops
-from fastvlm.cuda import norm
+from fastvlm import Layout, ops
+from fastvlm.cuda import attention, norm
 from fastvlm.ops import norm as public
+from fastvlm.ops.attention import arguments_of
+from fastvlm.reference import attention as reference
 from fastvlm.reference._random import elementwise
 
 Rule = Callable[..., None]
@@ -64,3 +68,100 @@ def float32_weight(rule: Rule) -> None:
         plain.rms_norm,
         [randn(3, 264, grad=True), randn(264, grad=True, dtype=torch.float32)],
     )
+
+
+def cross(rule: Rule) -> None:
+    """Readers out of order, groups of heads, keys around a tile; whole and in two splits."""
+    lengths = [3, 2, 4, 1, 4], [0, 131, 64, 7], [1, 2, 1, 3, 1]
+    layout, before = Layout.from_lengths(*lengths), attention._splits
+    try:
+        for splits in (1, 2):
+            attention._splits = lambda *args, splits=splits: splits
+            for d in (64, 96):
+                rows, keys = sum(lengths[0]), sum(lengths[1])
+                rule(
+                    lambda *x: ops.cross_attention(*x, layout, softcap=5.0),
+                    lambda *x: plain.attention(*x, *lengths, softcap=5.0),
+                    [randn(rows, 4, d), randn(keys, 2, d), randn(keys, 2, d)],
+                )
+    finally:
+        attention._splits = before
+
+
+def more_rows(rule: Rule) -> None:
+    """Two tiles of rows to an image, and an image of nothing that is read."""
+    lengths = [9, 8, 2], [40, 0], [0, 0, 1]
+    layout = Layout.from_lengths(*lengths)
+    rule(
+        lambda *x: ops.cross_attention(*x, layout),
+        lambda *x: plain.attention(*x, *lengths),
+        [randn(19, 2, 64), randn(40, 2, 64), randn(40, 2, 64)],
+    )
+
+
+def banks(rule: Rule) -> None:
+    cuda_emulator.reset_counts()
+    for d in (64, 96):
+        q, k = randn(2, 1, d), randn(70, 1, d)
+        ops.cross_attention(q, k, k, Layout.from_lengths([2], [70], [0]))
+    assert cuda_emulator.counts()["bank_conflicts"] == 0
+
+
+def stats(rule: Rule) -> None:
+    layout = Layout.from_lengths([1, 2], [0, 90])
+    q, k, v = randn(3, 2, 64), randn(90, 1, 64), randn(90, 1, 64)
+    arguments = (q, k, v, *arguments_of(layout), False, 0, 0.125, 3.0, 0.0)
+    before = attention._splits
+    try:
+        for splits in (1, 2):
+            attention._splits = lambda *args, splits=splits: splits
+            _, ours = torch.ops.fastvlm.cross_attention(*arguments)
+            assert torch.allclose(ours, reference.attention(*arguments)[1], rtol=1e-5, atol=1e-5)
+    finally:
+        attention._splits = before
+
+
+def cached(rule: Rule) -> None:
+    """Holes and NaN in the cache, a window, more heads to a group than a tile has rows."""
+    filled, time = [0, 1, 64, 70, 90], 90
+    table = torch.randint(0, 6, (5, time), dtype=torch.int32)
+    table[:, 3::7] = -1
+    for group, window in ((2, None), (20, 9)):
+        settings = {"window": window, "softcap": 5.0}
+        rule(
+            lambda *x, s=settings: ops.cached_attention(
+                *x, torch.tensor(filled), ancestry=table, **s
+            ),
+            lambda *x, s=settings: plain.cached_attention(*x, filled, table, **s),
+            [randn(5, 2 * group, 64), randn(6, time, 2, 64), randn(6, time, 2, 64)],
+        )
+    rule(
+        lambda *x: ops.cached_attention(*x, torch.tensor(filled)),
+        lambda *x: plain.cached_attention(*x, filled),
+        [randn(5, 2, 64), randn(6, time, 2, 64), randn(6, time, 2, 64)],
+    )
+
+
+def far(rule: Rule) -> None:
+    """Cache rows 2^30 elements apart, in a file with holes."""
+    with tempfile.NamedTemporaryFile() as file:
+        size = 2**31 + 16 + 5 * 64
+        store = torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16)
+        cache = store.as_strided((3, 5, 1, 64), (2**30 + 8, 64, 64, 1))
+        cache.copy_(torch.randn(3, 5, 1, 64))
+        q, lengths, near = randn(3, 1, 64), torch.full((3,), 5), cache.contiguous()
+        ours = ops.cached_attention(q, cache, cache, lengths)
+        assert torch.equal(ours, ops.cached_attention(q, near, near, lengths))
+
+
+def hidden(rule: Rule) -> None:
+    q, cache = randn(1, 2, 64), randn(1, 80, 1, 64)
+    table = torch.zeros(1, 80, dtype=torch.int32)
+    table[:, 3] = -1
+    cache[0, 70:] = float("nan")
+    cache[0, 3] = float("nan")
+    for ancestry in (table, None):
+        out = ops.cached_attention(q, cache, cache, torch.tensor([3]), ancestry=ancestry)
+        assert out.isfinite().all()
+    out = ops.cached_attention(q, cache, cache, torch.tensor([70]), ancestry=table)
+    assert out.isfinite().all()

@@ -170,7 +170,9 @@ def replaced(floor: str, file: str, old: str, new: str, to: Path) -> Iterator[No
     changed.write_text(text.replace(old, new))
     # -w: a bug may leave a variable without a use
     engine_file = folder() / "libengine.so"
-    compile_watched(csrc / "cuda" / f"{floor}.cu", to / "mutant.so", engine_file, "-w")
+    compile_watched(
+        csrc / "cuda" / f"{floor}.cu", to / "mutant.so", engine_file, "-w", "-DFASTVLM_FEW"
+    )
     handle = load(engine(), to / "mutant.so")
     try:
         yield

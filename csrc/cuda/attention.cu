@@ -8,13 +8,13 @@ namespace {
 
 template <class Body>
 void with_dim(int64_t dim, const Body& body) {
-  switch (dim) {
-    case 64: return body(std::integral_constant<int, 64>{});
-    case 96: return body(std::integral_constant<int, 96>{});
-    case 128: return body(std::integral_constant<int, 128>{});
-    case 256: return body(std::integral_constant<int, 256>{});
-    default: throw std::runtime_error("no kernel for this head dimension");
+  if (dim == 64) return body(std::integral_constant<int, 64>{});
+  if (dim == 96) return body(std::integral_constant<int, 96>{});
+  if constexpr (kAll) {
+    if (dim == 128) return body(std::integral_constant<int, 128>{});
+    if (dim == 256) return body(std::integral_constant<int, 256>{});
   }
+  throw std::runtime_error("no kernel for this head dimension");
 }
 
 template <class Keys>

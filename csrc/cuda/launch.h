@@ -51,25 +51,28 @@ void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads
 
 #endif
 
-// body gets an element of the type: with_type(dtype, [&](auto type) { using T = decltype(type); })
-template <class Body>
-void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat: return body(float{});
-    case DType::kBFloat16: return body(gpu::bf16{});
-    case DType::kHalf: return body(gpu::half{});
-    default: throw std::runtime_error("no kernel for this dtype");
-  }
-}
+// Planted bugs are compiled one by one: FASTVLM_FEW leaves out what their checks do not call.
+#if defined(FASTVLM_FEW)
+constexpr bool kAll = false;
+#else
+constexpr bool kAll = true;
+#endif
 
 // The two that tensor cores multiply.
 template <class Body>
 void with_short_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kBFloat16: return body(gpu::bf16{});
-    case DType::kHalf: return body(gpu::half{});
-    default: throw std::runtime_error("no kernel for this dtype");
+  if (dtype == DType::kBFloat16) return body(gpu::bf16{});
+  if constexpr (kAll) {
+    if (dtype == DType::kHalf) return body(gpu::half{});
   }
+  throw std::runtime_error("no kernel for this dtype");
+}
+
+// body gets an element of the type: with_type(dtype, [&](auto type) { using T = decltype(type); })
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat) return body(float{});
+  with_short_type(dtype, body);
 }
 
 }  // namespace cuda
