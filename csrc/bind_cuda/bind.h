@@ -120,6 +120,16 @@ inline Rows rows_of(const Tensor& t, const char* name, DType dtype, int64_t rows
   return {data, t.stride(0)};
 }
 
+// Rows that begin at multiples of 16 bytes, and are divided by 16 bytes: what is read in those.
+inline Rows short_rows(const Tensor& t, const char* name, DType dtype, int64_t rows, int64_t cols) {
+  const Rows made = rows_of(t, name, dtype, rows, cols);
+  const int64_t size = bytes_of(t.scalar_type());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(made.data) % 16 == 0 && cols * size % 16 == 0 &&
+                      (rows <= 1 || made.stride * size % 16 == 0),
+                  name, ": rows must begin at multiples of 16 bytes and be divided by them");
+  return made;
+}
+
 // A vector of float32 or of `dtype`.
 inline Vector vector_of(const Tensor& t, const char* name, DType dtype, int64_t size) {
   const void* data = input(t, name, 1);

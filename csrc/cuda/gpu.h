@@ -96,9 +96,9 @@ GPU_FN void copy_wait() {
 }
 
 GPU_FN void barrier() { __syncthreads(); }
-template <class T>
-GPU_FN T shuffle_xor(T x, int lanes) {
-  return __shfl_xor_sync(kAll, x, lanes);
+GPU_FN float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(kAll, x, lanes); }
+GPU_FN uint64_t shuffle_xor(uint64_t x, int lanes) {
+  return __shfl_xor_sync(kAll, static_cast<unsigned long long>(x), lanes);
 }
 
 // Four matrices of 8 x 8 elements of 16 bits: lane l names row l % 8 of matrix l / 8, and gets of

@@ -21,6 +21,8 @@ from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
 # the file under fastvlm/cuda/ that launches each op
 FLOORS = {
     "attention": ("cross_attention", "cached_attention"),
+    "mlp": ("geglu_mlp", "gelu_mlp", "low_precision_linear"),
+    "loss": ("linear_topk",),
     "norm": (
         "rms_norm",
         "rms_norm_backward",

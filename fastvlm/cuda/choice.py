@@ -27,7 +27,17 @@ FEW_ROWS = 64
 NEVER = Rule(lambda *args: False, "Triton's kernel does the same work with the same loads")
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("cross_attention", "cached_attention"), ALWAYS),
+    **dict.fromkeys(
+        (
+            "cross_attention",
+            "cached_attention",
+            "geglu_mlp",
+            "gelu_mlp",
+            "low_precision_linear",
+            "linear_topk",
+        ),
+        ALWAYS,
+    ),
     # a decoding step has few rows: a launch through Triton's Python costs more than the kernel
     **dict.fromkeys(
         ("rms_norm", "residual_rms_norm", "residual_layer_norm"),

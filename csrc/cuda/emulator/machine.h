@@ -89,6 +89,10 @@ inline float shuffle_xor(float x, int lanes) {
 inline int shuffle_xor(int x, int lanes) {
   return static_cast<int>(shuffle_xor_bits(static_cast<uint32_t>(x), lanes));
 }
+inline uint64_t shuffle_xor(uint64_t x, int lanes) {
+  const uint64_t low = shuffle_xor_bits(static_cast<uint32_t>(x), lanes);
+  return uint64_t{shuffle_xor_bits(static_cast<uint32_t>(x >> 32), lanes)} << 32 | low;
+}
 
 Chunk load_matrices(const void* row);
 Chunk load_matrices_transposed(const void* row);
