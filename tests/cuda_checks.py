@@ -165,3 +165,62 @@ def hidden(rule: Rule) -> None:
         assert out.isfinite().all()
     out = ops.cached_attention(q, cache, cache, torch.tensor([70]), ancestry=table)
     assert out.isfinite().all()
+
+
+def few_rows(rule: Rule) -> None:
+    """A tail of columns, of depth and of rows; more steps of depth than warps."""
+    with torch.no_grad():
+        rule(
+            lambda *x: ops.gelu_mlp(*x, approximate="none"),
+            lambda *x: plain.gelu_mlp(*x, "none"),
+            [randn(9, 304), randn(40, 304), randn(40), randn(13, 40), randn(13)],
+        )
+        rule(
+            lambda *x: ops.geglu_mlp(*x),
+            lambda *x: plain.geglu_mlp(*x, "tanh"),
+            [randn(16, 304), randn(40, 304), randn(40, 304), randn(13, 40)],
+        )
+
+
+def int8(rule: Rule) -> None:
+    weight = torch.randint(-128, 128, (13, 144), dtype=torch.int8)
+    scale = torch.rand(13) + 0.1
+    with torch.no_grad():
+        rule(
+            lambda x: ops.low_precision_linear(x, weight, scale),
+            lambda x: x @ (weight.double() * scale.double()[:, None]).to(x.dtype).t(),
+            [randn(3, 144)],
+        )
+
+
+def topk(rule: Rule) -> None:
+    """Three blocks of the vocabulary, the last with a tail; scores of either sign; ties."""
+
+    def plainly(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(h, w, b)
+        logits = 3 * torch.tanh(logits / 3)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.log_softmax(-1).topk(5).values, logits.logsumexp(-1)
+
+    def ours(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values, indices, lse = ops.linear_topk(h, w, 5, bias=b, softcap=3.0)
+        logits = 3 * torch.tanh((h.double() @ w.double().t() + b.double()) / 3)
+        assert (logits.log_softmax(-1).gather(1, indices) - values).abs().max() < 1e-4
+        return values, lse
+
+    with torch.no_grad():
+        for rows in (3, 17):
+            rule(ours, plainly, [randn(rows, 40), randn(150, 40), randn(150)])
+        h, weight = randn(2, 40), randn(150, 40)
+        weight[140] = weight[70] = weight[3]
+        _, indices, _ = ops.linear_topk(h, weight, 60)
+        assert all(row.unique().numel() == 60 for row in indices)
+        _, indices, _ = ops.linear_topk(weight[3:4] * 4, weight, 5)
+        places = [int((indices[0] == i).nonzero()) for i in (3, 70, 140)]
+        assert places == sorted(places)
+        # the last block gives all
+        bias = torch.zeros(150)
+        bias[128:] = 100
+        assert (ops.linear_topk(h, weight, 5, bias=bias.bfloat16())[1] >= 128).all()
+        bias[:64] = float("-inf")
+        assert ops.linear_topk(h, weight, 5, bias=bias.bfloat16())[0].isfinite().all()

@@ -155,6 +155,11 @@ def counts() -> dict[str, int]:
     return dict(zip(NAMES, values))
 
 
+def largest_launch() -> tuple[int, int]:
+    """The most threads and bytes of shared memory of a block since reset_counts()."""
+    return engine().emulator_most_threads(), engine().emulator_largest_shared()
+
+
 def reset_counts() -> None:
     engine().emulator_reset_counts()
 

@@ -35,6 +35,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   }
   STD_TORCH_CHECK(k.size(dims - 1) == args.dim, "k: expected the head dimension of q");
   STD_TORCH_CHECK(splits >= 1, "splits: expected 1 or more");
+  STD_TORCH_CHECK(args.rows * args.heads <= INT32_MAX, "q: too many rows");
   args.q_row = q.stride(0);
   args.q_head = q.stride(1);
   args.k_row = k.stride(0);

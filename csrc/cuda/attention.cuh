@@ -224,12 +224,13 @@ attention_kernel(const AttentionArgs args) {
   using Tile = AttentionTile<D>;
   GPU_SHARED(shared);
   unsigned char* const tiles = shared + Tile::kQueryBytes;
-  const int64_t split = gpu::block_x() % args.splits, kv_head = gpu::block_y();
-  const Keys keys(args, gpu::block_x() / args.splits);
+  const int splits = static_cast<int>(args.splits), split = gpu::block_x() % splits;
+  const int64_t kv_head = gpu::block_y();
+  const Keys keys(args, gpu::block_x() / splits);
   if (keys.idle()) return;
   const int count = (keys.hi - keys.lo + Tile::kKeys - 1) / Tile::kKeys;
-  const int share = static_cast<int>((count + args.splits - 1) / args.splits);
-  const int begin = static_cast<int>(split) * share;
+  const int share = (count + splits - 1) / splits;
+  const int begin = split * share;
   const int end = begin + share < count ? begin + share : count;
 
   const T* q = static_cast<const T*>(args.q);

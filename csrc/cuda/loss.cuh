@@ -84,8 +84,8 @@ topk_tiles_kernel(const TopkArgs args) {
     for (int j = 0; j < 2; ++j) {
       const int column = lane + 32 * j;
       score[j] = logits[row * TopkBlock::kRow + column];
-      const bool real = first + column < args.vocabulary;
-      keys[j] = real ? key_of(score[j], static_cast<uint32_t>(first + column)) : 0;
+      // what is no token comes after all that are: -infinity, and a larger index
+      keys[j] = key_of(score[j], static_cast<uint32_t>(first + column));
     }
     const float largest = largest_of_warp(fmaxf(score[0], score[1]));
     // a bias may rule out all tokens of a block

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 LIBRARY = "_C_cuda.so"
@@ -99,6 +100,22 @@ def build(target: Path) -> Path:
     return target / LIBRARY
 
 
+def place() -> Path:
+    """Where the package looks for the library."""
+    return Path(__file__).resolve().parent.parent / LIBRARY
+
+
+def build_in_place() -> Path:
+    """Compile the library to where the package looks for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = build(Path(folder))
+        # whole or not at all: loading half a library kills Python
+        whole = place().with_suffix(f".{os.getpid()}")
+        shutil.copy2(built, whole)
+        whole.replace(place())
+    return place()
+
+
 @functools.cache
 def reason() -> str | None:
     """Load the library that came with the package; why it cannot be used, None when it can."""
@@ -106,7 +123,7 @@ def reason() -> str | None:
         return why
     import torch
 
-    path = Path(__file__).resolve().parent.parent / LIBRARY
+    path = place()
     if not path.exists():
         return f"the CUDA kernels are not compiled ({sys.executable} -m fastvlm build)"
     try:

@@ -20,6 +20,7 @@ struct Gathering {
 
 Settings settings;
 Counts counted;
+int largest_shared = 0, most_threads = 0;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<std::unique_ptr<unsigned char[]>> stacks;
 std::vector<int> ready;
@@ -183,6 +184,8 @@ void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
   context = context_;
   ++launches;
   ++counted.launches;
+  largest_shared = std::max(largest_shared, bytes);
+  most_threads = std::max(most_threads, threads);
   random_state = settings.seed * 0x9E3779B97F4A7C15u + 1;
   shared.resize(bytes + 128);
   if (threads < 1 || threads > 1024 || threads % kWarp != 0) {
@@ -270,5 +273,11 @@ void emulator_settings(int schedule, uint64_t seed) {
   emulator::settings.seed = seed;
 }
 void emulator_counts(int64_t* to) { std::memcpy(to, &emulator::counted, sizeof(emulator::Counts)); }
-void emulator_reset_counts() { emulator::counted = {}; }
+void emulator_reset_counts() {
+  emulator::counted = {};
+  emulator::largest_shared = emulator::most_threads = 0;
+}
+// Of the launches since then: bytes of shared memory and threads of a block.
+int emulator_largest_shared() { return emulator::largest_shared; }
+int emulator_most_threads() { return emulator::most_threads; }
 }
