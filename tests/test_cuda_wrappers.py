@@ -1,15 +1,19 @@
-"""Every instruction of csrc/cuda/gpu.h: its scalar model against what the PTX manual says of it,
-and on a GPU the instruction against its model.
+"""Every instruction of csrc/cuda/gpu.h.
+
+Its scalar model against what the PTX manual says of it; the PTX that nvcc emits for it, executed by
+ptx.py, against its model; and on a GPU the instruction itself.
 """
 
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import cuda_emulator
+import ptx
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +133,93 @@ def test_functions(model: Run) -> None:
     out = model("functions", given).view(torch.float32).view(32, 4).double()
     exact = torch.stack([torch.exp2(x), torch.tanh(x), 1 / x, x.abs().rsqrt()], 1)
     assert ((out - exact).abs() <= 1e-6 * exact.abs() + 1e-7).all()
+
+
+def ptx_of(folder: Path, source: Path, csrc: Path) -> dict[str, str]:
+    """What nvcc makes of each wrapper, by its name in WORDS."""
+    to = folder / "wrappers.ptx"
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-ptx", f"-I{csrc}"]
+    command += [str(source), "-o", str(to)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    mangled = {
+        "multiply_add_bf16": "multiply_addI13__nv_bfloat16",
+        "multiply_add_half": "multiply_addI6__half",
+        "load_matrices": "load_matricesILb0",
+        "load_matrices_transposed": "load_matricesILb1",
+    }
+    bodies = ptx.entries(to.read_text())
+    found = {}
+    for name in WORDS:
+        (found[name],) = (b for long, b in bodies.items() if mangled.get(name, name) in long)
+    return found
+
+
+def agrees(name: str, body: str, model: Run) -> None:
+    given = inputs(name)
+    theirs = torch.from_numpy(ptx.run(body, given.flatten().numpy(), WORDS[name]).view("int32"))
+    ours = model(name, given)
+    if name.startswith("multiply_add") or name == "functions":
+        # sums in another order, other approximations
+        ours, theirs = ours.view(torch.float32), theirs.view(torch.float32)
+        torch.testing.assert_close(theirs, ours, rtol=2e-6, atol=2e-6)
+    else:
+        assert torch.equal(theirs, ours)
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return ptx_of(tmp_path_factory.mktemp("ptx"), SOURCE, cuda_emulator.sources())
+
+
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="no nvcc (make test-cuda needs it)"
+)
+
+
+@needs_nvcc
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", WORDS)
+def test_emitted_ptx_does_what_the_model_says(
+    name: str, emitted: dict[str, str], model: Run
+) -> None:
+    agrees(name, emitted[name], model)
+
+
+# bugs in the PTX of gpu.h, which the emulator does not see: the wrapper, what stands there, what
+# is planted
+PLANTED = [
+    ("multiply_add_bf16", '"r"(a.word[0]), "r"(a.word[1])', '"r"(a.word[1]), "r"(a.word[0])'),
+    ("multiply_add_half", '"r"(a.word[2]), "r"(a.word[3])', '"r"(a.word[3]), "r"(a.word[2])'),
+    ("multiply_add_bf16", '"r"(b0)', '"r"(b1)'),
+    ("multiply_add_bf16", '"+f"(d[0]), "+f"(d[1])', '"+f"(d[1]), "+f"(d[0])'),
+    ("multiply_add_bf16", 'GPU_MMA("bf16");', 'GPU_MMA("f16");'),
+    ("load_matrices_transposed", "m8n8.x4.trans.shared", "m8n8.x4.shared"),
+    ("load_matrices", "m8n8.x4.shared", "m8n8.x4.trans.shared"),
+    ("copy_async", '"r"(bytes)', '"r"(16)'),
+    ("copy_async", '"n"(groups)', '"n"(groups + 1)'),
+    ("copy_async", '"cp.async.commit_group;"', '""'),
+    ("loads", "v4.u32 {%0, %1, %2, %3}, [%4]", "v4.u32 {%0, %2, %1, %3}, [%4]"),
+    ("loads", "make_uint4(x.word[0], x.word[1]", "make_uint4(x.word[1], x.word[0]"),
+    ("shuffles", "__shfl_xor_sync(kAll, x, lanes)", "__shfl_xor_sync(kAll, x, lanes ^ 1)"),
+    ("functions", "ex2.approx.ftz.f32 %0, %1", "rsqrt.approx.ftz.f32 %0, %1"),
+    ("functions", "__fdividef(a, b)", "__fdividef(b, a)"),
+]
+
+
+@needs_nvcc
+@pytest.mark.cuda
+@pytest.mark.parametrize("number", range(len(PLANTED)))
+def test_a_bug_in_the_ptx_is_caught(number: int, model: Run, tmp_path: Path) -> None:
+    name, old, new = PLANTED[number]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(cuda_emulator.sources() / "cuda", csrc / "cuda")
+    text = (csrc / "cuda" / "gpu.h").read_text()
+    assert old in text, "gpu.h has changed: plant this bug anew"
+    (csrc / "cuda" / "gpu.h").write_text(text.replace(old, new, 1))
+    body = ptx_of(tmp_path, SOURCE, csrc)[name]
+    with pytest.raises(AssertionError):
+        agrees(name, body, model)
 
 
 @pytest.mark.gpu

@@ -69,7 +69,8 @@ def commands(work: Path) -> list[list[str]]:
     from torch.utils import cpp_extension
 
     sources, defines = source_dir(), ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+    # torch's alone: nvcc knows its own
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     common = ["-std=c++17", "-O3", *defines, *includes]
     code = _code(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
     nvcc, objects, steps = shutil.which("nvcc") or "nvcc", [], []
@@ -81,7 +82,7 @@ def commands(work: Path) -> list[list[str]]:
             [nvcc, *common, *own, "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", str(file), "-o",
              objects[-1]]
         )  # fmt: skip
-    paths = [f"-L{path}" for path in cpp_extension.library_paths("cuda")]
+    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries = ["-ltorch_cuda", "-ltorch_cpu", "-lc10"]
     steps.append([nvcc, "-shared", *objects, *paths, *libraries, "-o", str(work / LIBRARY)])
     return steps
