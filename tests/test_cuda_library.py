@@ -56,6 +56,17 @@ def test_every_source_is_compiled_and_linked(cuda_torch: Path) -> None:
     assert "-ltorch_cuda" in linked
 
 
+def test_it_is_built_once(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "place", lambda: cuda_torch / library.LIBRARY)
+    assert library.build_in_place().exists()
+    calls = (cuda_torch / "calls").read_text()
+    library.build_in_place()
+    assert (cuda_torch / "calls").read_text() == calls
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    library.build_in_place()
+    assert (cuda_torch / "calls").read_text() != calls
+
+
 def test_architectures_of_the_list(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
     call = " ".join(next(c for c in library.commands(cuda_torch) if "norm.cu" in " ".join(c)))

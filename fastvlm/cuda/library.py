@@ -6,6 +6,7 @@ Like fastvlm/extension.py it imports no other part of fastvlm, so that setup.py 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -106,14 +107,31 @@ def place() -> Path:
     return Path(__file__).resolve().parent.parent / LIBRARY
 
 
+def _key() -> str:
+    """Names a build: its sources and how they are compiled."""
+    import torch
+
+    digest = hashlib.sha256(repr((commands(Path()), torch.__version__)).encode())
+    sources = source_dir()
+    for file in sorted([sources / "bind_cuda.cpp", *sources.glob("*cuda/*.*")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def build_in_place() -> Path:
-    """Compile the library to where the package looks for it."""
+    """Compile the library to where the package looks for it, unless it is there already."""
+    stamp = place().with_suffix(".stamp")
+    if why := missing():
+        raise CudaBuildError(why)
+    if place().exists() and stamp.exists() and stamp.read_text() == _key():
+        return place()
     with tempfile.TemporaryDirectory() as folder:
         built = build(Path(folder))
         # whole or not at all: loading half a library kills Python
         whole = place().with_suffix(f".{os.getpid()}")
         shutil.copy2(built, whole)
         whole.replace(place())
+    stamp.write_text(_key())
     return place()
 
 
