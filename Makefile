@@ -1,4 +1,4 @@
-# make demo | test | test-triton | compile-check | test-oldest | sanitize | lint | types | bench | gpu-check | clean
+# make demo | test | test-triton | test-cuda | compile-check | test-oldest | sanitize | lint | types | bench | gpu-check | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
 
@@ -18,7 +18,7 @@ ARGS   ?=
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-triton compile-check test-oldest sanitize lint types bench gpu-check build clean
+.PHONY: demo test test-triton test-cuda compile-check test-oldest sanitize lint types bench gpu-check build clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -35,6 +35,14 @@ test-triton: $(VENV)/.dev $(VENV)/.emulator build
 # every Triton kernel compiled for several GPUs, without one, and its counts compared with those kept
 compile-check: $(VENV)/.emulator
 	$(RUN) fastvlm compile --check benchmarks/results/triton-compiled.json $(ARGS)
+
+# the CUDA kernels without a GPU: compiled by nvcc, their counts compared with those kept, and every
+# case and planted bug executed by an emulator, which g++ compiles
+test-cuda: $(VENV)/.dev $(VENV)/.emulator
+	@for tool in nvcc g++; do command -v $$tool >/dev/null \
+	  || { echo "make test-cuda: no $$tool, so nothing was checked"; exit 1; }; done
+	$(RUN) fastvlm compile --cuda --check benchmarks/results/cuda-compiled.json
+	$(RUN) pytest tests/ops tests/test_cuda_*.py -m "cuda and not gpu" --cuda full -n auto $(ARGS)
 
 # the lowest transformers that is supported, in an environment of its own
 OLDEST := $(VENV)-oldest

@@ -1,8 +1,9 @@
-"""Builds the CPU extension where torch is importable at build time; needs nothing otherwise.
+"""Builds the extensions where torch is importable at build time; needs nothing otherwise.
 
 An isolated build (plain ``pip install .``) has no torch, and must not download it a second time: it
-makes a pure wheel that carries the C++ sources, and the extension compiles itself at first use.
-Nothing here looks at the hardware.
+makes a pure wheel that carries the C++ sources, and the CPU extension compiles itself at first use.
+The CUDA kernels are a library of their own, built where nvcc is and torch is a CUDA build, unless
+FASTVLM_CUDA=0. Nothing here looks at the hardware.
 """
 
 import importlib.util
@@ -17,11 +18,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 
 
-def _builder():
-    """fastvlm/extension.py by its path: the package itself would import torch."""
-    spec = importlib.util.spec_from_file_location(
-        "fastvlm_extension", ROOT / "fastvlm" / "extension.py"
-    )
+def _builder(file="extension.py"):
+    """A file of fastvlm by its path: the package itself would import torch."""
+    spec = importlib.util.spec_from_file_location("fastvlm_builder", ROOT / "fastvlm" / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,6 +38,7 @@ class BuildPy(build_py):
             return  # csrc stands beside the package, and the library belongs in the cache
         package = Path(self.build_lib) / "fastvlm"
         shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        self.build_cuda(package)
         builder = _builder()
         (package / builder.LIBRARY).unlink(missing_ok=True)  # of an earlier build
         if not WANTED:
@@ -49,6 +49,17 @@ class BuildPy(build_py):
         except Exception as error:
             # a broken toolchain must not stop the install: the reference serves, and says why
             warnings.warn(f"fastvlm: the CPU extension was not compiled: {error}", stacklevel=1)
+
+    def build_cuda(self, package):
+        builder = _builder("cuda/library.py")
+        (package / builder.LIBRARY).unlink(missing_ok=True)
+        if importlib.util.find_spec("torch") is None or builder.missing():
+            return  # `python -m fastvlm env` says why
+        try:
+            library = builder.build(Path(self.build_temp_dir()) / "cuda")
+            shutil.copy2(library, package / builder.LIBRARY)
+        except Exception as error:
+            warnings.warn(f"fastvlm: the CUDA kernels were not compiled: {error}", stacklevel=1)
 
     def build_temp_dir(self):
         return self.get_finalized_command("build").build_temp

@@ -80,6 +80,19 @@ def _build() -> int:
         print(f"fastvlm build: {path} does not load: {extension.reason()}", file=sys.stderr)
         return 1
     print(path)
+    return _build_cuda()
+
+
+def _build_cuda() -> int:
+    """The CUDA kernels, where they can be built; where not, nothing is missing."""
+    library = importlib.import_module("fastvlm.cuda.library")
+    if library.missing():
+        return 0
+    try:
+        print(library.build_in_place())
+    except (library.CudaBuildError, OSError) as error:
+        print(f"fastvlm build: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -110,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "bench":
             return _bench(args.case)
         if args.command == "compile":
+            if args.cuda:
+                compiling = importlib.import_module("fastvlm.cuda.compiling")
+                return int(compiling.run(args.only, args.out, args.check))
             return command.run(args)
         from fastvlm.demo import run
 

@@ -248,7 +248,7 @@ def _key() -> str:
 
     digest = hashlib.sha256()
     sources = source_dir()
-    for file in sorted([*sources.glob("*.cpp"), *sources.glob("*cpu/*")]):
+    for file in sorted([sources / "bind_cpu.cpp", *sources.glob("*cpu/*")]):
         digest.update(str(file.relative_to(sources)).encode())
         digest.update(file.read_bytes())
     digest.update(repr((_flags(), _X86, platform.machine(), torch.__version__)).encode())

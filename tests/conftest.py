@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # on a GPU: memory is poisoned by PyTorch's deterministic mode, which cuBLAS only serves like this
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import cuda_emulator
 import emulator
 import pytest
 import torch
@@ -36,26 +37,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="quick",
         help="run every case of the Triton backend, or (quick) one in twelve of them",
     )
+    parser.addoption(
+        "--cuda",
+        choices=("quick", "full"),
+        default="quick",
+        help="run every case of the CUDA kernels, or (quick) one in twelve of them",
+    )
+
+
+# of the backends that run on a GPU, or in an emulator: why there is none of those
+EMULATORS = {"triton": emulator.missing, "cuda": cuda_emulator.missing}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what runs on the Triton backend, and leaves most of it out when quick.
+    """Marks what runs on the backends for a GPU, and leaves most of it out when quick.
 
-    Where there is a GPU the cases of an op's tests run on it, else in the emulator.
+    Where there is a GPU the cases of an op's tests run on it, else in an emulator.
     """
-    why, kept, left_out = emulator.missing(), [], []
+    missing = {name: why() for name, why in EMULATORS.items()}
+    kept, left_out = [], []
     for item in items:
         parameters = getattr(item, "callspec", None)
-        if parameters is not None and parameters.params.get("backend") == "triton":
-            item.add_marker(pytest.mark.triton)
+        served = None if parameters is None else parameters.params.get("backend")
+        if served in EMULATORS:
+            item.add_marker(served)
             if ON_GPU:
                 item.add_marker(pytest.mark.gpu)
         elif item.get_closest_marker("gpu") is not None and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device (make gpu-check)"))
-        emulates = item.get_closest_marker("triton") and not item.get_closest_marker("gpu")
-        if emulates and why is not None:
-            item.add_marker(pytest.mark.skip(reason=why))
-        quick = emulates and why is None and config.getoption("--triton") == "quick"
+        quick = False
+        for name, why in missing.items():
+            if item.get_closest_marker(name) is None or item.get_closest_marker("gpu") is not None:
+                continue
+            if why is not None:
+                item.add_marker(pytest.mark.skip(reason=why))
+            quick |= why is None and config.getoption(f"--{name}") == "quick"
         one_in_twelve = zlib.crc32(item.nodeid.encode()) % 12 == 0
         (kept if one_in_twelve or not quick else left_out).append(item)
     if left_out:
@@ -108,10 +124,10 @@ def on(backend: str) -> Iterator[Callable[..., Any]]:
 
     A case that the kernels do not serve is skipped with their reason: nothing but the reference
     is left, and its own case tests that. EXPECTED_CPU in test_dispatch.py is what they must serve.
-    Triton kernels run on the GPU where there is one, on copies of the arguments, and in an emulator
-    where there is none.
+    Triton and CUDA kernels run on the GPU where there is one, on copies of the arguments, and in an
+    emulator where there is none.
     """
-    on_gpu = backend == "triton" and ON_GPU
+    on_gpu = backend in EMULATORS and ON_GPU
 
     def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = op.__name__
@@ -127,8 +143,9 @@ def on(backend: str) -> Iterator[Callable[..., Any]]:
                 raise
             pytest.skip(str(error))
 
-    emulated = backend == "triton" and not on_gpu
-    with emulator.emulated() if emulated else fastvlm.use(backend):
+    contexts = {"triton": emulator.emulated, "cuda": cuda_emulator.emulated}
+    emulated = backend in EMULATORS and not on_gpu
+    with contexts[backend]() if emulated else fastvlm.use(backend):
         yield call
 
 

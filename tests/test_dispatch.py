@@ -143,3 +143,30 @@ def test_status_names_backend_and_reason(scratch: str) -> None:
         kernels = {name: row for name, row in rows.items() if name != scratch}
         assert set(kernels.values()) == {("cpu", "")}
     assert all(backend == "reference" for _, backend, _ in dispatch.status("cuda"))
+
+
+def test_a_kernel_may_leave_a_call_to_one_after_it(
+    scratch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the CUDA library to Triton; where nobody else can, it serves the call itself."""
+    monkeypatch.setitem(dispatch.CANDIDATES, "CPU", dispatch.CANDIDATES["CPU"])
+    dispatch.CANDIDATES["CPU"].append("cuda")
+    state: dict[str, str | None] = {"yields": None, "other": None}
+
+    def kernel(backend: str, value: int, *reasons: Any) -> None:
+        run = lambda x: torch.full_like(x, value)  # noqa: E731
+        dispatch.register(scratch, Kernel(backend, run, lambda: None, *reasons))
+
+    kernel("cpu", 5, lambda x: None, lambda x: state["yields"])
+    kernel("cuda", 7, lambda x: state["other"])
+    op, x = getattr(torch.ops.fastvlm, scratch), torch.ones(1)
+    try:
+        assert op(x) == 5
+        state["yields"] = "the other is faster"
+        assert op(x) == 7
+        with fastvlm.use("cpu"):
+            assert op(x) == 5
+        state["other"] = "not this call"
+        assert op(x) == 5
+    finally:
+        dispatch.CANDIDATES["CPU"].remove("cuda")

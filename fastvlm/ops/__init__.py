@@ -1,6 +1,7 @@
 """The ops: public function, checks, dispatch to a backend, autograd."""
 
 import fastvlm.cpu
+import fastvlm.cuda
 import fastvlm.flash
 import fastvlm.triton  # noqa: F401 - each backend registers its kernels
 from fastvlm.ops.attention import cached_attention, cross_attention, self_attention

@@ -21,9 +21,9 @@ _LIBRARY = torch.library.Library("fastvlm", "FRAGMENT")
 
 BACKENDS = ("reference", "cpu", "flash", "triton", "cuda")
 # the backends under each dispatch key, the preferred one first
-CANDIDATES = {"CPU": ["cpu"], "CUDA": ["flash", "triton", "cuda"]}
+CANDIDATES = {"CPU": ["cpu"], "CUDA": ["flash", "cuda", "triton"]}
 # a library that serves some ops on purpose: that it has no kernel for another is no news
-_PARTIAL = ("flash",)
+_PARTIAL = ("flash", "cuda")
 
 
 class BackendError(RuntimeError):
@@ -35,13 +35,15 @@ class Kernel:
     """A backend's implementation of one op.
 
     unavailable() says why the backend cannot be used on this machine at all, unsupported(*args)
-    why it cannot serve one call; both give None when it can.
+    why it cannot serve one call; both give None when it can. yields(*args) says why a call that it
+    can serve should rather go to a backend after it that can, too.
     """
 
     backend: str
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     unsupported: Callable[..., str | None]
+    yields: Callable[..., str | None] | None = None
 
 
 @dataclass
@@ -95,13 +97,17 @@ def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
                 return reference(*args)
             if _forced in candidates:
                 return forced(_forced, *args)
+        yielding = None
         for backend in candidates:
             kernel = kernels.get(backend)
             if kernel is None or kernel.unavailable() is not None:
                 continue
             if kernel.unsupported(*args) is None:
+                if kernel.yields is not None and kernel.yields(*args) is not None:
+                    yielding = yielding or kernel
+                    continue
                 return kernel.run(*args)
-        return reference(*args)
+        return (reference if yielding is None else yielding.run)(*args)
 
     def forced(backend: str, *args: Any) -> Any:
         kernel, why = kernels.get(backend), "it has no kernel for this op"

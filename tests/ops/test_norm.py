@@ -14,6 +14,12 @@ from fastvlm import ops
 SHAPES = {"row": (1, 17), "rows": (3, 100), "batch": (2, 5, 768), "empty": (0, 63), "few": (4, 3)}
 
 
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The norms have a kernel forward and backward on each."""
+    return request.param
+
+
 @pytest.mark.parametrize("offset", [1.0, 0.0])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_rms_norm(

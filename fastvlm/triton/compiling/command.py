@@ -27,6 +27,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", default=[], metavar="NAME",
         help="only ops and kernels whose name contains one of these",
     )  # fmt: skip
+    parser.add_argument(
+        "--cuda", action="store_true", help="the CUDA kernels, by nvcc, instead of Triton's"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts here, as JSON")
     parser.add_argument(
         "--check", type=Path, metavar="FILE",

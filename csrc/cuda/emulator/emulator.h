@@ -1,0 +1,74 @@
+// CUDA on a CPU: what gpu.h stands on where a kernel is compiled by g++ instead of nvcc.
+//
+// A thread of a block is a fiber, the blocks of a launch run one after another. The kernel is
+// compiled with -fsanitize=thread, whose calls at every access to memory are answered here
+// (memory.cpp): an access outside of what the launch was given, shared memory that nobody has
+// written, an unaligned access and a race are faults, whatever the schedule was. A fault ends the
+// launch with an exception.
+//
+// Not modelled: time, caches, the order in which other blocks see plain stores.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+
+// Which thread runs next where several can.
+enum class Schedule { kRoundRobin, kRandom, kPriority };
+struct Settings {
+  Schedule schedule = Schedule::kRoundRobin;
+  uint64_t seed = 1;
+};
+
+struct Counts {
+  int64_t launches, blocks, barriers, collectives, copies, bank_conflicts;
+};
+
+// Memory that the launches to come may touch, until forget_memory(). Memory that is not written
+// yet is a fault to read.
+void give_memory(const char* name, const void* data, int64_t bytes, bool writable);
+void forget_memory();
+
+// Runs body(context) once for each thread of each block.
+using Body = void (*)(const void* context);
+void launch(const char* kernel, dim3 grid, int threads, int shared_bytes, Body body,
+            const void* context);
+
+// Of the thread that runs.
+int thread_index();
+dim3 block_index();
+dim3 grid_size();
+int block_size();
+unsigned char* shared_memory();
+
+// All threads of the block, at the same line.
+void barrier(int line);
+
+// All lanes of a warp bring `in` and get `out`; model computes all of them at once.
+using Model = void (*)(const void* const in[kWarp], void* const out[kWarp]);
+void collective(const char* kind, const void* in, void* out, Model model);
+void sync_warp();
+
+// 16 bytes to shared memory, which nobody may touch until the thread that copies has waited.
+// bytes of them are read, the rest are zeros.
+void copy_async(void* shared, const void* global, int bytes);
+void copy_commit();
+void copy_wait(int groups_left);
+
+void read(const void* data, size_t bytes);
+void write(void* data, size_t bytes);
+// Eight lanes read 16 bytes each of shared memory at a time.
+void count_bank_conflicts(const void* const rows[8]);
+
+[[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace emulator

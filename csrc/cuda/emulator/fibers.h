@@ -1,0 +1,47 @@
+// What the two halves of the emulator know of each other: fibers.cpp runs threads, memory.cpp
+// judges what they do to memory.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <vector>
+
+#include "emulator.h"
+
+namespace emulator {
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes, group;
+};
+
+struct Fiber {
+  int thread, warp;
+  // how many barriers of the block and of the warp it has passed: what came before them is ordered
+  uint32_t block_time, warp_time;
+  enum State { kReady, kAtBarrier, kAtCollective, kDone } state;
+  int line;
+  const char* kind;
+  bool started;
+  std::vector<Copy> copies;
+  int group, groups_done;
+  unsigned char* stack;
+  ucontext_t context;
+  jmp_buf at;
+};
+
+// The thread that runs, or null outside of a kernel.
+Fiber* running();
+// Of the launch and of the block that run: what tells old marks in memory from new ones.
+uint64_t launch_number();
+uint64_t block_number();
+int shared_size();
+void land(const Copy& copy);
+void issue(const Copy& copy);
+Counts& counts();
+
+constexpr size_t kStack = 128 << 10;
+
+}  // namespace emulator

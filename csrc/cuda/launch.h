@@ -1,0 +1,79 @@
+// Host side of every kernel: how it is launched, and its dtype made a type. Nothing of torch.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "gpu.h"
+#include "kernels.h"
+
+namespace fastvlm {
+namespace cuda {
+
+#if defined(__CUDACC__)
+
+template <class Parameters>
+void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads, int shared,
+            void* stream, const Parameters& parameters) {
+  constexpr int kWithoutAsking = 48 << 10;
+  cudaError_t error = cudaSuccess;
+  if (shared > kWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }
+  if (error == cudaSuccess) {
+    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(parameters);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  }
+}
+
+#else
+
+template <class Parameters>
+struct Launched {
+  void (*kernel)(Parameters);
+  const Parameters* parameters;
+  // The launcher's memory is none of the kernel's: not to be watched.
+  __attribute__((no_sanitize_thread)) static void run(const void* launched) {
+    const auto& self = *static_cast<const Launched*>(launched);
+    self.kernel(*self.parameters);
+  }
+};
+
+template <class Parameters>
+void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads, int shared, void*,
+            const Parameters& parameters) {
+  const Launched<Parameters> launched{kernel, &parameters};
+  emulator::launch(name, grid, threads, shared, Launched<Parameters>::run, &launched);
+}
+
+#endif
+
+// Planted bugs are compiled one by one: FASTVLM_FEW leaves out what their checks do not call.
+#if defined(FASTVLM_FEW)
+constexpr bool kAll = false;
+#else
+constexpr bool kAll = true;
+#endif
+
+// The two that tensor cores multiply.
+template <class Body>
+void with_short_type(DType dtype, const Body& body) {
+  if (dtype == DType::kBFloat16) return body(gpu::bf16{});
+  if constexpr (kAll) {
+    if (dtype == DType::kHalf) return body(gpu::half{});
+  }
+  throw std::runtime_error("no kernel for this dtype");
+}
+
+// body gets an element of the type: with_type(dtype, [&](auto type) { using T = decltype(type); })
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat) return body(float{});
+  with_short_type(dtype, body);
+}
+
+}  // namespace cuda
+}  // namespace fastvlm

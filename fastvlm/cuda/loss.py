@@ -1,0 +1,37 @@
+"""Launcher of csrc/cuda/loss.cu: linear_topk of a decoding step, up to 64 rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvlm.cuda.mlp import misfit
+from fastvlm.triton.common import Launcher, dense_last
+
+# kMostRankedRows and kLargestVocabulary of csrc/cuda/loss.h
+MOST_ROWS, LARGEST_VOCABULARY = 64, 2**19
+# each costs a round of the merge
+MOST_K = 64
+
+
+def _linear_topk(
+    h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if bias is not None and bias.dtype not in (torch.float32, h.dtype):
+        bias = bias.float()
+    return torch.ops.fastvlm_cuda.linear_topk(
+        dense_last(h), dense_last(weight), k, None if bias is None else dense_last(bias), softcap
+    )
+
+
+def _unsupported(
+    h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
+) -> str | None:
+    if k > MOST_K:
+        return f"k of {k} (it has up to {MOST_K})"
+    if weight.shape[0] > LARGEST_VOCABULARY:
+        return f"a vocabulary of {weight.shape[0]} (it has up to {LARGEST_VOCABULARY})"
+    return misfit(h, MOST_ROWS, weight=weight)
+
+
+LAUNCHERS = {"linear_topk": Launcher(_linear_topk, _unsupported)}
