@@ -98,11 +98,12 @@ class LossModel(Host):
         if labels is None:
             with wanting(None):
                 return super().forward(**kwargs)
+        hidden = self._hides_labels(kwargs, labels)
         if self.training:  # in evaluation logits and caches are looked at, there too
             if kwargs.get("use_cache") is None:
                 kwargs["use_cache"] = False
             self._without_tail(kwargs, labels)
-        wants = Wanted(groups, num_groups, hidden_labels=self._hides_labels(kwargs, labels))
+        wants = Wanted(groups, num_groups, hidden_labels=hidden)
         with wanting(wants):
             outputs = settled(super().forward(**kwargs), self.training)
         wants.done()
@@ -155,7 +156,7 @@ class LossModel(Host):
         kwargs[prefix + "attention_mask"] = mask if default is None else mask & default
 
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
-        """Whether a label counts in a row that the decoder's mask hides.
+        """Whether a label counts in a row that the caller's mask hides.
 
         A causal model predicts it one row before: with padding on the left, from the last pad.
         """

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 import fastvlm
 from fastvlm.decoding import prefixes
 from fastvlm.decoding.languages import LANGUAGES
+from fastvlm.patching.steps import PLANS
 
 ENDS = "those of the speaker"
 CASES: dict[str, dict[str, Any]] = {
@@ -205,12 +206,12 @@ def test_padded_rows_take_the_planned_step(plain: Speaker) -> None:
     plain.model.register_forward_hook(lambda _, args, out: kept.append(out.past_key_values))
     with fastvlm.patched(plain.model):
         caption(plain, pixels(1), ["en", "zh"], num_beams=2)
-        assert all(plan is not None for plan in kept[-1].fastvlm_plans.values())
+        assert all(plan is not None for plan in PLANS[kept[-1]].values())
         table = prefixes.decoder_stack(plain.model)._modules.get("embed_positions")
         if table is not None:
             table.register_forward_hook(lambda *_: None)
             caption(plain, pixels(1), ["en", "zh"], num_beams=2)
-            assert not any(kept[-1].fastvlm_plans.values())
+            assert not any(PLANS[kept[-1]].values())
 
 
 @pytest.mark.parametrize(
