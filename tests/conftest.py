@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # on a GPU: memory is poisoned by PyTorch's deterministic mode, which cuBLAS only serves like this
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 import cuda_emulator
 import emulator
 import pytest
@@ -26,6 +26,8 @@ import fastvlm
 from fastvlm import extension
 from fastvlm.ops import dispatch
 
+# torch.compile loads every installed backend, OpenVINO's too, whose telemetry forks this process
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 ON_GPU = torch.cuda.is_available()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
