@@ -76,7 +76,8 @@ class SelfReads:
 
     def __init__(self, attention: Any, layer: Any, window: int | None, softcap: float | None):
         self.layer, self.head_dim = layer, attention.head_dim
-        self.settings = -1 if window is None else window, attention.scaling, softcap or 0.0
+        # in the schemas 0 stands for no window and for no cap
+        self.settings = window or 0, attention.scaling, softcap or 0.0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """q [R, H, D], k, v [R, Hkv, D], seen: where padding is -1 -> [R, H * D]."""
@@ -98,7 +99,7 @@ class CrossReads:
     def __init__(self, attention: Any, layer: Any, softcap: float | None):
         self.k, self.v = layer.packed
         self.head_dim = attention.head_dim
-        self.settings = False, -1, attention.scaling, softcap or 0.0, 0.0
+        self.settings = False, 0, attention.scaling, softcap or 0.0, 0.0
 
     def __call__(self, q: Tensor, where: tuple[Any, ...]) -> Tensor:
         """q [R, H, D], where: `arguments_of` the layout -> [R, H * D]."""

@@ -13,6 +13,7 @@ import torch
 from models import FAMILIES
 from test_families import generate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvlm
 from fastvlm.decoding import rows
@@ -68,6 +69,35 @@ def test_planned_and_called_steps_are_the_same(
     assert torch.equal(ours.sequences, called.sequences)
     for a, b in zip(ours.scores, called.scores):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+class Settings(TorchDispatchMode):
+    """The numbers that each attention op is given: window, scale, softcap and the like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in ("fastvlm::cross_attention", "fastvlm::cached_attention"):
+            self.seen.add((name, *args[-5 if "cross" in name else -3 :]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_and_called_steps_ask_for_the_same(name: str, planned: list[int]) -> None:
+    """What is the same number on one backend may keep another from serving."""
+    model, inputs = patched(name)
+    with Settings() as ours:
+        generate(model, inputs, num_beams=2)
+    count = len(planned)
+    layers = getattr(model.get_decoder(), "decoder", model.get_decoder()).layers
+    layers[1].register_forward_hook(lambda module, args, out: None)
+    with Settings() as called:
+        generate(model, inputs, num_beams=2)
+    assert len(planned) == count > 0
+    assert ours.seen == called.seen
 
 
 @pytest.mark.parametrize("name", PLANNED)
