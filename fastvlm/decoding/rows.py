@@ -121,10 +121,11 @@ class RowLayer(DynamicLayer):
         return self.k[:, :stop], self.v[:, :stop]
 
     def _grow(self, k: Tensor, stop: int) -> None:
-        capacity = stop + ROOM
-        if self.k is not None:
-            capacity = max(self.k.shape[1], 2 * self.k.shape[1] if stop > self.k.shape[1] else 0)
-            capacity = max(capacity, stop)
+        if self.k is None:
+            capacity = stop + ROOM
+        else:
+            now = self.k.shape[1]
+            capacity = now if stop <= now else max(stop, 2 * now)
         room = (k.shape[0], capacity, *k.shape[2:])
         for name in ("k", "v"):
             old, new = getattr(self, name), k.new_empty(room)
@@ -193,6 +194,11 @@ class RowLayer(DynamicLayer):
             self.rows.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:  # once the length to keep; transformers' layers refuse it too
+            raise ValueError(
+                "fastvlm: tokens_to_remove must be 0 or less, the number of tokens to remove as a "
+                f"negative; got {tokens_to_remove}"
+            )
         self.filled = max(0, self.filled - abs(tokens_to_remove))
         rows = self.rows
         if self.first and rows.table is not None:
@@ -232,11 +238,6 @@ def keep_rows(cache: Cache) -> None:
 def keeps_rows(cache: Any) -> bool:
     made = getattr(cache, "layer_class_to_replicate", None)
     return isinstance(made, partial) and made.func is RowLayer
-
-
-def rows_of(cache: Any) -> Rows:
-    rows: Rows = cache.layer_class_to_replicate.args[0]
-    return rows
 
 
 def layer_of(cache: Any, index: int) -> RowLayer:

@@ -94,6 +94,8 @@ class LossModel(Host):
         groups, num_groups = kwargs.pop("groups", None), kwargs.pop("num_groups", None)
         self._check(kwargs, labels, groups, num_groups)
         if torch.compiler.is_compiling():
+            if groups is not None:
+                raise _fail("groups", "left out where the whole model is compiled", groups)
             return super().forward(**kwargs)
         if labels is None:
             with wanting(None):

@@ -197,6 +197,8 @@ class TestCache:
     def test_crop_after_a_reorder(self) -> None:
         model, cache, given = self.filled()
         cache.reorder_cache(torch.tensor([1, 1]))
+        with pytest.raises(ValueError, match="must be 0 or less, .* got 2"):
+            cache.self_attention_cache.layers[0].crop(2)
         cache.self_attention_cache.crop(-2)
         got = self.logits(model, given, [[20], [21]])
         history = [[2, 6, 9, 20], [2, 6, 9, 21]]
