@@ -30,6 +30,7 @@ import fastvlm
 from benchmarks import measure
 from fastvlm import env
 from fastvlm.decoding.languages import LANGUAGES
+from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.demo import captioner
 from fastvlm.demo.workload import load_photo, random_workload
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
@@ -42,8 +43,7 @@ OURS, LIBRARY = "fastvlm_cpu::", "aten::"
 
 def step_weights(model: Any) -> int:
     """Bytes of the weights that one step reads: the decoder's and the head's."""
-    decoder = model.get_decoder()
-    decoder = getattr(decoder, "decoder", decoder)
+    decoder = decoder_stack(model)
     read = {id(model.lm_head.weight): model.lm_head.weight}
     for name, module in decoder.named_modules():
         per_image = "encoder_attn" in name and name.endswith(("k_proj", "v_proj"))

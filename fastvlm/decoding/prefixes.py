@@ -34,7 +34,10 @@ def left_padded(
 
 
 def decoder_stack(model: Any) -> Any:
-    """The stack of layers that decodes, or None where none is found."""
+    """The stack of layers that decodes, or None where none is found.
+
+    A composed model's get_decoder() may give a model that has one.
+    """
     found = model
     while not hasattr(found, "layers"):
         inner = found.get_decoder() if hasattr(found, "get_decoder") else None

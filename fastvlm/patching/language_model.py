@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.checks import describe
+from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
@@ -191,14 +192,8 @@ class LossModel(Host):
 
 
 def _decoder_of(model: Any) -> DecoderStack | None:
-    """The patched stack; a composed model's get_decoder() may give a model that has one."""
-    found = model
-    while not isinstance(found, DecoderStack):
-        inner = found.get_decoder() if hasattr(found, "get_decoder") else None
-        if inner is None or inner is found:
-            return None
-        found = inner
-    return found
+    stack = decoder_stack(model)
+    return stack if isinstance(stack, DecoderStack) else None
 
 
 class LossAndSharedStates(LossModel, SharedEncoderStates):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvlm
 from fastvlm.decoding import rows
+from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.patching.steps import Plan
 
 PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
@@ -61,9 +62,7 @@ def test_planned_and_called_steps_are_the_same(
     wish = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
     ours = generate(model, inputs, **wish)
     count = len(planned)
-    layer = model.get_decoder()
-    layer = getattr(layer, "decoder", layer).layers[1]
-    layer.register_forward_hook(lambda module, args, out: None)
+    decoder_stack(model).layers[1].register_forward_hook(lambda module, args, out: None)
     called = generate(model, inputs, **wish)
     assert len(planned) == count > 0
     assert torch.equal(ours.sequences, called.sequences)
@@ -92,8 +91,7 @@ def test_planned_and_called_steps_ask_for_the_same(name: str, planned: list[int]
     with Settings() as ours:
         generate(model, inputs, num_beams=2)
     count = len(planned)
-    layers = getattr(model.get_decoder(), "decoder", model.get_decoder()).layers
-    layers[1].register_forward_hook(lambda module, args, out: None)
+    decoder_stack(model).layers[1].register_forward_hook(lambda module, args, out: None)
     with Settings() as called:
         generate(model, inputs, num_beams=2)
     assert len(planned) == count > 0
@@ -197,7 +195,7 @@ class TestCache:
     def test_crop_after_a_reorder(self) -> None:
         model, cache, given = self.filled()
         cache.reorder_cache(torch.tensor([1, 1]))
-        with pytest.raises(ValueError, match="must be 0 or less, .* got 2"):
+        with pytest.raises(ValueError, match=r"must be 0 or less, .* got 2"):
             cache.self_attention_cache.layers[0].crop(2)
         cache.self_attention_cache.crop(-2)
         got = self.logits(model, given, [[20], [21]])
