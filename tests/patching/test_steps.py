@@ -257,18 +257,17 @@ class TestCache:
         with pytest.raises(NotImplementedError, match="have changed places"):
             layers[0].keys = layers[0].keys
 
-    def test_an_adapter_between_two_turns_is_seen(self) -> None:
+    def test_a_hook_between_two_turns_is_called(self, planned: list[int]) -> None:
+        """Several tokens at once begin a turn; the steps behind them are planned anew."""
         model, _cache, given = self.filled()
+        assert planned == [2, 2, 2]
+        calls: list[int] = []
         linear = model.model.decoder.layers[0].self_attn.q_proj
-        linear.register_forward_hook(lambda m, args, out: out * 2)
-        before = self.logits(model, given, [[20, 22], [21, 23]])
-        got = self.logits(model, given, [[24], [25]])
-        history = [[2, 5, 7, 8, 9, 20, 22, 24], [2, 6, 9, 10, 11, 21, 23, 25]]
-        assert before.isfinite().all()
-        # the turn before the hook was computed without it
-        assert not torch.allclose(got, self.whole(model, given, history), atol=1e-3)
-        again = self.logits(model, given, [[26], [27]])
-        assert again.isfinite().all()
+        linear.register_forward_hook(lambda m, args, out: calls.append(out.shape[1]))
+        self.logits(model, given, [[20, 22], [21, 23]])
+        self.logits(model, given, [[24], [25]])
+        assert calls == [2, 1]
+        assert len(planned) == 3
 
     def test_copies_are_apart(self) -> None:
         model, cache, given = self.filled()
