@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cctype>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <string>
 
@@ -11,22 +12,43 @@
 
 namespace fastvlm {
 
+constexpr int64_t kCacheLine = 64;
+
+// A worker's share of the tasks, on a cache line of its own.
+struct alignas(kCacheLine) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 void run_tasks(int64_t tasks, TaskBody body, void* context) {
-  std::atomic<int64_t> next{0};
   const int64_t threads = std::min(tasks, workers());
   if (threads == 0) return;
+  if (threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+    return;
+  }
+  const std::unique_ptr<Share[]> shares(new Share[threads]);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next.store(tasks * i / threads, std::memory_order_relaxed);
+    shares[i].end = tasks * (i + 1) / threads;
+  }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = next++; task < tasks; task = next++) body(context, task, worker);
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = shares[(worker + i) % threads];
+        for (int64_t task; (task = share.next.fetch_add(1)) < share.end;) {
+          body(context, task, worker);
+        }
+      }
     }
   });
 }
 
 int64_t workers() { return torch::stable::get_num_threads(); }
 
-constexpr std::align_val_t kCacheLine{64};
-void* allocate(int64_t bytes) { return ::operator new(static_cast<size_t>(bytes), kCacheLine); }
-void release(void* memory) { ::operator delete(memory, kCacheLine); }
+constexpr std::align_val_t kAlignment{kCacheLine};
+void* allocate(int64_t bytes) { return ::operator new(static_cast<size_t>(bytes), kAlignment); }
+void release(void* memory) { ::operator delete(memory, kAlignment); }
 
 namespace {
 

@@ -67,6 +67,32 @@ inline Matrix vector_for(const Tensor& t, const char* name, int64_t size) {
   return {t.const_data_ptr(), dtype_of(t, name), 1, size, size};
 }
 
+// A weight of products with rows of `cols` elements.
+inline Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
+  const Matrix m = matrix(t, name);
+  STD_TORCH_CHECK(m.cols == cols && (rows < 0 || m.rows == rows), name, ": shape [", m.rows, ", ",
+                  m.cols, "] does not fit");
+  return m;
+}
+
+// The same of int8, with a factor for each row.
+inline Matrix scaled_weight_for(const Tensor& weight, const Tensor& scale, int64_t cols) {
+  check(weight, "weight", 2);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight: expected int8 with a scale");
+  STD_TORCH_CHECK(weight.size(1) == cols, "weight: shape [", weight.size(0), ", ", weight.size(1),
+                  "] does not fit");
+  check(scale, "scale", 1);
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.size(0) == weight.size(0),
+                  "scale: expected ", weight.size(0), " elements of float32");
+  return {weight.const_data_ptr(), DType::kInt8,
+          weight.size(0),          weight.size(1),
+          weight.stride(0),        static_cast<const float*>(scale.const_data_ptr())};
+}
+
+inline Matrix bias_for(const std::optional<Tensor>& t, const char* name, int64_t size) {
+  return t.has_value() ? vector_for(*t, name, size) : Matrix{};
+}
+
 // The counter's 53 bits are a fraction of 2^53: it is below p where they are below ceil(p 2^53).
 inline Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   if (!seed.has_value() || p <= 0.0) return {};

@@ -6,17 +6,6 @@
 namespace fastvlm {
 namespace {
 
-Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
-  const Matrix m = matrix(t, name);
-  STD_TORCH_CHECK(m.cols == cols && (rows < 0 || m.rows == rows), name, ": shape [", m.rows, ", ",
-                  m.cols, "] does not fit");
-  return m;
-}
-
-Matrix bias_for(const std::optional<Tensor>& t, const char* name, int64_t size) {
-  return t.has_value() ? vector_for(*t, name, size) : Matrix{};
-}
-
 Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {
   return torch::stable::new_empty(like, {rows, cols});
 }
@@ -28,7 +17,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const Matrix b = bias_for(bias, "bias", w.rows);
   Tensor out = wide ? torch::stable::new_empty(x, {rows.rows, w.rows}, ScalarType::Float)
                     : empty_rows(x, rows.rows, w.rows);
-  FASTVLM_KERNEL(linear)(rows, w, b, wide ? DType::kFloat : rows.dtype, out.mutable_data_ptr());
+  const Product product{w, b, out.mutable_data_ptr()};
+  FASTVLM_KERNEL(linear)(rows, &product, 1, wide ? DType::kFloat : rows.dtype);
   return out;
 }
 
@@ -37,19 +27,11 @@ Tensor low_precision_linear(const Tensor& x, const Tensor& weight,
                             const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   if (!scale.has_value()) return linear(x, weight, bias, false);
   const Matrix rows = matrix(x, "x");
-  check(weight, "weight", 2);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight: expected int8 with a scale");
-  STD_TORCH_CHECK(weight.size(1) == rows.cols, "weight: shape [", weight.size(0), ", ",
-                  weight.size(1), "] does not fit");
-  check(*scale, "scale", 1);
-  STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Float && scale->size(0) == weight.size(0),
-                  "scale: expected ", weight.size(0), " elements of float32");
-  const Matrix w{weight.const_data_ptr(), DType::kInt8,
-                 weight.size(0),          weight.size(1),
-                 weight.stride(0),        static_cast<const float*>(scale->const_data_ptr())};
+  const Matrix w = scaled_weight_for(weight, *scale, rows.cols);
   const Matrix b = bias_for(bias, "bias", w.rows);
   Tensor out = empty_rows(x, rows.rows, w.rows);
-  FASTVLM_KERNEL(linear)(rows, w, b, rows.dtype, out.mutable_data_ptr());
+  const Product product{w, b, out.mutable_data_ptr()};
+  FASTVLM_KERNEL(linear)(rows, &product, 1, rows.dtype);
   return out;
 }
 

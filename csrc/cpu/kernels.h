@@ -32,8 +32,9 @@ struct Dropout {
   float scale;
 };
 
-// Calls body(context, task, worker) once for each task; tasks are taken in order by whichever
-// worker is free. workers() bounds the worker number.
+// Calls body(context, task, worker) once for each task. A worker takes a share of neighbours in
+// order, so that what one task reads ahead the next one finds, and then helps with the others'.
+// workers() bounds the worker number.
 using TaskBody = void (*)(void* context, int64_t task, int64_t worker);
 void run_tasks(int64_t tasks, TaskBody body, void* context);
 int64_t workers();

@@ -114,54 +114,91 @@ void load_bias(const Matrix& bias, int64_t begin, int64_t count, float* to) {
 
 Vec gelu(Vec x, bool tanh) { return tanh ? gelu_tanh(x) : gelu_erf(x); }
 
-// The products of `rows` rows of x with all rows of w (and of w2, read alongside, where given),
-// a chunk at a time: finish(row, first column, columns, products, products with w2, bias).
+// Weight rows of one task where a call has so many: short where there would be too few tasks for the
+// threads; no sum depends on it.
+int64_t chunk_size(int64_t weight_rows) {
+  return divide_up(weight_rows, kChunk) < 4 * workers() ? kChunk / 2 : kChunk;
+}
+
+// The products of `rows` rows of x with `count` rows of w (and of w2, read alongside, where given):
+// finish(row, first column, columns, products, products with w2, bias).
+template <class Finish>
+void project_chunk(Rows x, int64_t rows, const Matrix& w, const Matrix* w2, const Matrix& bias,
+                   int64_t begin, int64_t count, float* scratch, Finish finish) {
+  float* first = scratch;
+  float* second = first + rows * kChunk;
+  float* shift = second + rows * kChunk;
+  multiply(w, begin, count, x, rows, first);
+  if (w2 != nullptr) multiply(*w2, begin, count, x, rows, second);
+  load_bias(bias, begin, count, shift);
+  for (int64_t r = 0; r < rows; ++r) {
+    finish(r, begin, count, first + r * kChunk, second + r * kChunk, shift);
+  }
+}
+
+constexpr int64_t chunk_scratch(int64_t rows) { return (2 * rows + 1) * kChunk; }
+
+// The products with all rows of w, a chunk at a time.
 template <class Finish>
 void project(Rows x, int64_t rows, const Matrix& w, const Matrix* w2, const Matrix& bias,
              Finish finish) {
-  // Short chunks where there would be too few for the threads; no sum depends on the chunk.
-  const int64_t size = divide_up(w.rows, kChunk) < 4 * workers() ? kChunk / 2 : kChunk;
-  const int64_t per_worker = (2 * rows + 1) * kChunk;
-  Scratch<float> scratch(workers() * per_worker);
+  const int64_t size = chunk_size(w.rows);
+  Scratch<float> scratch(workers() * chunk_scratch(rows));
   auto task = [&](int64_t index, int64_t worker) {
     const int64_t begin = index * size;
-    const int64_t count = smaller(size, w.rows - begin);
-    float* first = scratch.data() + worker * per_worker;
-    float* second = first + rows * kChunk;
-    float* shift = second + rows * kChunk;
-    multiply(w, begin, count, x, rows, first);
-    if (w2 != nullptr) multiply(*w2, begin, count, x, rows, second);
-    load_bias(bias, begin, count, shift);
-    for (int64_t r = 0; r < rows; ++r) {
-      finish(r, begin, count, first + r * kChunk, second + r * kChunk, shift);
-    }
+    project_chunk(x, rows, w, w2, bias, begin, smaller(size, w.rows - begin),
+                  scratch.data() + worker * chunk_scratch(rows), finish);
   };
   for_each_task(divide_up(w.rows, size), task);
 }
 
-// out[first_row + r] = x[r] w^T + bias, in out's type.
-void project_out(Rows x, int64_t rows, const Matrix& w, const Matrix& bias, DType dtype, void* out,
+// Rows of every out, from first_row on, in one go: x[r] weight^T + bias, in the type of out.
+void project_out(Rows x, int64_t rows, const Product* products, int64_t count, DType dtype,
                  int64_t first_row) {
+  int64_t weight_rows = 0;
+  for (int64_t i = 0; i < count; ++i) weight_rows += products[i].weight.rows;
+  const int64_t size = chunk_size(weight_rows);
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < count; ++i) tasks += divide_up(products[i].weight.rows, size);
+  Scratch<float> scratch(workers() * chunk_scratch(rows));
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    T* base = static_cast<T*>(out) + first_row * w.rows;
-    project(x, rows, w, nullptr, bias,
-            [&](int64_t r, int64_t begin, int64_t count, const float* sums, const float*,
-                const float* shift) {
-              map_to(base + r * w.rows + begin, count, [&](int64_t i, int64_t n) {
-                return load_some(sums + i, n) + load_some(shift + i, n);
-              });
-            });
+    auto task = [&](int64_t index, int64_t worker) {
+      const Product* product = products;
+      for (int64_t own; index >= (own = divide_up(product->weight.rows, size)); ++product) {
+        index -= own;
+      }
+      const Matrix& w = product->weight;
+      T* base = static_cast<T*>(product->out) + first_row * w.rows;
+      project_chunk(x, rows, w, nullptr, product->bias, index * size,
+                    smaller(size, w.rows - index * size),
+                    scratch.data() + worker * chunk_scratch(rows),
+                    [&](int64_t r, int64_t begin, int64_t columns, const float* sums, const float*,
+                        const float* shift) {
+                      map_to(base + r * w.rows + begin, columns, [&](int64_t i, int64_t n) {
+                        return load_some(sums + i, n) + load_some(shift + i, n);
+                      });
+                    });
+    };
+    for_each_task(tasks, task);
   });
+}
+
+void project_out(Rows x, int64_t rows, const Matrix& w, const Matrix& bias, DType dtype, void* out,
+                 int64_t first_row) {
+  const Product product{w, bias, out};
+  project_out(x, rows, &product, 1, dtype, first_row);
 }
 
 }  // namespace
 
-void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, DType dtype, void* out) {
-  Input input(x, multiplies_narrow(x, weight));
+void linear(const Matrix& x, const Product* products, int64_t count, DType dtype) {
+  bool narrow = true;
+  for (int64_t i = 0; i < count; ++i) narrow = narrow && multiplies_narrow(x, products[i].weight);
+  Input input(x, narrow);
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
-    project_out(input.block(begin, rows), rows, weight, bias, dtype, out, begin);
+    project_out(input.block(begin, rows), rows, products, count, dtype, begin);
   }
 }
 

@@ -17,15 +17,21 @@ struct ActivationArgs {
   void *hidden, *dpre, *dup;
 };
 
-#define FASTVLM_DECLARE(CAPABILITY)                                                               \
-  namespace CAPABILITY {                                                                          \
-  void linear(const Matrix& x, const Matrix& weight, const Matrix& bias, DType dtype, void* out); \
-  void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,            \
-                const Matrix& b2, bool tanh, void* out);                                          \
-  void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down,       \
-                 bool tanh, void* out);                                                           \
-  void activate(const ActivationArgs& args);                                                      \
-  void activate_backward(const ActivationArgs& args);                                             \
+// out = x weight^T + bias.
+struct Product {
+  Matrix weight, bias;
+  void* out;
+};
+
+#define FASTVLM_DECLARE(CAPABILITY)                                                         \
+  namespace CAPABILITY {                                                                    \
+  void linear(const Matrix& x, const Product* products, int64_t count, DType dtype);        \
+  void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,      \
+                const Matrix& b2, bool tanh, void* out);                                    \
+  void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, \
+                 bool tanh, void* out);                                                     \
+  void activate(const ActivationArgs& args);                                                \
+  void activate_backward(const ActivationArgs& args);                                       \
   }
 FASTVLM_FOR_EACH_CAPABILITY(FASTVLM_DECLARE)
 #undef FASTVLM_DECLARE

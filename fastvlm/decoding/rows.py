@@ -108,17 +108,33 @@ class RowLayer(DynamicLayer):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [rows, L, Hkv, D] of new positions -> all of them, [rows, filled + L, Hkv, D]."""
-        start, stop = self.filled, self.filled + k.shape[1]
-        if self.k is None or self.v is None or stop > self.k.shape[1] or _frozen(self.k):
-            self._grow(k, stop)
+        start = self.filled
+        self.reserve(k.shape[1], k)
+        return self.write(start, k, v)
+
+    def reserve(self, count: int, like: Tensor | None = None) -> None:
+        """Room for so many new positions, which count as filled: to be written at once.
+
+        like: [rows, L, Hkv, D], needed where there are no keys yet.
+        """
+        stop = self.filled + count
+        like = self.k if like is None else like
+        assert like is not None
+        if self.k is None or stop > self.k.shape[1] or _frozen(self.k):
+            self._grow(like, stop)
         assert self.k is not None
-        assert self.v is not None
-        self.k[:, start:stop] = k
-        self.v[:, start:stop] = v
         self.filled = stop
         if self.first:
-            self.rows.grown(k.shape[0], stop, self.k.shape[1], k.device)
-        return self.k[:, :stop], self.v[:, :stop]
+            self.rows.grown(like.shape[0], stop, self.k.shape[1], like.device)
+
+    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [rows, L, Hkv, D] from position start on, or [rows, Hkv, D] of one -> all filled."""
+        assert self.k is not None
+        assert self.v is not None
+        at = start if k.dim() == 3 else slice(start, self.filled)
+        self.k[:, at] = k
+        self.v[:, at] = v
+        return self.k[:, : self.filled], self.v[:, : self.filled]
 
     def _grow(self, k: Tensor, stop: int) -> None:
         if self.k is None:

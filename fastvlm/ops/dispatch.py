@@ -96,7 +96,7 @@ def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
             if _forced == "reference":
                 return reference(*args)
             if _forced in candidates:
-                return forced(_forced, *args)
+                return by_force(_forced, *args)
         yielding = None
         for backend in candidates:
             kernel = kernels.get(backend)
@@ -109,7 +109,7 @@ def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
                 return kernel.run(*args)
         return (reference if yielding is None else yielding.run)(*args)
 
-    def forced(backend: str, *args: Any) -> Any:
+    def by_force(backend: str, *args: Any) -> Any:
         kernel, why = kernels.get(backend), "it has no kernel for this op"
         if kernel is not None:
             reason = kernel.unavailable() or kernel.unsupported(*args)
@@ -119,6 +119,11 @@ def _chooser(op: Op, candidates: list[str], device: str) -> Callable[..., Any]:
         raise BackendError(f"fastvlm.{op.name} cannot run on backend {backend!r}: {why}")
 
     return run
+
+
+def forced() -> str | None:
+    """The backend that `use` forces now."""
+    return _forced
 
 
 @contextlib.contextmanager

@@ -1,10 +1,8 @@
-"""A decoding step without its modules: the ops of a stack, one after the other.
+"""The planned decoding step of a stack: its program (`fastvlm.patching.program`), and who runs it.
 
-A step of a few rows computes for milliseconds, and two hundred modules with their hooks, checks and
-caches take half as long again. Where nothing but the usual is there, a stack's step is planned once
-for a cache, weights looked up, and then calls the ops' schemas alone. What the plan is of is looked
-at when it is made: a hook or an adapter that comes while a cache is being filled is seen by the
-next.
+On the CPU one call runs all of it; elsewhere, and where a backend is forced or a dispatch mode
+watches the ops, they are called one by one. What the plan is of is looked at when it is made: a
+hook or an adapter that comes while a cache is being filled is seen by the next.
 """
 
 from __future__ import annotations
@@ -15,111 +13,65 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from fastvlm.nn.linear import is_plain
+from fastvlm.cpu.step import CpuStep
 from fastvlm.ops.attention import arguments_of
-from fastvlm.patching.weights import is_low_precision
+from fastvlm.patching.program import Instruction, Program, quiet
 
-Rows = Callable[[Tensor], Tensor]
+Rows = list[Any]  # the registers, each rows [R, n]
+_OPS = torch.ops.fastvlm
 
 
 class At(NamedTuple):
     """What all layers of a step share.
 
-    seen: int32 [R, T], -1 where a position is padding, or None. where: `arguments_of` the layout of
-    cross-attention. rotation: cos and sin of RoPE, [R, head_dim] each.
+    ancestry: int32 [R, T], the cache row of each position, -1 where it is padding; None where each
+    row reads itself. lengths: int32 [R]. where: `arguments_of` the layout of cross-attention.
+    rotation: cos and sin of RoPE, [R, head_dim] each.
     """
 
-    seen: Tensor | None
+    ancestry: Tensor | None
+    lengths: Tensor
+    start: int
     where: tuple[Any, ...]
     rotation: tuple[Tensor, Tensor] | tuple[()]
 
 
-Layer = Callable[[Tensor, At], Tensor]
-_OPS = torch.ops.fastvlm
-
-
-def quiet(*modules: Any) -> bool:
-    """Whether calling these would run nothing but their forward."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return not any(
-        "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-        for module in modules
-    )
-
-
-def product(module: Any) -> Rows | None:
-    """rows [R, K] -> [R, N] of a linear layer, or None where it must be called."""
-    if is_plain(module):
-        linear, weight, bias = _OPS.linear.default, module.weight, module.bias
-        return lambda x: linear(x, weight, bias)
-    if is_low_precision(module) and type(module.weight) is nn.Parameter and quiet(module):
-        from fastvlm.nn.low_precision import stored_copy
-
-        if module.weight.is_meta or module.weight.is_inference():
-            return None
-        narrow, bias = _OPS.low_precision_linear.default, module.bias
-        stored, scale = stored_copy(module, module.storage)
-        return lambda x: narrow(x, stored, scale, bias)
-    return None
-
-
-def products(*modules: Any) -> list[Rows] | None:
-    """All of them, or None."""
-    found = [product(module) for module in modules]
-    return None if any(p is None for p in found) else found  # type: ignore[return-value]
-
-
-class SelfReads:
-    """The new token of each row against the cache of its layer."""
-
-    def __init__(self, attention: Any, layer: Any, window: int | None, softcap: float | None):
-        self.layer, self.head_dim = layer, attention.head_dim
-        # in the schemas 0 stands for no window and for no cap
-        self.settings = window or 0, attention.scaling, softcap or 0.0
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        """q [R, H, D], k, v [R, Hkv, D], seen: where padding is -1 -> [R, H * D]."""
-        layer = self.layer
-        keys, values = layer.append(k.unsqueeze(1), v.unsqueeze(1))
-        ancestry = layer.rows.ancestry
-        if seen is not None:
-            ancestry = seen if ancestry is None else torch.where(seen < 0, seen, ancestry)
-        lengths = layer.rows.lengths
-        out: Tensor = _OPS.cached_attention.default(
-            q, keys, values, lengths, ancestry, *self.settings
-        )
-        return out.flatten(1)
-
-
-class CrossReads:
-    """The new token of each row against the image of its prompt."""
-
-    def __init__(self, attention: Any, layer: Any, softcap: float | None):
-        self.k, self.v = layer.packed
-        self.head_dim = attention.head_dim
-        self.settings = False, 0, attention.scaling, softcap or 0.0, 0.0
-
-    def __call__(self, q: Tensor, where: tuple[Any, ...]) -> Tensor:
-        """q [R, H, D], where: `arguments_of` the layout -> [R, H * D]."""
-        out: Tensor = _OPS.cross_attention.default(q, self.k, self.v, *where, *self.settings)[0]
-        return out.flatten(1)
+Call = Callable[[Rows, At], Any]
 
 
 class Plan:
-    """The step of one stack for one cache; layers: a function for each."""
+    """The step of one stack for one cache. layers: its self-attention caches."""
 
-    def __init__(self, stack: Any, layers: list[Layer]):
-        self.stack, self.layers = weakref.ref(stack), layers
+    def __init__(self, stack: Any, program: Program):
+        self.stack, self.layers = weakref.ref(stack), program.layers
+        self._calls = [_call(i, program.layers) for i in program.instructions]
+        self._registers = len(program.widths)
+        self._results = [i.results for i in program.instructions]
+        self._on_cpu = CpuStep(program.instructions, program.widths)
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], before the stack's last norm."""
-        where = () if layouts.cross is None else arguments_of(layouts.cross)
-        at = At(layouts.visible, where, rotation)
+        start = self.layers[0].filled
         for layer in self.layers:
-            x = layer(x, at)
-        return x
+            layer.reserve(1)
+        rows = self.layers[0].rows
+        ancestry, seen = rows.ancestry, layouts.visible
+        if seen is not None:
+            ancestry = seen if ancestry is None else torch.where(seen < 0, seen, ancestry)
+        where = () if layouts.cross is None else arguments_of(layouts.cross)
+        at = At(ancestry, rows.lengths, start, where, rotation)
+        if self._on_cpu.serves(x):
+            return self._on_cpu(x, at, self.layers)
+        registers: Rows = [x] + [None] * (self._registers - 1)
+        for call, results in zip(self._calls, self._results):
+            found = call(registers, at)
+            for result, value in zip(results, found):
+                registers[result] = value
+        out: Tensor = registers[-1]
+        return out
 
 
 # beside the caches, not in them: a cache is copied, saved and kept
@@ -135,3 +87,74 @@ def usual(stack: Any, kwargs: dict[str, Any]) -> bool:
     if config.output_attentions or config.output_hidden_states:
         return False
     return not (stack.training or torch.is_grad_enabled()) and quiet(stack)
+
+
+def _call(instruction: Instruction, layers: list[Any]) -> Call:
+    """The schemas that do what an instruction says -> its results."""
+    _, _, rows, tensors, settings = instruction
+    first, last = rows[0], rows[-1]
+    match instruction.op:
+        case "linear":
+            products = [_product(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+            return lambda r, at: [product(r[first]) for product in products]
+        case "gelu_mlp":
+            gelu, (tanh,) = _OPS.gelu_mlp.default, settings
+            return lambda r, at: gelu(r[first], *tensors, None, tanh, 0.0, False)
+        case "geglu_mlp":
+            geglu, (tanh,) = _OPS.geglu_mlp.default, settings
+            return lambda r, at: geglu(r[first], *tensors, tanh, False)
+        case "activate":
+            approximate = "tanh" if settings[0] else "none"
+            if len(rows) == 1:
+                return lambda r, at: [F.gelu(r[first], approximate=approximate)]
+            return lambda r, at: [F.gelu(r[first], approximate=approximate) * r[last]]
+        case "residual_layer_norm":
+            norm, (eps,) = _OPS.residual_layer_norm.default, settings
+            return lambda r, at: [norm(r[first], r[last], *tensors, None, eps, 0.0)]
+        case "rms_norm":
+            rms = _OPS.rms_norm.default
+            return lambda r, at: [rms(r[first], *tensors, *settings)]
+        case "residual_rms_norm":
+            tail = _OPS.residual_rms_norm.default
+            return lambda r, at: tail(r[first], r[last], *tensors, *settings)
+        case "rope":
+            rope, shape = _OPS.rope.default, (-1, int(settings[0]))
+            return lambda r, at: [
+                turned.flatten(1)
+                for turned in rope(*(r[i].unflatten(1, shape) for i in rows), *at.rotation)
+            ]
+        case "self_attention":
+            return _self_attention(instruction, layers)
+        case "cross_attention":
+            keys: Any = tensors[0]
+            shape = (-1, keys.shape[2])
+            cross, (scale, softcap) = _OPS.cross_attention.default, settings
+            asked = False, 0, scale, softcap, 0.0
+            return lambda r, at: [
+                cross(r[first].unflatten(1, shape), *tensors, *at.where, *asked)[0].flatten(1)
+            ]
+    raise AssertionError(instruction.op)
+
+
+def _product(weight: Any, scale: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Any]:
+    linear, narrow = _OPS.linear.default, _OPS.low_precision_linear.default
+
+    def product(x: Tensor) -> Tensor:
+        if scale is None and weight.dtype == x.dtype:
+            return linear(x, weight, bias)
+        return narrow(x, weight, scale, bias)
+
+    return product
+
+
+def _self_attention(instruction: Instruction, layers: list[Any]) -> Call:
+    (q, k, v), (dim, number, window, scale, softcap) = instruction.rows, instruction.settings
+    layer, shape = layers[int(number)], (-1, int(dim))
+    attend, settings = _OPS.cached_attention.default, (int(window), scale, softcap)
+
+    def run(r: Rows, at: At) -> list[Tensor]:
+        keys, values = layer.write(at.start, *(r[i].unflatten(1, shape) for i in (k, v)))
+        query = r[q].unflatten(1, shape)
+        return [attend(query, keys, values, at.lengths, at.ancestry, *settings).flatten(1)]
+
+    return run

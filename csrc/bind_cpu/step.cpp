@@ -1,0 +1,410 @@
+// A whole decoding step in one call: the kernels of a stack's layers, one after the other, as
+// fastvlm/cpu/step.py has written them down. What lies between them stays in one arena.
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include "../cpu/mlp.h"
+#include "../cpu/norm.h"
+#include "../cpu/rope.h"
+#include "attention.h"
+#include "bind.h"
+
+namespace fastvlm {
+namespace {
+
+// In the order of OPS in fastvlm/cpu/step.py.
+enum Op : int64_t {
+  kLinear,
+  kGeluMlp,
+  kGegluMlp,
+  kActivate,
+  kResidualLayerNorm,
+  kRmsNorm,
+  kResidualRmsNorm,
+  kRope,
+  kSelfAttention,
+  kCrossAttention,
+  kOps
+};
+
+// The integers of the program, read one after the other.
+class Reader {
+ public:
+  Reader(const Tensor& code, const char* name) {
+    STD_TORCH_CHECK(
+        code.is_cpu() && code.scalar_type() == ScalarType::Long && code.is_contiguous(), name,
+        ": expected contiguous int64 on the CPU");
+    at_ = static_cast<const int64_t*>(code.const_data_ptr());
+    end_ = at_ + code.numel();
+  }
+  bool done() const { return at_ == end_; }
+  int64_t next() {
+    STD_TORCH_CHECK(!done(), "code: ends within an instruction");
+    return *at_++;
+  }
+  // A count and so many numbers after it.
+  struct List {
+    const int64_t* data;
+    int64_t size;
+    int64_t operator[](int64_t i) const {
+      STD_TORCH_CHECK(i < size, "code: an instruction without its operand ", i);
+      return data[i];
+    }
+  };
+  List list() {
+    const int64_t size = next();
+    STD_TORCH_CHECK(size >= 0 && size <= end_ - at_, "code: ends within an instruction");
+    const List found{at_, size};
+    at_ += size;
+    return found;
+  }
+
+ private:
+  const int64_t *at_, *end_;
+};
+
+// A register: rows [R, cols] of the arena, or the step's first or last ones.
+struct Register {
+  void* data;
+  int64_t width;  // elements a row may have
+  int64_t cols;   // and has; 0 until it is written
+};
+
+struct Inputs {
+  const std::vector<Tensor>& tensors;
+  const std::vector<Tensor>& caches;  // K and V of each layer, [rows, capacity, Hkv, D]
+  int64_t start;                      // the position of the new tokens
+  const Tensor& lengths;
+  const std::optional<Tensor>& ancestry;
+  const std::vector<Tensor>& where;     // q_offsets, kv_offsets, image_of
+  const std::vector<Tensor>& rotation;  // cos, sin
+};
+
+class Step {
+ public:
+  Step(const Tensor& x, const Inputs& inputs, const Tensor& numbers)
+      : in_(inputs), dtype_(dtype_of(x, "x")), rows_(x.size(0)) {
+    size_ = dtype_ == DType::kFloat ? 4 : 2;
+    STD_TORCH_CHECK(numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double &&
+                        numbers.is_contiguous(),
+                    "numbers: expected contiguous float64 on the CPU");
+    numbers_ = static_cast<const double*>(numbers.const_data_ptr());
+    count_ = numbers.numel();
+  }
+
+  // Register 0 is x, the last one is out, and those between lie in the arena.
+  void place(Reader widths, const Tensor& x, Tensor& arena, Tensor& out) {
+    check(x, "x", 2);
+    check(out, "out", 2);
+    STD_TORCH_CHECK(x.is_contiguous() && out.is_contiguous() && out.size(0) == rows_ &&
+                        dtype_of(out, "out") == dtype_ && dtype_of(arena, "arena") == dtype_,
+                    "x, arena, out: expected contiguous rows of one dtype");
+    char* free = static_cast<char*>(arena.mutable_data_ptr());
+    int64_t left = arena.numel();
+    registers_.push_back({const_cast<void*>(x.const_data_ptr()), x.size(1), x.size(1)});
+    while (!widths.done()) {
+      const int64_t width = widths.next();
+      STD_TORCH_CHECK(width >= 0 && width * rows_ <= left, "arena: too small");
+      registers_.push_back({free, width, 0});
+      free += width * rows_ * size_;
+      left -= width * rows_;
+    }
+    registers_.push_back({out.mutable_data_ptr(), out.size(1), 0});
+  }
+
+  void run(Reader code, double* seconds) {
+    while (!code.done()) {
+      const int64_t op = code.next();
+      out_ = code.list();
+      rows_of_ = code.list();
+      tensors_ = code.list();
+      settings_ = code.list();
+      const auto begin = std::chrono::steady_clock::now();
+      STD_TORCH_CHECK(op >= 0 && op < kOps, "code: no op ", op);
+      dispatch(static_cast<Op>(op));
+      if (seconds == nullptr) continue;
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+      seconds[op] += taken.count();
+    }
+    STD_TORCH_CHECK(registers_.back().cols == registers_.back().width, "code: out is not written");
+  }
+
+ private:
+  void dispatch(Op op) {
+    switch (op) {
+      case kLinear: return linear();
+      case kGeluMlp: return gelu_mlp();
+      case kGegluMlp: return geglu_mlp();
+      case kActivate: return activate();
+      case kResidualLayerNorm: return residual_layer_norm();
+      case kRmsNorm: return rms_norm();
+      case kResidualRmsNorm: return residual_rms_norm();
+      case kRope: return rope();
+      case kSelfAttention: return self_attention();
+      case kCrossAttention: return cross_attention();
+      case kOps: return;
+    }
+  }
+
+  Register& at(int64_t index) {
+    STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(registers_.size()),
+                    "code: no register ", index);
+    return registers_[index];
+  }
+  const Register& read(int64_t i) {
+    const Register& found = at(rows_of_[i]);
+    STD_TORCH_CHECK(found.cols > 0, "code: register ", rows_of_[i], " is read before it is written");
+    return found;
+  }
+  Matrix rows(int64_t i) {
+    const Register& r = read(i);
+    return {r.data, dtype_, rows_, r.cols, r.cols};
+  }
+  void* write(int64_t i, int64_t cols) {
+    Register& to = at(out_[i]);
+    STD_TORCH_CHECK(out_[i] > 0 && cols > 0 && cols <= to.width, "code: register ", out_[i],
+                    " has no room for rows of ", cols);
+    to.cols = cols;
+    return to.data;
+  }
+  std::optional<Tensor> optional(int64_t i) {
+    const int64_t index = tensors_[i];
+    if (index < 0) return std::nullopt;
+    STD_TORCH_CHECK(index < static_cast<int64_t>(in_.tensors.size()), "code: no tensor ", index);
+    return in_.tensors[index];
+  }
+  Tensor tensor(int64_t i) {
+    const std::optional<Tensor> found = optional(i);
+    STD_TORCH_CHECK(found.has_value(), "code: an instruction without its tensor ", i);
+    return *found;
+  }
+  double number(int64_t i) {
+    const int64_t index = settings_[i];
+    STD_TORCH_CHECK(index >= 0 && index < count_, "code: no number ", index);
+    return numbers_[index];
+  }
+  int64_t integer(int64_t i) { return static_cast<int64_t>(number(i)); }
+  int64_t heads_in(int64_t cols, int64_t dim) {
+    STD_TORCH_CHECK(dim > 0 && cols % dim == 0, "code: rows of ", cols, " are no heads of ", dim);
+    return cols / dim;
+  }
+
+  void linear() {
+    const Matrix x = rows(0);
+    STD_TORCH_CHECK(tensors_.size == 3 * out_.size, "code: linear takes three tensors a result");
+    products_.clear();
+    for (int64_t i = 0; i < out_.size; ++i) {
+      const std::optional<Tensor> scale = optional(3 * i + 1);
+      const Tensor weight = tensor(3 * i);
+      const Matrix w = scale.has_value() ? scaled_weight_for(weight, *scale, x.cols)
+                                         : weight_for(weight, "weight", x.cols);
+      products_.push_back({w, bias_for(optional(3 * i + 2), "bias", w.rows), write(i, w.rows)});
+    }
+    FASTVLM_KERNEL(linear)(x, products_.data(), out_.size, dtype_);
+  }
+
+  void gelu_mlp() {
+    const Matrix x = rows(0), w1 = weight_for(tensor(0), "w1", x.cols);
+    const Matrix w2 = weight_for(tensor(2), "w2", w1.rows);
+    const Matrix b1 = bias_for(optional(1), "b1", w1.rows);
+    const Matrix b2 = bias_for(optional(3), "b2", w2.rows);
+    FASTVLM_KERNEL(gelu_mlp)(x, w1, b1, w2, b2, number(0) != 0, write(0, w2.rows));
+  }
+
+  void geglu_mlp() {
+    const Matrix x = rows(0), gate = weight_for(tensor(0), "w_gate", x.cols);
+    const Matrix up = weight_for(tensor(1), "w_up", x.cols, gate.rows);
+    const Matrix down = weight_for(tensor(2), "w_down", gate.rows);
+    FASTVLM_KERNEL(geglu_mlp)(x, gate, up, down, number(0) != 0, write(0, down.rows));
+  }
+
+  void activate() {
+    const Matrix pre = rows(0);
+    ActivationArgs args{};
+    args.dtype = dtype_;
+    args.count = rows_ * pre.cols;
+    args.pre = pre.data;
+    if (rows_of_.size > 1) {
+      const Matrix up = rows(1);
+      STD_TORCH_CHECK(up.cols == pre.cols, "code: activate of rows of different lengths");
+      args.up = up.data;
+    }
+    args.tanh = number(0) != 0;
+    args.hidden = write(0, pre.cols);
+    FASTVLM_KERNEL(activate)(args);
+  }
+
+  // What the norms share: x, and a residual where there are two rows.
+  NormArgs norm() {
+    const Matrix x = rows(0);
+    NormArgs args{};
+    args.dtype = dtype_;
+    args.rows = rows_;
+    args.cols = x.cols;
+    args.x = {x.data, x.cols};
+    if (rows_of_.size > 1) {
+      const Matrix residual = rows(1);
+      STD_TORCH_CHECK(residual.cols == x.cols, "code: a residual of other rows than x");
+      args.residual = {residual.data, residual.cols};
+    }
+    args.weight = vector_for(tensor(0), "weight", x.cols);
+    args.eps = static_cast<float>(number(0));
+    args.out = write(0, x.cols);
+    return args;
+  }
+
+  void residual_layer_norm() {
+    NormArgs args = norm();
+    args.bias = vector_for(tensor(1), "bias", args.cols);
+    FASTVLM_KERNEL(residual_layer_norm)(args);
+  }
+
+  void rms_norm() {
+    NormArgs args = norm();
+    args.offset = static_cast<float>(number(1));
+    FASTVLM_KERNEL(rms_norm)(args);
+  }
+
+  void residual_rms_norm() {
+    NormArgs args = norm();
+    args.offset = static_cast<float>(number(1));
+    const std::optional<Tensor> gate = optional(1), next = optional(2);
+    STD_TORCH_CHECK(next.has_value() == (out_.size == 2), "code: two results with a next weight");
+    if (gate.has_value()) {
+      STD_TORCH_CHECK(gate->is_cpu() && gate->numel() == 1, "gate: expected one number on the CPU");
+      args.gate = {gate->const_data_ptr(), dtype_of(*gate, "gate"), 1, 1, 1};
+    }
+    if (next.has_value()) {
+      args.next_weight = vector_for(*next, "next_weight", args.cols);
+      args.y = write(1, args.cols);
+    }
+    FASTVLM_KERNEL(residual_rms_norm)(args);
+  }
+
+  void rope() {
+    const Matrix q = rows(0), k = rows(1);
+    RopeArgs args{};
+    args.dtype = dtype_;
+    args.dim = integer(0);
+    args.tokens = rows_;
+    args.heads = heads_in(q.cols, args.dim);
+    args.kv_heads = heads_in(k.cols, args.dim);
+    STD_TORCH_CHECK(in_.rotation.size() == 2, "rotation: expected cos and sin");
+    args.cos = matrix(in_.rotation[0], "cos");
+    args.sin = matrix(in_.rotation[1], "sin");
+    for (const Matrix& table : {args.cos, args.sin}) {
+      STD_TORCH_CHECK(table.rows == rows_ && table.cols == args.cos.cols && table.cols % 2 == 0 &&
+                          table.cols <= args.dim,
+                      "cos, sin: expected [", rows_, ", an even number up to ", args.dim, "]");
+    }
+    args.q = q.data;
+    args.k = k.data;
+    args.q_strides[0] = q.cols;
+    args.k_strides[0] = k.cols;
+    args.q_strides[1] = args.k_strides[1] = args.dim;
+    args.out_q = write(0, q.cols);
+    args.out_k = write(1, k.cols);
+    FASTVLM_KERNEL(rope)(args);
+  }
+
+  // Writes rows [R, Hkv * D] to their cache rows at the position of the new tokens.
+  void append(const Matrix& from, Tensor cache) {
+    STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(0) >= rows_ &&
+                        cache.size(2) * cache.size(3) == from.cols && in_.start >= 0 &&
+                        in_.start < cache.size(1),
+                    "caches: expected contiguous [", rows_, " or more, ", in_.start,
+                    " + 1 or more, heads, dim] of ", from.cols, " in a position");
+    char* to = static_cast<char*>(cache.mutable_data_ptr()) + in_.start * from.cols * size_;
+    const int64_t stride = cache.stride(0) * size_, bytes = from.cols * size_;
+    for (int64_t r = 0; r < rows_; ++r) {
+      std::memcpy(to + r * stride, static_cast<const char*>(from.data) + r * bytes, bytes);
+    }
+  }
+
+  void self_attention() {
+    const Matrix q = rows(0), k = rows(1), v = rows(2);
+    const size_t layer = static_cast<size_t>(integer(1));
+    STD_TORCH_CHECK(2 * layer + 1 < in_.caches.size(), "caches: none of layer ", layer);
+    const Tensor& k_cache = in_.caches[2 * layer];
+    const Tensor& v_cache = in_.caches[2 * layer + 1];
+    CachedAttentionArgs args{};
+    args.dtype = dtype_;
+    args.dim = integer(0);
+    args.rows = rows_;
+    args.heads = heads_in(q.cols, args.dim);
+    args.q = {q.data, q.cols, args.dim};
+    set_cache(args, k_cache, v_cache, in_.lengths, in_.ancestry);
+    append(k, k_cache);
+    append(v, v_cache);
+    args.window = bounded(integer(2));
+    args.scale = static_cast<float>(number(3));
+    args.softcap = static_cast<float>(number(4));
+    int bad_ancestor = 0;
+    args.bad_ancestor = &bad_ancestor;
+    args.out = write(0, q.cols);
+    FASTVLM_KERNEL(cached_attention)(args);
+    STD_TORCH_CHECK(bad_ancestor == 0, "ancestry: names a row beyond the cache's ",
+                    args.cache_rows);
+  }
+
+  void cross_attention() {
+    const Matrix q = rows(0);
+    const Tensor k = tensor(0), v = tensor(1);
+    STD_TORCH_CHECK(k.dim() == 3 && in_.where.size() == 3, "where: expected q_offsets, kv_offsets, "
+                    "image_of");
+    AttentionArgs args{};
+    args.dtype = dtype_;
+    args.rows = rows_;
+    args.dim = k.size(2);
+    args.heads = heads_in(q.cols, args.dim);
+    args.q = {q.data, q.cols, args.dim};
+    set_keys(args, k, v, in_.where[0], in_.where[1], in_.where[2]);
+    args.scale = static_cast<float>(number(0));
+    args.softcap = static_cast<float>(number(1));
+    args.out = write(0, q.cols);
+    stats_.resize(static_cast<size_t>(2 * rows_ * args.heads));
+    args.stats = stats_.data();
+    FASTVLM_KERNEL(attention)(args);
+  }
+
+  const Inputs& in_;
+  DType dtype_;
+  int64_t rows_, size_;
+  const double* numbers_;
+  int64_t count_;
+  std::vector<Register> registers_;
+  std::vector<Product> products_;
+  std::vector<float> stats_;
+  Reader::List out_{}, rows_of_{}, tensors_{}, settings_{};
+};
+
+void step(const Tensor& x, const Tensor& code, const Tensor& widths, const Tensor& numbers,
+          std::vector<Tensor> tensors, std::vector<Tensor> caches, int64_t start,
+          const Tensor& lengths, const std::optional<Tensor>& ancestry, std::vector<Tensor> where,
+          std::vector<Tensor> rotation, Tensor arena, Tensor out, std::optional<Tensor> seconds) {
+  double* times = nullptr;
+  if (seconds.has_value()) {
+    STD_TORCH_CHECK(seconds->is_cpu() && seconds->scalar_type() == ScalarType::Double &&
+                        seconds->is_contiguous() && seconds->numel() == kOps,
+                    "seconds: expected ", static_cast<int64_t>(kOps), " float64 on the CPU");
+    times = static_cast<double*>(seconds->mutable_data_ptr());
+  }
+  if (x.size(0) == 0) return;
+  const Inputs inputs{tensors, caches, start, lengths, ancestry, where, rotation};
+  Step run(x, inputs, numbers);
+  run.place(Reader(widths, "widths"), x, arena, out);
+  run.run(Reader(code, "code"), times);
+}
+
+}  // namespace
+}  // namespace fastvlm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
+  m.def(
+      "step(Tensor x, Tensor code, Tensor widths, Tensor numbers, Tensor[] tensors, "
+      "Tensor(a!)[] caches, int start, Tensor lengths, Tensor? ancestry, Tensor[] where, "
+      "Tensor[] rotation, Tensor(b!) arena, Tensor(c!) out, Tensor(d!)? seconds) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) { m.impl("step", TORCH_BOX(&fastvlm::step)); }

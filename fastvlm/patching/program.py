@@ -1,0 +1,177 @@
+"""A decoding step written down: which op reads which rows, in order.
+
+A step of a few rows computes for milliseconds, and two hundred modules with their hooks, checks
+and caches take half as long again. Where nothing but the usual is there, a stack's step is written
+down once for a cache, weights looked up, and then run: by the schemas of the ops
+(`fastvlm.patching.steps`), or on the CPU in one call (`fastvlm.cpu.step`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastvlm.nn.linear import is_plain
+from fastvlm.patching.weights import is_low_precision
+
+
+class Unplanned(Exception):
+    """There is a module that must be called, so that the step cannot be written down."""
+
+
+class Instruction(NamedTuple):
+    """One op: results and rows are numbers of registers, each of which holds rows [R, n].
+
+    settings: the numbers of the schema, after its tensors. layer: of `self_attention`, the number
+    of its cache.
+    """
+
+    op: str
+    results: tuple[int, ...]
+    rows: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...] = ()
+    settings: tuple[float, ...] = ()
+
+
+def quiet(*modules: Any) -> bool:
+    """Whether calling these would run nothing but their forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return not any(
+        "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+        for module in modules
+    )
+
+
+def require(condition: bool) -> None:
+    if not condition:
+        raise Unplanned
+
+
+class Program:
+    """The instructions of a stack's layers. Register 0 holds the embedded tokens.
+
+    widths: the elements of a register's rows. layers: the self-attention caches, in the order in
+    which instructions number them. Each method adds an instruction and gives its results; it raises
+    Unplanned where a module has to be called.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.instructions: list[Instruction] = []
+        self.widths = [width]
+        self.layers: list[Any] = []
+
+    def _add(
+        self,
+        op: str,
+        widths: list[int],
+        rows: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+        settings: tuple[float, ...] = (),
+    ) -> list[int]:
+        results = list(range(len(self.widths), len(self.widths) + len(widths)))
+        self.widths += widths
+        self.instructions.append(Instruction(op, tuple(results), rows, tensors, settings))
+        return results
+
+    def linear(self, x: int, *modules: Any) -> list[int]:
+        """x times the weight of each module, plus its bias."""
+        parts = [_parts(module) for module in modules]
+        widths = [weight.shape[0] for weight, _, _ in parts]
+        return self._add("linear", widths, (x,), tuple(t for part in parts for t in part))
+
+    def gelu_mlp(self, x: int, fc1: Any, fc2: Any, approximate: str) -> int:
+        tanh = approximate == "tanh"
+        if is_plain(fc1) and is_plain(fc2):
+            weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return self._add("gelu_mlp", [fc2.weight.shape[0]], (x,), weights, (tanh,))[0]
+        (pre,) = self.linear(x, fc1)
+        return self.linear(self._activated(pre, (), tanh), fc2)[0]
+
+    def geglu_mlp(self, x: int, mlp: Any) -> int:
+        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        require(quiet(mlp))
+        tanh = mlp.approximate == "tanh"
+        if all(map(is_plain, parts)) and all(part.bias is None for part in parts):
+            weights = tuple(part.weight for part in parts)
+            return self._add("geglu_mlp", [weights[2].shape[0]], (x,), weights, (tanh,))[0]
+        gate, up = self.linear(x, *parts[:2])
+        return self.linear(self._activated(gate, (up,), tanh), parts[2])[0]
+
+    def _activated(self, pre: int, up: tuple[int, ...], tanh: bool) -> int:
+        return self._add("activate", [self.widths[pre]], (pre, *up), (), (tanh,))[0]
+
+    def residual_layer_norm(self, x: int, residual: int, norm: Any) -> int:
+        require(is_plain(norm, nn.LayerNorm) and norm.bias is not None)
+        return self._add(
+            "residual_layer_norm",
+            [self.widths[x]],
+            (x, residual),
+            (norm.weight, norm.bias),
+            (norm.eps,),
+        )[0]
+
+    def rms_norm(self, x: int, weight: Tensor, eps: float, offset: float) -> int:
+        return self._add("rms_norm", [self.widths[x]], (x,), (weight,), (eps, offset))[0]
+
+    def residual_rms_norm(
+        self,
+        x: int,
+        residual: int,
+        weight: Tensor,
+        eps: float,
+        offset: float,
+        *,
+        gate: Tensor | None = None,
+        next_weight: Tensor | None = None,
+    ) -> list[int]:
+        """h, and y with next_weight."""
+        widths = [self.widths[x]] * (1 if next_weight is None else 2)
+        tensors = (weight, gate, next_weight)
+        return self._add("residual_rms_norm", widths, (x, residual), tensors, (eps, offset))
+
+    def rope(self, q: int, k: int, head_dim: int) -> list[int]:
+        return self._add("rope", [self.widths[q], self.widths[k]], (q, k), (), (head_dim,))
+
+    def self_attention(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        attention: Any,
+        layer: Any,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> int:
+        """The new token of each row against the cache `layer`, to which it is appended."""
+        # in the schemas 0 stands for no window and for no cap
+        settings = (window or 0, attention.scaling, softcap or 0.0)
+        number = len(self.layers)
+        self.layers.append(layer)
+        return self._add(
+            "self_attention",
+            [self.widths[q]],
+            (q, k, v),
+            (),
+            (attention.head_dim, number, *settings),
+        )[0]
+
+    def cross_attention(
+        self, q: int, attention: Any, layer: Any, softcap: float | None = None
+    ) -> int:
+        """The new token of each row against the image of its prompt, cached in `layer`."""
+        require(layer.packed is not None)
+        settings = (attention.scaling, softcap or 0.0)
+        return self._add("cross_attention", [self.widths[q]], (q,), layer.packed, settings)[0]
+
+
+def _parts(module: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, factors of its rows (int8), and bias of a linear layer that may be bypassed."""
+    if is_plain(module):
+        return module.weight, None, module.bias
+    plain = type(module.weight) is nn.Parameter if is_low_precision(module) else False
+    require(plain and quiet(module))
+    require(not (module.weight.is_meta or module.weight.is_inference()))
+    from fastvlm.nn.low_precision import stored_copy  # loads torch.compile: a second
+
+    return (*stored_copy(module, module.storage), module.bias)
