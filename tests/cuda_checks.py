@@ -89,14 +89,19 @@ def cross(rule: Rule) -> None:
 
 
 def more_rows(rule: Rule) -> None:
-    """Two tiles of rows to an image, and an image of nothing that is read."""
+    """Two tiles of rows to an image, and an image of nothing that is read; whole and split."""
     lengths = [9, 8, 2], [40, 0], [0, 0, 1]
-    layout = Layout.from_lengths(*lengths)
-    rule(
-        lambda *x: ops.cross_attention(*x, layout),
-        lambda *x: plain.attention(*x, *lengths),
-        [randn(19, 2, 64), randn(40, 2, 64), randn(40, 2, 64)],
-    )
+    layout, before = Layout.from_lengths(*lengths), attention._splits
+    try:
+        for splits in (1, 2):
+            attention._splits = lambda *args, splits=splits: splits
+            rule(
+                lambda *x: ops.cross_attention(*x, layout),
+                lambda *x: plain.attention(*x, *lengths),
+                [randn(19, 2, 64), randn(40, 2, 64), randn(40, 2, 64)],
+            )
+    finally:
+        attention._splits = before
 
 
 def banks(rule: Rule) -> None:

@@ -119,7 +119,7 @@ WRAPPER(functions, functions)
 #if !defined(__CUDACC__)
 extern "C" void wrapper_give(const uint32_t* in, uint32_t* out, int words_in, int words_out) {
   emulator::forget_memory();
-  emulator::give_memory("in", in, 4 * words_in, false);
-  emulator::give_memory("out", out, 4 * words_out, true);
+  emulator::give_memory("in", in, 4 * words_in, emulator::Access::kInput);
+  emulator::give_memory("out", out, 4 * words_out, emulator::Access::kResult);
 }
 #endif

@@ -5,6 +5,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -27,6 +28,7 @@ std::vector<int> ready;
 std::vector<uint64_t> priority;
 std::vector<Gathering> gatherings;
 std::vector<unsigned char> shared;
+Seen block_seen;
 Fiber* now = nullptr;
 jmp_buf launcher;
 Body body = nullptr;
@@ -86,6 +88,7 @@ void prepare_block() {
   ++blocks;
   ++counted.blocks;
   waiting = 0;
+  block_seen = {};
   ready.clear();
   gatherings.assign((size + kWarp - 1) / kWarp, {});
   std::fill(shared.begin(), shared.end(), 0xff);
@@ -100,6 +103,8 @@ void prepare_block() {
     fiber.warp = i / kWarp;
     fiber.block_time = fiber.warp_time = 0;
     fiber.started = false;
+    fiber.fences = 0;
+    fiber.seen = fiber.met = fiber.gives = {};
     fiber.copies.clear();
     fiber.group = fiber.groups_done = 0;
     make_ready(fiber);
@@ -154,6 +159,10 @@ Fiber* running() { return now; }
 uint64_t launch_number() { return launches; }
 uint64_t block_number() { return blocks; }
 int shared_size() { return shared_bytes; }
+const Seen& seen_by_block() { return block_seen; }
+Mark mark() {
+  return {launches, blocks, now->thread, now->warp, now->block_time, now->warp_time, now->fences};
+}
 Counts& counts() { return counted; }
 
 int thread_index() { return now->thread; }
@@ -191,8 +200,12 @@ void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
   if (threads < 1 || threads > 1024 || threads % kWarp != 0) {
     throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads));
   }
-  const uint64_t number = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < number; ++i) {
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  if (settings.schedule != Schedule::kRoundRobin) {
+    for (uint64_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+  }
+  for (const uint64_t i : order) {
     block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     if (run_block()) continue;
     now = nullptr;
@@ -215,6 +228,7 @@ void barrier(int line) {
     ++counted.barriers;
     for (int i = 0; i < size; ++i) {
       ++fibers[i]->block_time;
+      block_seen.add(fibers[i]->seen);
       make_ready(*fibers[i]);
     }
   }
