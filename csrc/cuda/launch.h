@@ -53,7 +53,8 @@ template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads, int shared, void*,
             const Parameters& parameters) {
   const Launched<Parameters> launched{kernel, &parameters};
-  emulator::launch(name, grid, threads, shared, Launched<Parameters>::run, &launched);
+  emulator::launch(name, grid, threads, shared, Launched<Parameters>::run, &launched,
+                   {reinterpret_cast<const void*>(kernel), &parameters, sizeof parameters});
 }
 
 #endif

@@ -42,8 +42,16 @@ void forget_memory();
 
 // Runs body(context) once for each thread of each block.
 using Body = void (*)(const void* context);
-void launch(const char* kernel, dim3 grid, int threads, int shared_bytes, Body body,
-            const void* context);
+// The same launch for who executes something else that was made of the kernel (libraries.cpp).
+struct Launch {
+  const void* kernel;
+  const void* parameters;
+  int bytes;
+};
+void launch(const char* name, dim3 grid, int threads, int shared_bytes, Body body,
+            const void* context, const Launch& itself);
+// Whether somebody else ran it; a fault of theirs is an exception here.
+bool ran_elsewhere(const char* name, dim3 grid, int threads, int shared_bytes, const Launch& launch);
 
 // Of the thread that runs.
 int thread_index();

@@ -9,6 +9,14 @@
 #include <stdexcept>
 #include <string>
 
+// There where a process runs under AddressSanitizer, which must know of stacks that are changed.
+extern "C" {
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake, const void* bottom,
+                                                          size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake, const void** bottom,
+                                                           size_t* size);
+}
+
 namespace emulator {
 namespace {
 
@@ -45,9 +53,25 @@ uint64_t random() {
   return random_state;
 }
 
+// The launcher's stack, for the sanitizer.
+const void* launcher_bottom = nullptr;
+size_t launcher_size = 0;
+
+void leaving(void** fake, const void* bottom, size_t size) {
+  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(fake, bottom, size);
+}
+void arrived(void* fake, const void** bottom, size_t* size) {
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fake, bottom, size);
+}
+[[noreturn]] void to_launcher(void** fake, int back) {
+  leaving(fake, launcher_bottom, launcher_size);
+  _longjmp(launcher, back);
+}
+
 // Back to the launcher until somebody lets this thread go on.
 void pause() {
-  if (_setjmp(now->at) == 0) _longjmp(launcher, 1);
+  if (_setjmp(now->at) == 0) to_launcher(&now->fake_stack, 1);
+  arrived(now->fake_stack, &launcher_bottom, &launcher_size);
 }
 
 void make_ready(Fiber& fiber) {
@@ -56,9 +80,10 @@ void make_ready(Fiber& fiber) {
 }
 
 void entry() {
+  arrived(nullptr, &launcher_bottom, &launcher_size);
   body(context);
   now->state = Fiber::kDone;
-  _longjmp(launcher, 1);
+  to_launcher(nullptr, 1);
 }
 
 int next_ready() {
@@ -141,11 +166,16 @@ bool run_block() {
       return false;
     }
     now = fibers[next_ready()].get();
+    void* volatile fake_stack = nullptr;
     const int back = _setjmp(launcher);
     if (back == 0) {
+      void* fake = nullptr;
+      leaving(&fake, now->stack, kStack);
+      fake_stack = fake;
       if (!now->started) start(*now);
       _longjmp(now->at, 1);
     }
+    arrived(fake_stack, nullptr, nullptr);
     if (back == 2) return false;
     if (now->state == Fiber::kDone) ++done;
     now = nullptr;
@@ -181,11 +211,11 @@ void fault(const char* format, ...) {
   message = text;
   if (now == nullptr) throw std::runtime_error(message);
   message += " (thread " + std::to_string(now->thread) + ")";
-  _longjmp(launcher, 2);
+  to_launcher(nullptr, 2);
 }
 
 void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
-            const void* context_) {
+            const void* context_, const Launch& itself) {
   grid = grid_;
   size = threads;
   shared_bytes = bytes;
@@ -195,6 +225,7 @@ void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
   ++counted.launches;
   largest_shared = std::max(largest_shared, bytes);
   most_threads = std::max(most_threads, threads);
+  if (ran_elsewhere(name, grid, threads, bytes, itself)) return;
   random_state = settings.seed * 0x9E3779B97F4A7C15u + 1;
   shared.resize(bytes + 128);
   if (threads < 1 || threads > 1024 || threads % kWarp != 0) {

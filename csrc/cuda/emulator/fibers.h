@@ -32,6 +32,7 @@ struct Fiber {
   std::vector<Copy> copies;
   int group, groups_done;
   unsigned char* stack;
+  void* fake_stack;  // AddressSanitizer's
   ucontext_t context;
   jmp_buf at;
 };

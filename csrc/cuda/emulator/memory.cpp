@@ -27,6 +27,9 @@ struct Region {
 };
 
 std::vector<Region> regions;
+uint64_t regions_forgotten = 0;
+// false where kernels are compiled for other sanitizers: plain accesses are not seen
+bool watching = true;
 std::vector<Cell> shared_cells;
 uint64_t shared_block = 0;
 
@@ -97,7 +100,7 @@ bool in_shared(uintptr_t p, size_t bytes) {
 
 void access(const void* data, size_t bytes, bool write) {
   const Fiber* fiber = running();
-  if (fiber == nullptr) return;
+  if (fiber == nullptr || !watching) return;
   const uintptr_t p = address(data), stack = address(fiber->stack);
   if (p >= stack && p < stack + kStack) return;
   const bool whole = bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16;
@@ -143,7 +146,10 @@ void give_memory(const char* name, const void* data, int64_t bytes, Access acces
   regions.push_back(std::move(region));
 }
 
-void forget_memory() { regions.clear(); }
+void forget_memory() {
+  regions.clear();
+  ++regions_forgotten;
+}
 
 void judge_count(const uint32_t* counter) {
   const uintptr_t p = address(counter);
@@ -187,6 +193,20 @@ void count_bank_conflicts(const void* const rows[8]) {
 }  // namespace emulator
 
 extern "C" {
+
+void emulator_watch(int on) { emulator::watching = on != 0; }
+
+// What a launch was given, for who runs it elsewhere: how often it was all forgotten, and a region.
+uint64_t emulator_regions_forgotten() { return emulator::regions_forgotten; }
+int emulator_region(int index, const char** name, uint64_t* begin, int64_t* bytes, int* access) {
+  if (index >= static_cast<int>(emulator::regions.size())) return 0;
+  const auto& region = emulator::regions[index];
+  *name = region.name;
+  *begin = region.begin;
+  *bytes = static_cast<int64_t>(region.end - region.begin);
+  *access = static_cast<int>(region.access);
+  return 1;
+}
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
