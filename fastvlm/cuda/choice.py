@@ -22,8 +22,8 @@ class Rule(NamedTuple):
 
 
 # of what the kernel takes at all, which is a decoding step's: see unsupported() of its launcher.
-# Float32 is left to Triton on purpose: these kernels are made of the tensor cores' 16-bit products,
-# whose only other precision is TF32, and a product that is exact needs other kernels, without tensor
+# Float32 is left to Triton on purpose: these kernels are made of 16-bit products of the tensor
+# cores, whose only other precision is TF32. Exact products need other kernels, without tensor
 # cores, for a dtype in which nobody decodes on a GPU for speed
 ALWAYS = Rule(
     lambda *args: True,

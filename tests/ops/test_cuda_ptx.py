@@ -25,7 +25,10 @@ pytestmark = [
 ]
 # the kernels of which each check runs
 CHECKS = {
-    "cross": ("attention_kernel<__nv_bfloat16, 64, true", "attention_kernel<__nv_bfloat16, 96, true"),
+    "cross": (
+        "attention_kernel<__nv_bfloat16, 64, true",
+        "attention_kernel<__nv_bfloat16, 96, true",
+    ),
     "more_rows": ("attention_kernel<__nv_bfloat16, 64, false",),
     "stats": ("attention_kernel<__nv_bfloat16, 64, true",),
     "cached": ("CacheKeys",),
