@@ -63,8 +63,7 @@ class Call {
   uint64_t capture() const {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long id = 0;
-    const auto error =
-        cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream()), &status, &id);
+    const auto error = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream()), &status, &id);
     STD_TORCH_CHECK(error == cudaSuccess, "capture: ", cudaGetErrorString(error));
     return status == cudaStreamCaptureStatusNone ? 0 : id;
   }

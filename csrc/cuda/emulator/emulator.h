@@ -4,8 +4,8 @@
 // kernel is compiled with -fsanitize=thread, whose calls at every access to memory are answered
 // here (memory.cpp): an access outside of what the launch was given, shared memory that nobody has
 // written, an unaligned access and a race are faults, whatever the schedule was. A fault ends the
-// launch with an exception. Of what another block wrote only that may be read which a fence, a count
-// and a fence hand over (order.cpp).
+// launch with an exception. Of what another block wrote only that may be read which a fence, a
+// count and a fence hand over (order.cpp).
 //
 // Not modelled: time, caches.
 #pragma once
@@ -51,7 +51,8 @@ struct Launch {
 void launch(const char* name, dim3 grid, int threads, int shared_bytes, Body body,
             const void* context, const Launch& itself);
 // Whether somebody else ran it; a fault of theirs is an exception here.
-bool ran_elsewhere(const char* name, dim3 grid, int threads, int shared_bytes, const Launch& launch);
+bool ran_elsewhere(const char* name, dim3 grid, int threads, int shared_bytes,
+                   const Launch& launch);
 
 // Of the thread that runs.
 int thread_index();

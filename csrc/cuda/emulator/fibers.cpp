@@ -214,8 +214,8 @@ void fault(const char* format, ...) {
   to_launcher(nullptr, 2);
 }
 
-void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
-            const void* context_, const Launch& itself) {
+void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_, const void* context_,
+            const Launch& itself) {
   grid = grid_;
   size = threads;
   shared_bytes = bytes;
