@@ -1,10 +1,10 @@
 """The kernels in the emulator under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 They see what the emulator does not judge: local arrays, overflows, shifts. ThreadSanitizer is not
-among them: the emulator answers its instrumentation itself. With its own runtime and fibers it finds
-of tests/cuda/planted.cu the races that one barrier would order, which the emulator finds, too; it
-misses copies that are not waited for and memory that nobody wrote, and calls it a race where
-fences order two blocks.
+among them: the emulator answers its instrumentation itself. With its own runtime and fibers it
+finds of tests/cuda/planted.cu the races that one barrier would order, which the emulator finds,
+too; it misses copies that are not waited for and memory that nobody wrote, and calls it a race
+where fences order two blocks.
 """
 
 from __future__ import annotations
