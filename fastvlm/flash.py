@@ -164,7 +164,7 @@ def _kernel(run: Callable[..., Any], first: int, where: int) -> Kernel:
         dropout_p = args[where + 10]
         return _reason(Call(q, k, v, args[where], args[where + 5], dropout_p))
 
-    return Kernel("flash", run, unavailable, unsupported)
+    return Kernel("flash", run, unavailable, unsupported, calls="what fastvlm/flash.py lists")
 
 
 for _name in ("cross_attention", "self_attention"):

@@ -31,6 +31,10 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas
          "-Wno-unused-parameter", "-fno-strict-aliasing"]  # fmt: skip
 # its calls are answered by csrc/cuda/emulator/memory.cpp, not by the sanitizer's own library
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+# instead, in a process that runs under these sanitizers: local arrays, shifts, overflows, which the
+# emulator does not judge
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+SANITIZED = "FASTVLM_CUDA_SANITIZERS"
 BINDING = ["-DFASTVLM_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 SCHEDULES = ("round robin", "random", "priority")
 
@@ -51,13 +55,20 @@ def missing() -> str | None:
 
 
 def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # a sanitizer that this process runs under is not for the compiler
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 
+def sanitized() -> bool:
+    return bool(os.environ.get(SANITIZED))
+
+
 def compile_watched(source: Path, to: Path, engine: Path, *options: str) -> None:
-    """A file of kernels as a library, every access to memory of which the emulator judges."""
-    _compile([CXX, *FLAGS, *WATCHED, *options, "-x", "c++", "-c", str(source), "-o", f"{to}.o"])
+    """A file of kernels as a library, every access to memory of which is judged."""
+    kind = SANITIZERS if sanitized() else WATCHED
+    _compile([CXX, *FLAGS, *kind, *options, "-x", "c++", "-c", str(source), "-o", f"{to}.o"])
     # without WATCHED: the sanitizer's own library must not be linked
     _compile([CXX, "-shared", f"{to}.o", str(engine), "-o", str(to)])
 
@@ -67,7 +78,8 @@ def floors() -> list[str]:
 
 
 def _key() -> str:
-    digest = hashlib.sha256(repr((FLAGS, WATCHED, BINDING, CXX, torch.__version__)).encode())
+    how = FLAGS, SANITIZERS if sanitized() else WATCHED, BINDING, CXX, torch.__version__
+    digest = hashlib.sha256(repr(how).encode())
     csrc = sources()
     for file in sorted([*csrc.glob("bind_cuda*"), *csrc.glob("*cuda/**/*")]):
         if file.is_file():
@@ -125,6 +137,7 @@ def engine() -> ctypes.CDLL:
     loaded.emulator_error.restype = ctypes.c_char_p
     loaded.emulator_unload.argtypes = [ctypes.c_void_p]
     loaded.emulator_settings.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    loaded.emulator_watch(not sanitized())
     for floor in floors():
         load(loaded, folder() / f"{floor}.so")
     torch.ops.load_library(str(folder() / "binding.so"))

@@ -83,7 +83,7 @@ def test_without_nvcc_nothing_is_done(
 def test_a_kernel_that_spills_and_one_that_does_not_compile(tmp_path: Path) -> None:
     spilling = tmp_path / "spilling.cu"
     spilling.write_text(
-        "__global__ void __launch_bounds__(1024, 2) attention_combine(float* x) {\n"
+        "__global__ void __launch_bounds__(1024, 2) topk_merge(float* x) {\n"
         "  float held[200], sum = 0;\n"
         "  #pragma unroll\n  for (int i = 0; i < 200; ++i) sum += held[i] = x[i * 1024];\n"
         "  #pragma unroll\n  for (int i = 0; i < 200; ++i) x[i * 1024] = held[i] * sum;\n}\n"

@@ -30,8 +30,15 @@ FAULTS = {
     "no_wait": "where a copy is under way",
     "no_meeting": "shared[",
     "copies_over_what_is_read": "a race: shared[",
+    "no_fence_before": "a race: out[",
+    "no_fence_after": "a race: out[",
+    "no_barrier_before_the_fence": "a race: out[",
+    "writes_after_the_fence": "a race: out[",
+    "writes_to_a_counter": "a plain access to counters",
+    "counts_outside": "a count outside of all counters",
 }
-CLEAN = ("copies", "neighbours", "asynchronous", "matrices_in_one_bank", "matrices_moved")
+CLEAN = ("copies", "neighbours", "asynchronous", "matrices_in_one_bank", "matrices_moved",
+         "last_comes", "handed_over", "handed_over_to_another")  # fmt: skip
 
 
 @pytest.fixture(scope="session")

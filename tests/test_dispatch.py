@@ -145,6 +145,28 @@ def test_status_names_backend_and_reason(scratch: str) -> None:
     assert all(backend == "reference" for _, backend, _ in dispatch.status("cuda"))
 
 
+def test_status_says_which_calls_a_backend_serves(scratch: str) -> None:
+    """As the CUDA library, which leaves the others to Triton."""
+
+    def row() -> str:
+        return next(chosen for name, chosen, _ in dispatch.status("cuda") if name == scratch)
+
+    def kernel(backend: str, why: str | None, calls: str | None) -> None:
+        run, no = (lambda x: x), (lambda x: None)
+        dispatch.register(scratch, Kernel(backend, run, lambda: why, no, no, calls))
+
+    kernel("cuda", None, "few rows")
+    assert row() == "cuda (few rows), reference"
+    kernel("triton", None, None)
+    assert row() == "cuda (few rows), triton"
+    kernel("cuda", None, "")
+    assert row() == "triton"
+    kernel("triton", "not here", None)
+    assert row() == "cuda"
+    kernel("cuda", "not here", "few rows")
+    assert row() == "reference"
+
+
 def test_a_kernel_may_leave_a_call_to_one_after_it(
     scratch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

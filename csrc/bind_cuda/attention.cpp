@@ -1,6 +1,7 @@
 // Attention of few query rows as torch ops.
 #include "../cuda/attention.h"
 
+#include "arrivals.h"
 #include "bind.h"
 
 namespace fastvlm {
@@ -34,7 +35,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
     STD_TORCH_CHECK(k.size(d) == v.size(d), "v: expected the shape of k");
   }
   STD_TORCH_CHECK(k.size(dims - 1) == args.dim, "k: expected the head dimension of q");
-  STD_TORCH_CHECK(splits >= 1, "splits: expected 1 or more");
+  STD_TORCH_CHECK(splits >= 1 && splits <= kMostSplits, "splits: expected 1 to ", kMostSplits);
   STD_TORCH_CHECK(args.rows * args.heads <= INT32_MAX, "q: too many rows");
   args.q_row = q.stride(0);
   args.q_head = q.stride(1);
@@ -84,6 +85,7 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, con
   }
   args.row_blocks = (max_readers * (args.heads / args.kv_heads) + kQueryRows - 1) / kQueryRows;
   Results made = results(q, args, true);
+  const Optional counters = set_arrivals(args, call, q, args.images * args.row_blocks);
   FASTVLM_CUDA_KERNEL(cross_attention)(args, call.stream());
   return {made.out, made.stats};
 }
@@ -109,6 +111,7 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   args.window = window;
   args.row_blocks = (args.heads / args.kv_heads + kQueryRows - 1) / kQueryRows;
   Results made = results(q, args, false);
+  const Optional counters = set_arrivals(args, call, q, args.rows * args.row_blocks);
   FASTVLM_CUDA_KERNEL(cached_attention)(args, call.stream());
   return made.out;
 }

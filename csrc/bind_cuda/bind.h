@@ -26,6 +26,7 @@
   reinterpret_cast<decltype(&fastvlm_cuda_##name)>(emulator_kernel("fastvlm_cuda_" #name))
 extern "C" void* emulator_kernel(const char* name);
 #else
+#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #define FASTVLM_DEVICE CUDA
@@ -48,12 +49,23 @@ class Call {
 #if defined(FASTVLM_EMULATOR)
   explicit Call(const Tensor&) { emulator::forget_memory(); }
   void* stream() const { return nullptr; }
+  int32_t device() const { return 0; }
+  uint64_t capture() const { return 0; }
 #else
   explicit Call(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
   void* stream() const {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return stream;
+  }
+  int32_t device() const { return index_; }
+  // Of the graph that the stream is captured into; 0 where it is not captured.
+  uint64_t capture() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    const auto error = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream()), &status, &id);
+    STD_TORCH_CHECK(error == cudaSuccess, "capture: ", cudaGetErrorString(error));
+    return status == cudaStreamCaptureStatusNone ? 0 : id;
   }
 
  private:
@@ -80,17 +92,19 @@ inline int64_t bytes_of(ScalarType type) {
   }
 }
 
+enum class Access { kInput, kResult, kCounters };
+
 // Lets the launches of this call touch t.
-inline void give(const Tensor& t, const char* name, bool writable) {
+inline void give(const Tensor& t, const char* name, Access access) {
 #if defined(FASTVLM_EMULATOR)
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   if (t.numel() > 0) {
     emulator::give_memory(name, t.const_data_ptr(), (last + 1) * bytes_of(t.scalar_type()),
-                          writable);
+                          static_cast<emulator::Access>(access));
   }
 #else
-  (void)t, (void)name, (void)writable;
+  (void)t, (void)name, (void)access;
 #endif
 }
 
@@ -109,7 +123,7 @@ inline const void* input(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(dims == 0 || t.numel() == 0 || t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1,
                   name, ": the last dimension must be contiguous");
-  give(t, name, false);
+  give(t, name, Access::kInput);
   return t.const_data_ptr();
 }
 
@@ -153,7 +167,7 @@ inline Tensor result(const Tensor& like, const char* name, bool wanted,
   const std::vector<int64_t> sizes = wanted ? std::vector<int64_t>(shape) : std::vector<int64_t>{0};
   Tensor made = torch::stable::new_empty(like, sizes, type);
   if (wanted) {
-    give(made, name, true);
+    give(made, name, Access::kResult);
     *to = static_cast<T*>(made.mutable_data_ptr());
   }
   return made;
@@ -166,7 +180,7 @@ inline Dropout dropout_of(const Optional& seed, double p) {
                   "seed: expected one int64");
   STD_TORCH_CHECK(p < 1.0, "dropout_p: expected a number in [0, 1), got ", p);
   STD_TORCH_CHECK(on_device(*seed), "seed: expected a CUDA tensor");
-  give(*seed, "seed", false);
+  give(*seed, "seed", Access::kInput);
   return {static_cast<const int64_t*>(seed->const_data_ptr()),
           static_cast<uint64_t>(std::ceil(std::ldexp(p, 53))), static_cast<float>(1.0 / (1.0 - p))};
 }

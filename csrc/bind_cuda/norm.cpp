@@ -33,7 +33,7 @@ void set_residual(NormArgs& args, const Optional& gate, const Optional& next_wei
     args.gate = {gate->const_data_ptr(), dtype_of(*gate, "gate")};
     STD_TORCH_CHECK(args.gate.dtype == DType::kFloat || args.gate.dtype == args.dtype,
                     "gate: expected float32 or x's dtype");
-    give(*gate, "gate", false);
+    give(*gate, "gate", Access::kInput);
   }
   if (next_weight.has_value()) {
     args.next_weight = vector_of(*next_weight, "next_weight", args.dtype, args.cols);

@@ -20,6 +20,7 @@ void with_dim(int64_t dim, const Body& body) {
 template <class Keys>
 void run(const char* name, const AttentionArgs& args, int64_t blocks, void* stream) {
   if (args.rows == 0 || blocks == 0) return;
+  give_counters("arrivals", arrivals, kArrivalSlots * kArrivals);
   with_short_type(args.dtype, [&](auto type) {
     with_dim(args.dim, [&](auto dim) {
       using T = decltype(type);
@@ -31,9 +32,6 @@ void run(const char* name, const AttentionArgs& args, int64_t blocks, void* stre
           name,
           args.capped ? &attention_kernel<T, D, true, Keys> : &attention_kernel<T, D, false, Keys>,
           grid, Tile::kThreads, Tile::kBytes, stream, args);
-      if (args.splits == 1) return;
-      launch("attention_combine", &attention_combine_kernel<T, D>,
-             dim3(static_cast<unsigned>((args.rows * args.heads + 3) / 4)), 128, 0, stream, args);
     });
   });
 }

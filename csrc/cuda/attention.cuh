@@ -3,12 +3,14 @@
 // A block takes a tile of rows, a head of K and V, and a part of the keys. Its warps take 16 keys
 // each of a tile that asynchronous copies bring while the one before is worked on, keep a softmax
 // of their own, and put their results together at the end (online softmax: arXiv 1805.02867;
-// split over keys as in Flash-Decoding).
+// split over keys as in Flash-Decoding). Of the blocks that have a part of the same keys the last
+// one to end puts the parts together, so that a split costs no second launch.
 #pragma once
 
 #include <cmath>
 
 #include "attention_keys.cuh"
+#include "attention_splits.cuh"
 
 namespace fastvlm {
 namespace cuda {
@@ -20,6 +22,9 @@ struct AttentionTile {
   static constexpr int kChunks = D / 8, kRowBytes = 2 * D, kStages = 2;
   static constexpr int kQueryBytes = kQueryRows * kRowBytes, kTileBytes = kKeys * kRowBytes;
   static constexpr int kBytes = kQueryBytes + 2 * kStages * kTileBytes;
+  // four of heads of 64 leave a thread 128 registers, the others are what shared memory lets in;
+  // left alone, ptxas aims at more and spills
+  static constexpr int kBlocks = D <= 96 ? 4 : 3;
   static_assert(kWarps * kQueryRows * (D + 2) * 4 <= 2 * kStages * kTileBytes,
                 "the warps' results fit where the tiles were");
 
@@ -219,7 +224,7 @@ GPU_FN void put_together(const AttentionArgs& args, const Keys& keys, int64_t kv
 }
 
 template <class T, int D, bool kCapped, class Keys>
-GPU_KERNEL(AttentionTile<D>::kThreads)
+GPU_KERNEL(AttentionTile<D>::kThreads, AttentionTile<D>::kBlocks)
 attention_kernel(const AttentionArgs args) {
   using Tile = AttentionTile<D>;
   GPU_SHARED(shared);
@@ -266,42 +271,10 @@ attention_kernel(const AttentionArgs args) {
   gpu::copy_wait<0>();
   gpu::barrier();
   put_together<T, D>(args, keys, kv_head, split, softmax, reinterpret_cast<float*>(tiles));
-}
-
-// A warp puts together the splits of one row and head, a lane eight elements.
-template <class T, int D>
-GPU_KERNEL(128)
-attention_combine_kernel(const AttentionArgs args) {
-  const int lane = gpu::thread_index() % 32;
-  const int64_t all = args.rows * args.heads;
-  const int64_t row = int64_t{gpu::block_x()} * 4 + gpu::thread_index() / 32;
-  if (row >= all || lane >= D / 8) return;
-  float largest = -INFINITY, total = 0.f, sums[8] = {};
-  for (int64_t split = 0; split < args.splits; ++split) {
-    largest = fmaxf(largest, args.parts_stats[(split * all + row) * 2]);
-  }
-  const float base = largest == -INFINITY ? 0.f : largest;
-  for (int64_t split = 0; split < args.splits; ++split) {
-    const int64_t part = split * all + row;
-    const float weight = gpu::exp2(args.parts_stats[2 * part] - base);
-    total += weight * args.parts_stats[2 * part + 1];
-#pragma unroll
-    for (int j = 0; j < 8; j += 4) {
-      const gpu::Chunk chunk = gpu::load16(args.parts + part * D + 8 * lane + j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[j + i] += weight * gpu::float_of_bits(chunk.word[i]);
-    }
-  }
-  const float factor = total > 0.f ? 1.f / total : 0.f;
-  gpu::Chunk chunk;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    chunk.word[j] = gpu::pack<T>(sums[2 * j] * factor, sums[2 * j + 1] * factor);
-  }
-  gpu::store16(static_cast<T*>(args.out) + row * D + 8 * lane, chunk);
-  if (lane == 0 && args.stats != nullptr) {
-    args.stats[2 * row] = largest;
-    args.stats[2 * row + 1] = total;
+  if (splits == 1) return;
+  const int tile = gpu::block_x() / splits * static_cast<int>(args.kv_heads) + gpu::block_y();
+  if (is_last(args, tile, reinterpret_cast<bool*>(shared))) {
+    combine<T, D, Tile::kThreads>(args, keys, kv_head, reinterpret_cast<float*>(tiles));
   }
 }
 

@@ -12,17 +12,16 @@ namespace cuda {
 struct ImageKeys {
   const AttentionArgs& args;
   // in 32 bits, where division is not a subroutine: layouts have less than 2^31 rows
-  int group, first_row, readers, lo = 0, hi;
-  int64_t first_reader, first_key;
+  int group, first_row, first_reader, readers, first_key, lo = 0, hi;
 
   GPU_FN ImageKeys(const AttentionArgs& a, int block) : args(a) {
     const int image = block / static_cast<int>(a.row_blocks);
     group = static_cast<int>(a.heads) / static_cast<int>(a.kv_heads);
     first_row = block % static_cast<int>(a.row_blocks) * kQueryRows;
     first_reader = a.reader_offsets[image];
-    readers = a.reader_offsets[image + 1] - static_cast<int>(first_reader);
+    readers = a.reader_offsets[image + 1] - first_reader;
     first_key = a.kv_offsets[image];
-    hi = a.kv_offsets[image + 1] - static_cast<int>(first_key);
+    hi = a.kv_offsets[image + 1] - first_key;
   }
 
   // The query row of m, or -1.
@@ -37,8 +36,8 @@ struct ImageKeys {
   }
   GPU_FN bool idle() const { return first_row >= readers * group; }
   GPU_FN bool sees(int key) const { return key < hi; }
-  GPU_FN int64_t k_offset(int key) const { return (first_key + key) * args.k_row; }
-  GPU_FN int64_t v_offset(int key) const { return (first_key + key) * args.v_row; }
+  GPU_FN int64_t k_offset(int key) const { return int64_t{first_key + key} * args.k_row; }
+  GPU_FN int64_t v_offset(int key) const { return int64_t{first_key + key} * args.v_row; }
 };
 
 // A block has the heads of a group of one row.

@@ -10,14 +10,19 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define GPU_FN __device__ __forceinline__
-#define GPU_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads)
+// The most threads of a block; after them, where it is said, how many blocks of it a multiprocessor
+// is to hold: ptxas gives a thread what registers that leaves.
+#define GPU_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 // All shared memory of a block: the bytes that its launch asked for.
 #define GPU_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Counters that are 0 when the library is loaded, in the memory of the device.
+#define GPU_ZEROS(name, size) static __device__ uint32_t name[size]
 #else
 #include "emulator/machine.h"
 #define GPU_FN inline
-#define GPU_KERNEL(most_threads) inline void
+#define GPU_KERNEL(...) inline void
 #define GPU_SHARED(name) unsigned char* const name = ::emulator::shared_memory()
+#define GPU_ZEROS(name, size) static uint32_t name[size]
 #endif
 
 namespace gpu {
@@ -96,6 +101,11 @@ GPU_FN void copy_wait() {
 }
 
 GPU_FN void barrier() { __syncthreads(); }
+// What this thread has seen of memory, of its block's threads through a barrier too, comes before
+// what it does to memory next, for every block of the launch.
+GPU_FN void fence() { __threadfence(); }
+// Counts up to `last` and begins again at 0; what was counted before. No order but the fences'.
+GPU_FN uint32_t count_up(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
 GPU_FN float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(kAll, x, lanes); }
 GPU_FN uint64_t shuffle_xor(uint64_t x, int lanes) {
   return __shfl_xor_sync(kAll, static_cast<unsigned long long>(x), lanes);
@@ -174,6 +184,16 @@ template <class T>
 GPU_FN T sum_of_warp(T x) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+  return x;
+}
+
+template <class T>
+GPU_FN T largest_of_warp(T x) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const T other = shuffle_xor(x, lanes);
+    x = other > x ? other : x;
+  }
   return x;
 }
 

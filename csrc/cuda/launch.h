@@ -29,7 +29,14 @@ void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads
   }
 }
 
+inline void give_counters(const char*, const uint32_t*, int64_t) {}
+
 #else
+
+// The emulator must know of memory that no tensor is.
+inline void give_counters(const char* name, const uint32_t* counters, int64_t size) {
+  emulator::give_memory(name, counters, 4 * size, emulator::Access::kCounters);
+}
 
 template <class Parameters>
 struct Launched {
@@ -46,7 +53,8 @@ template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads, int shared, void*,
             const Parameters& parameters) {
   const Launched<Parameters> launched{kernel, &parameters};
-  emulator::launch(name, grid, threads, shared, Launched<Parameters>::run, &launched);
+  emulator::launch(name, grid, threads, shared, Launched<Parameters>::run, &launched,
+                   {reinterpret_cast<const void*>(kernel), &parameters, sizeof parameters});
 }
 
 #endif

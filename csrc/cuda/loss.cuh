@@ -27,16 +27,6 @@ GPU_FN float score_of(uint64_t key) {
 }
 GPU_FN uint32_t index_of(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
 
-template <class T>
-GPU_FN T largest_of_warp(T x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const T other = gpu::shuffle_xor(x, lanes);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 GPU_FN float exponential(float x) { return gpu::exp2(1.4426950408889634f * x); }
 
 struct TopkBlock {
@@ -87,7 +77,7 @@ topk_tiles_kernel(const TopkArgs args) {
       // what is no token comes after all that are: -infinity, and a larger index
       keys[j] = key_of(score[j], static_cast<uint32_t>(first + column));
     }
-    const float largest = largest_of_warp(fmaxf(score[0], score[1]));
+    const float largest = gpu::largest_of_warp(fmaxf(score[0], score[1]));
     // a bias may rule out all tokens of a block
     const float base = largest == -INFINITY ? 0.f : largest;
     const float sum = gpu::sum_of_warp(exponential(score[0] - base) + exponential(score[1] - base));
@@ -97,7 +87,7 @@ topk_tiles_kernel(const TopkArgs args) {
       args.sums[part] = sum;
     }
     for (int64_t i = 0; i < args.kept; ++i) {
-      const uint64_t best = largest_of_warp(keys[0] > keys[1] ? keys[0] : keys[1]);
+      const uint64_t best = gpu::largest_of_warp(keys[0] > keys[1] ? keys[0] : keys[1]);
       if (lane == 0) args.keys[part * args.kept + i] = best;
       if (keys[0] == best) keys[0] = 0;
       if (keys[1] == best) keys[1] = 0;
@@ -114,11 +104,11 @@ struct TopkMerge {
 // The largest of all threads, for all of them; place: of kWarps values, another than the last one.
 template <class T>
 GPU_FN T largest_of_block(T x, T* place) {
-  x = largest_of_warp(x);
+  x = gpu::largest_of_warp(x);
   const int lane = gpu::thread_index() % 32;
   if (lane == 0) place[gpu::thread_index() / 32] = x;
   gpu::barrier();
-  return largest_of_warp(place[lane % TopkMerge::kWarps]);
+  return gpu::largest_of_warp(place[lane % TopkMerge::kWarps]);
 }
 
 GPU_KERNEL(TopkMerge::kThreads) topk_merge_kernel(const TopkArgs args) {

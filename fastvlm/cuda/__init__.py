@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastvlm.cuda import library
-from fastvlm.cuda.choice import yields
+from fastvlm.cuda.choice import RULES, yields
 from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
 
 # the file under fastvlm/cuda/ that launches each op
@@ -77,6 +77,7 @@ def _kernel(name: str, floor: str) -> Kernel:
         unavailable,
         lambda *args: _other_gpu(args) or launcher().unsupported(*args),
         lambda *args: yields(name, args),
+        RULES[name].calls,
     )
 
 

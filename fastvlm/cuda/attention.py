@@ -15,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # rows of a tile (kQueryRows of csrc/cuda/attention.h), and tiles of an image up to which its keys
 # are read once for each: more rows than a decoding step has
 TILE, MOST_TILES = 16, 4
-# keys of a block, and of a split at least
+# keys of a block, and of a split at least; parts of the keys (kMostSplits of csrc/cuda/attention.h)
 KEYS = 64
 MOST_SPLITS = 32
 

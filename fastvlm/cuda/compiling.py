@@ -55,8 +55,6 @@ def launch_of(kernel: str) -> tuple[int, int]:
     numbers = [int(n) for n in re.findall(r"\b(\d+)\b", kernel.partition("<")[2])]
     if kernel.startswith("attention_kernel"):
         return ATTENTION[numbers[0]]
-    if kernel.startswith("attention_combine"):
-        return 128, 0
     if kernel.startswith("few_rows_linear"):
         return 256, numbers[-1] * 4096
     if kernel.startswith("topk_tiles"):

@@ -36,7 +36,8 @@ class Kernel:
 
     unavailable() says why the backend cannot be used on this machine at all, unsupported(*args)
     why it cannot serve one call; both give None when it can. yields(*args) says why a call that it
-    can serve should rather go to a backend after it that can, too.
+    can serve should rather go to a backend after it that can, too. calls: in words, which calls are
+    served where a backend after it can serve them, too; "" for none, None for all.
     """
 
     backend: str
@@ -44,6 +45,7 @@ class Kernel:
     unavailable: Callable[[], str | None]
     unsupported: Callable[..., str | None]
     yields: Callable[..., str | None] | None = None
+    calls: str | None = None
 
 
 @dataclass
@@ -146,20 +148,31 @@ def use(backend: str) -> Iterator[None]:
 
 
 def status(device: str) -> list[tuple[str, str, str]]:
-    """For each public op: (name, backend that serves it on this device type, why not a better)."""
+    """For each public op: (name, what serves it on this device type, why not a better backend).
+
+    Several backends where the first ones serve only some of the calls, each with which.
+    """
     wanted = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    candidates = CANDIDATES[wanted]
-    rows = []
-    for op in OPS.values():
-        reasons, chosen = [], "reference"
-        for backend in candidates:
-            kernel = op.kernels.get(backend)
-            if kernel is None and backend in _PARTIAL:
-                continue
-            reason = f"no {backend} kernel yet" if kernel is None else kernel.unavailable()
-            if reason is None:
-                chosen = backend
-                break
+    return [(op.name, *_serving(op, CANDIDATES[wanted])) for op in OPS.values()]
+
+
+def _serving(op: Op, candidates: list[str]) -> tuple[str, str]:
+    serving: list[str] = []
+    reasons, whole, yielding = [], "reference", None
+    for backend in candidates:
+        kernel = op.kernels.get(backend)
+        if kernel is None and backend in _PARTIAL:
+            continue
+        reason = f"no {backend} kernel yet" if kernel is None else kernel.unavailable()
+        if kernel is None or reason is not None:
             reasons.append(f"{backend}: {reason}")
-        rows.append((op.name, chosen, "; ".join(reasons)))
-    return rows
+        elif kernel.calls is None:
+            whole = backend
+            break
+        elif kernel.calls:
+            serving.append(f"{backend} ({kernel.calls})")
+        else:
+            yielding = yielding or backend
+    if whole == "reference" and yielding is not None:
+        whole = yielding
+    return ", ".join([*serving, whole]), "; ".join(reasons)

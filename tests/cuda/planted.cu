@@ -115,6 +115,53 @@ matrices(const Planted p) {
   p.out[lane] = gpu::float_of_bits(x.word[0]);
 }
 
+GPU_ZEROS(counters, 2);
+
+// Each block leaves a number for the one that comes last; which of the fences are there is the
+// parameter.
+template <bool before, bool after>
+GPU_KERNEL(32)
+comes_last(const Planted p) {
+  if (gpu::thread_index() != 0) return;
+  p.out[1 + gpu::block_x()] = p.in[gpu::block_x()];
+  if (before) gpu::fence();
+  const bool last = gpu::count_up(counters, 1) == 1;
+  if (after) gpu::fence();
+  if (last) p.out[0] = p.out[1] + p.out[2];
+}
+
+// The other threads of a block hand over through a barrier on either side.
+template <bool before, bool after>
+GPU_KERNEL(64)
+hands_over(const Planted p) {
+  GPU_SHARED(shared);
+  bool* const last = reinterpret_cast<bool*>(shared);
+  const int i = gpu::thread_index();
+  if (i == 63) p.out[1 + gpu::block_x()] = p.in[gpu::block_x()];
+  if (before) gpu::barrier();
+  if (i == 0) {
+    gpu::fence();
+    *last = gpu::count_up(counters, 1) == 1;
+    gpu::fence();
+  }
+  gpu::barrier();
+  if (*last && i == (after ? 0 : 63)) p.out[0] = p.out[1] + p.out[2];
+}
+
+// What is written after the fence is not handed over.
+GPU_KERNEL(32) writes_after_the_fence(const Planted p) {
+  if (gpu::thread_index() != 0) return;
+  gpu::fence();
+  p.out[1 + gpu::block_x()] = p.in[gpu::block_x()];
+  const bool last = gpu::count_up(counters, 1) == 1;
+  gpu::fence();
+  if (last) p.out[0] = p.out[1] + p.out[2];
+}
+
+GPU_KERNEL(32) writes_to_a_counter(const Planted) { counters[1] = 0; }
+
+GPU_KERNEL(32) counts_outside(const Planted) { gpu::count_up(counters + 2, 1); }
+
 }  // namespace
 
 #define PLANTED(name, kernel)                                                 \
@@ -126,6 +173,11 @@ matrices(const Planted p) {
   extern "C" void planted_##name(const float* in, float* out, int n) {            \
     using namespace fastvlm::cuda;                                                \
     launch(#name, &kernel, dim3(1), threads, 4096, nullptr, Planted{in, out, n}); \
+  }
+#define PLANTED_TWO(name, kernel, threads)                                        \
+  extern "C" void planted_##name(const float* in, float* out, int n) {            \
+    using namespace fastvlm::cuda;                                                \
+    launch(#name, &kernel, dim3(2), threads, 4096, nullptr, Planted{in, out, n}); \
   }
 PLANTED(copies, copies)
 PLANTED_ONE(reads_outside, reads_outside, 128)
@@ -147,6 +199,15 @@ PLANTED_ONE(no_meeting, (asynchronous<0, false>), 128)
 PLANTED_ONE(copies_over_what_is_read, copies_over_what_is_read, 128)
 PLANTED_ONE(matrices_in_one_bank, matrices<false>, 32)
 PLANTED_ONE(matrices_moved, matrices<true>, 32)
+PLANTED_TWO(last_comes, (comes_last<true, true>), 32)
+PLANTED_TWO(no_fence_before, (comes_last<false, true>), 32)
+PLANTED_TWO(no_fence_after, (comes_last<true, false>), 32)
+PLANTED_TWO(handed_over, (hands_over<true, true>), 64)
+PLANTED_TWO(handed_over_to_another, (hands_over<true, false>), 64)
+PLANTED_TWO(no_barrier_before_the_fence, (hands_over<false, true>), 64)
+PLANTED_TWO(writes_after_the_fence, writes_after_the_fence, 32)
+PLANTED_ONE(writes_to_a_counter, writes_to_a_counter, 32)
+PLANTED_ONE(counts_outside, counts_outside, 32)
 
 namespace {
 std::string words;
@@ -156,8 +217,11 @@ std::string words;
 extern "C" const char* planted_run(void (*kernel)(const float*, float*, int), const float* in,
                                    float* out, int n) {
   emulator::forget_memory();
-  emulator::give_memory("in", in, n * sizeof(float), false);
-  emulator::give_memory("out", out, n * sizeof(float), true);
+  emulator::give_memory("in", in, n * sizeof(float), emulator::Access::kInput);
+  emulator::give_memory("out", out, n * sizeof(float), emulator::Access::kResult);
+  // a fault may have come between two counts
+  counters[0] = counters[1] = 0;
+  fastvlm::cuda::give_counters("counters", counters, 2);
   try {
     kernel(in, out, n);
   } catch (const std::exception& error) {

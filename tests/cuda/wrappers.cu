@@ -2,7 +2,8 @@
 // it can be held against its scalar model.
 #include "cuda/launch.h"
 
-namespace {
+// Not one without a name: kernels are told apart by their symbols.
+namespace wrappers {
 
 using fastvlm::cuda::launch;
 
@@ -95,11 +96,12 @@ GPU_KERNEL(32) functions(const Words w) {
   for (int i = 0; i < 4; ++i) w.out[4 * lane + i] = gpu::bits_of_float(values[i]);
 }
 
-}  // namespace
+}  // namespace wrappers
 
 // An exception must not reach ctypes.
 #define WRAPPER(name, kernel)                                             \
   extern "C" int wrapper_##name(const uint32_t* in, uint32_t* out) {      \
+    using namespace wrappers;                                             \
     try {                                                                 \
       launch(#name, &kernel, dim3(1), 32, 1024, nullptr, Words{in, out}); \
     } catch (const std::exception&) {                                     \
@@ -119,7 +121,7 @@ WRAPPER(functions, functions)
 #if !defined(__CUDACC__)
 extern "C" void wrapper_give(const uint32_t* in, uint32_t* out, int words_in, int words_out) {
   emulator::forget_memory();
-  emulator::give_memory("in", in, 4 * words_in, false);
-  emulator::give_memory("out", out, 4 * words_out, true);
+  emulator::give_memory("in", in, 4 * words_in, emulator::Access::kInput);
+  emulator::give_memory("out", out, 4 * words_out, emulator::Access::kResult);
 }
 #endif

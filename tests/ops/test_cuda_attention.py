@@ -90,6 +90,37 @@ def test_stats_are_those_of_the_reference(
     torch.testing.assert_close(stats, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_splits_of_more_tiles_than_a_slot_has_counters(
+    follows_the_error_rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits_are(monkeypatch, 2)
+    filled, kv_heads = [70, 3, 0], 171
+    assert len(filled) * kv_heads > 512  # kArrivals of csrc/cuda/attention.h
+    shapes = [(3, kv_heads, 64), (3, 70, kv_heads, 64), (3, 70, kv_heads, 64)]
+    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    follows_the_error_rule(
+        lambda *x: ops.cached_attention(*x, torch.tensor(filled)),
+        lambda *x: plain.cached_attention(*x, filled),
+        inputs,
+    )
+
+
+def test_the_order_in_which_splits_end_changes_no_bit(
+    randn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits_are(monkeypatch, 32)
+    layout = Layout.from_lengths([5], [700], [0])
+    q, k, v = randn(5, 2, 64), randn(700, 1, 64), randn(700, 1, 64)
+    cuda_emulator.reset_counts()
+    outs = []
+    for seed in (1, 2, 3):
+        with cuda_emulator.emulated("random", seed):
+            outs.append(ops.cross_attention(q, k, v, layout))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    assert cuda_emulator.counts()["launches"] == 3
+
+
 def test_heads_of_a_wider_tensor(randn: Any, follows_the_error_rule: Any) -> None:
     """As a projection of q, k and v in one leaves them."""
     lengths = [3], [70], [0]

@@ -33,8 +33,7 @@ def emulated(seed: int) -> Any:
 # one block's worth of registers, its double, tails in the last chunk, more than one warp
 @pytest.mark.parametrize("n", [8, 255, 768, 1024, 2048, 2056, 2304, 3584, 6144])
 def test_widths(n: int, randn: Any, follows_the_error_rule: Any) -> None:
-    # no gradient of the gate: one number, a sum of thousands of terms of either sign, of which
-    # PyTorch's own error is now and then next to nothing (test_norm.py has it for shorter rows)
+    # the gradient of the gate is one number: test_norm.py asks for it, of several gates
     rows = randn(3, n, grad=True), randn(3, n, grad=True)
     weights = randn(n, scale=0.1, grad=True), randn(n, grad=True)
     follows_the_error_rule(

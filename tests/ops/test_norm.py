@@ -54,6 +54,23 @@ def test_residual_rms_norm(
     )
 
 
+@pytest.mark.parametrize("n", [1000, 2304])
+def test_gradients_of_gates(n: int, on: Any, randn: Any, follows_the_error_rule: Any) -> None:
+    follows_the_error_rule(
+        plain.of_each_gate(
+            lambda x, r, w, g, y: on(ops.residual_rms_norm, x, r, w, gate=g, next_weight=y)
+        ),
+        plain.of_each_gate(plain.residual_rms_norm),
+        [
+            randn(16, 2, n, grad=True),
+            randn(16, 2, n),
+            randn(n, scale=0.1, grad=True),
+            randn(16, grad=True),
+            randn(n, scale=0.1, grad=True),
+        ],
+    )
+
+
 def test_a_closed_gate_passes_the_residual_and_still_learns() -> None:
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.zeros(8)
     gate = torch.zeros((), requires_grad=True)

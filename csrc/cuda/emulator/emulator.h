@@ -1,12 +1,13 @@
 // CUDA on a CPU: what gpu.h stands on where a kernel is compiled by g++ instead of nvcc.
 //
-// A thread of a block is a fiber, the blocks of a launch run one after another. The kernel is
-// compiled with -fsanitize=thread, whose calls at every access to memory are answered here
-// (memory.cpp): an access outside of what the launch was given, shared memory that nobody has
+// A thread of a block is a fiber, the blocks of a launch run one after another, in any order. The
+// kernel is compiled with -fsanitize=thread, whose calls at every access to memory are answered
+// here (memory.cpp): an access outside of what the launch was given, shared memory that nobody has
 // written, an unaligned access and a race are faults, whatever the schedule was. A fault ends the
-// launch with an exception.
+// launch with an exception. Of what another block wrote only that may be read which a fence, a
+// count and a fence hand over (order.cpp).
 //
-// Not modelled: time, caches, the order in which other blocks see plain stores.
+// Not modelled: time, caches.
 #pragma once
 
 #include <cstddef>
@@ -33,15 +34,25 @@ struct Counts {
   int64_t launches, blocks, barriers, collectives, copies, bank_conflicts;
 };
 
-// Memory that the launches to come may touch, until forget_memory(). Memory that is not written
-// yet is a fault to read.
-void give_memory(const char* name, const void* data, int64_t bytes, bool writable);
+// Memory that the launches to come may touch, until forget_memory(): an input is only read, a
+// result is a fault to read where it is not written yet, counters are only counted.
+enum class Access { kInput, kResult, kCounters };
+void give_memory(const char* name, const void* data, int64_t bytes, Access access);
 void forget_memory();
 
 // Runs body(context) once for each thread of each block.
 using Body = void (*)(const void* context);
-void launch(const char* kernel, dim3 grid, int threads, int shared_bytes, Body body,
-            const void* context);
+// The same launch for who executes something else that was made of the kernel (libraries.cpp).
+struct Launch {
+  const void* kernel;
+  const void* parameters;
+  int bytes;
+};
+void launch(const char* name, dim3 grid, int threads, int shared_bytes, Body body,
+            const void* context, const Launch& itself);
+// Whether somebody else ran it; a fault of theirs is an exception here.
+bool ran_elsewhere(const char* name, dim3 grid, int threads, int shared_bytes,
+                   const Launch& launch);
 
 // Of the thread that runs.
 int thread_index();
@@ -52,6 +63,11 @@ unsigned char* shared_memory();
 
 // All threads of the block, at the same line.
 void barrier(int line);
+
+// What orders blocks: a fence, then a count that another thread's count finds, then a fence there.
+void fence();
+// Counts up to last and begins again at 0; what was counted before.
+uint32_t count_up(uint32_t* counter, uint32_t last);
 
 // All lanes of a warp bring `in` and get `out`; model computes all of them at once.
 using Model = void (*)(const void* const in[kWarp], void* const out[kWarp]);

@@ -5,8 +5,17 @@
 #include <cstdarg>
 #include <cstdio>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+
+// There where a process runs under AddressSanitizer, which must know of stacks that are changed.
+extern "C" {
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake, const void* bottom,
+                                                          size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake, const void** bottom,
+                                                           size_t* size);
+}
 
 namespace emulator {
 namespace {
@@ -27,6 +36,7 @@ std::vector<int> ready;
 std::vector<uint64_t> priority;
 std::vector<Gathering> gatherings;
 std::vector<unsigned char> shared;
+Seen block_seen;
 Fiber* now = nullptr;
 jmp_buf launcher;
 Body body = nullptr;
@@ -43,9 +53,25 @@ uint64_t random() {
   return random_state;
 }
 
+// The launcher's stack, for the sanitizer.
+const void* launcher_bottom = nullptr;
+size_t launcher_size = 0;
+
+void leaving(void** fake, const void* bottom, size_t size) {
+  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(fake, bottom, size);
+}
+void arrived(void* fake, const void** bottom, size_t* size) {
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fake, bottom, size);
+}
+[[noreturn]] void to_launcher(void** fake, int back) {
+  leaving(fake, launcher_bottom, launcher_size);
+  _longjmp(launcher, back);
+}
+
 // Back to the launcher until somebody lets this thread go on.
 void pause() {
-  if (_setjmp(now->at) == 0) _longjmp(launcher, 1);
+  if (_setjmp(now->at) == 0) to_launcher(&now->fake_stack, 1);
+  arrived(now->fake_stack, &launcher_bottom, &launcher_size);
 }
 
 void make_ready(Fiber& fiber) {
@@ -54,9 +80,10 @@ void make_ready(Fiber& fiber) {
 }
 
 void entry() {
+  arrived(nullptr, &launcher_bottom, &launcher_size);
   body(context);
   now->state = Fiber::kDone;
-  _longjmp(launcher, 1);
+  to_launcher(nullptr, 1);
 }
 
 int next_ready() {
@@ -86,6 +113,7 @@ void prepare_block() {
   ++blocks;
   ++counted.blocks;
   waiting = 0;
+  block_seen = {};
   ready.clear();
   gatherings.assign((size + kWarp - 1) / kWarp, {});
   std::fill(shared.begin(), shared.end(), 0xff);
@@ -100,6 +128,8 @@ void prepare_block() {
     fiber.warp = i / kWarp;
     fiber.block_time = fiber.warp_time = 0;
     fiber.started = false;
+    fiber.fences = 0;
+    fiber.seen = fiber.met = fiber.gives = {};
     fiber.copies.clear();
     fiber.group = fiber.groups_done = 0;
     make_ready(fiber);
@@ -136,11 +166,16 @@ bool run_block() {
       return false;
     }
     now = fibers[next_ready()].get();
+    void* volatile fake_stack = nullptr;
     const int back = _setjmp(launcher);
     if (back == 0) {
+      void* fake = nullptr;
+      leaving(&fake, now->stack, kStack);
+      fake_stack = fake;
       if (!now->started) start(*now);
       _longjmp(now->at, 1);
     }
+    arrived(fake_stack, nullptr, nullptr);
     if (back == 2) return false;
     if (now->state == Fiber::kDone) ++done;
     now = nullptr;
@@ -154,6 +189,10 @@ Fiber* running() { return now; }
 uint64_t launch_number() { return launches; }
 uint64_t block_number() { return blocks; }
 int shared_size() { return shared_bytes; }
+const Seen& seen_by_block() { return block_seen; }
+Mark mark() {
+  return {launches, blocks, now->thread, now->warp, now->block_time, now->warp_time, now->fences};
+}
 Counts& counts() { return counted; }
 
 int thread_index() { return now->thread; }
@@ -172,11 +211,11 @@ void fault(const char* format, ...) {
   message = text;
   if (now == nullptr) throw std::runtime_error(message);
   message += " (thread " + std::to_string(now->thread) + ")";
-  _longjmp(launcher, 2);
+  to_launcher(nullptr, 2);
 }
 
-void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
-            const void* context_) {
+void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_, const void* context_,
+            const Launch& itself) {
   grid = grid_;
   size = threads;
   shared_bytes = bytes;
@@ -186,13 +225,18 @@ void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_,
   ++counted.launches;
   largest_shared = std::max(largest_shared, bytes);
   most_threads = std::max(most_threads, threads);
+  if (ran_elsewhere(name, grid, threads, bytes, itself)) return;
   random_state = settings.seed * 0x9E3779B97F4A7C15u + 1;
   shared.resize(bytes + 128);
   if (threads < 1 || threads > 1024 || threads % kWarp != 0) {
     throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads));
   }
-  const uint64_t number = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < number; ++i) {
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  if (settings.schedule != Schedule::kRoundRobin) {
+    for (uint64_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+  }
+  for (const uint64_t i : order) {
     block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     if (run_block()) continue;
     now = nullptr;
@@ -215,6 +259,7 @@ void barrier(int line) {
     ++counted.barriers;
     for (int i = 0; i < size; ++i) {
       ++fibers[i]->block_time;
+      block_seen.add(fibers[i]->seen);
       make_ready(*fibers[i]);
     }
   }

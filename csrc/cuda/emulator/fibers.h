@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "emulator.h"
+#include "order.h"
 
 namespace emulator {
 
@@ -25,9 +26,13 @@ struct Fiber {
   int line;
   const char* kind;
   bool started;
+  uint32_t fences;
+  // of other blocks: what it may count on, what its counts have met, what its last fence gives away
+  Seen seen, met, gives;
   std::vector<Copy> copies;
   int group, groups_done;
   unsigned char* stack;
+  void* fake_stack;  // AddressSanitizer's
   ucontext_t context;
   jmp_buf at;
 };
@@ -38,6 +43,10 @@ Fiber* running();
 uint64_t launch_number();
 uint64_t block_number();
 int shared_size();
+Mark mark();
+// What all threads of the block may count on: what one of them had seen before a barrier.
+const Seen& seen_by_block();
+void judge_count(const uint32_t* counter);
 void land(const Copy& copy);
 void issue(const Copy& copy);
 Counts& counts();

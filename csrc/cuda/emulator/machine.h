@@ -81,6 +81,11 @@ inline void copy_wait() {
 
 inline void barrier(int line = __builtin_LINE()) { emulator::barrier(line); }
 
+inline void fence() { emulator::fence(); }
+inline uint32_t count_up(uint32_t* counter, uint32_t last) {
+  return emulator::count_up(counter, last);
+}
+
 // Words of 32 bits.
 uint32_t shuffle_xor_bits(uint32_t x, int lanes);
 inline float shuffle_xor(float x, int lanes) {

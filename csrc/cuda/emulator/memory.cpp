@@ -2,7 +2,7 @@
 //
 // A cell of two bytes remembers its last write and its last reads. Two accesses of different
 // threads, one of them a write, are a race unless a barrier of the block, or of the warp if both
-// are of one, lies between them. Threads of different blocks are never ordered within a launch.
+// are of one, lies between them. Threads of different blocks are ordered by order.cpp alone.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -13,14 +13,6 @@ namespace emulator {
 namespace {
 
 constexpr int kCell = 2;
-constexpr int32_t kNobody = -1, kSeveral = -2;
-
-// Who did something, and when: marks of another launch, or in shared memory another block, are old.
-struct Mark {
-  uint64_t launch = 0, block = 0;
-  int32_t thread = kNobody, warp = kNobody;
-  uint32_t block_time = 0, warp_time = 0;
-};
 
 struct Cell {
   Mark write, read;
@@ -30,24 +22,26 @@ struct Cell {
 struct Region {
   const char* name;
   uintptr_t begin, end;
-  bool writable;
+  Access access;
   std::vector<Cell> cells;
 };
 
 std::vector<Region> regions;
+uint64_t regions_forgotten = 0;
+// false where kernels are compiled for other sanitizers: plain accesses are not seen
+bool watching = true;
 std::vector<Cell> shared_cells;
 uint64_t shared_block = 0;
 
 uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
-Mark mark() {
-  const Fiber& f = *running();
-  return {launch_number(), block_number(), f.thread, f.warp, f.block_time, f.warp_time};
+bool passed_on(const Mark& before) {
+  return running()->seen.has(before) || seen_by_block().has(before);
 }
 
 bool ordered(const Mark& before, const Mark& after) {
   if (before.thread == kNobody || before.launch != after.launch) return true;
-  if (before.block != after.block) return false;
+  if (before.block != after.block) return passed_on(before);
   if (before.thread == after.thread || before.block_time < after.block_time) return true;
   return before.warp == after.warp && before.block_time == after.block_time &&
          before.warp_time < after.warp_time;
@@ -57,7 +51,7 @@ bool ordered(const Mark& before, const Mark& after) {
 Mark joined(const Mark& old, Mark mine) {
   if (old.thread == kNobody || old.launch != mine.launch) return mine;
   if (old.block != mine.block) {
-    mine.block = UINT64_MAX;
+    if (!passed_on(old)) mine.block = UINT64_MAX;
     return mine;
   }
   if (old.block_time < mine.block_time) return mine;
@@ -106,7 +100,7 @@ bool in_shared(uintptr_t p, size_t bytes) {
 
 void access(const void* data, size_t bytes, bool write) {
   const Fiber* fiber = running();
-  if (fiber == nullptr) return;
+  if (fiber == nullptr || !watching) return;
   const uintptr_t p = address(data), stack = address(fiber->stack);
   if (p >= stack && p < stack + kStack) return;
   const bool whole = bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16;
@@ -121,7 +115,8 @@ void access(const void* data, size_t bytes, bool write) {
   }
   for (Region& region : regions) {
     if (p < region.begin || p + bytes > region.end) continue;
-    if (!region.writable) {
+    if (region.access == Access::kCounters) fault("a plain access to %s", region.name);
+    if (region.access == Access::kInput) {
       if (write) fault("a write to %s, which is an input", region.name);
       return;
     }
@@ -144,14 +139,25 @@ void access(const void* data, size_t bytes, bool write) {
 
 }  // namespace
 
-void give_memory(const char* name, const void* data, int64_t bytes, bool writable) {
+void give_memory(const char* name, const void* data, int64_t bytes, Access access) {
   if (bytes <= 0) return;
-  Region region{name, address(data), address(data) + bytes, writable, {}};
-  if (writable) region.cells.resize((bytes + kCell - 1) / kCell);
+  Region region{name, address(data), address(data) + bytes, access, {}};
+  if (access == Access::kResult) region.cells.resize((bytes + kCell - 1) / kCell);
   regions.push_back(std::move(region));
 }
 
-void forget_memory() { regions.clear(); }
+void forget_memory() {
+  regions.clear();
+  ++regions_forgotten;
+}
+
+void judge_count(const uint32_t* counter) {
+  const uintptr_t p = address(counter);
+  for (const Region& region : regions) {
+    if (region.access == Access::kCounters && p >= region.begin && p + 4 <= region.end) return;
+  }
+  fault("a count outside of all counters");
+}
 
 void read(const void* data, size_t bytes) { access(data, bytes, false); }
 void write(void* data, size_t bytes) { access(data, bytes, true); }
@@ -187,6 +193,20 @@ void count_bank_conflicts(const void* const rows[8]) {
 }  // namespace emulator
 
 extern "C" {
+
+void emulator_watch(int on) { emulator::watching = on != 0; }
+
+// What a launch was given, for who runs it elsewhere: how often it was all forgotten, and a region.
+uint64_t emulator_regions_forgotten() { return emulator::regions_forgotten; }
+int emulator_region(int index, const char** name, uint64_t* begin, int64_t* bytes, int* access) {
+  if (index >= static_cast<int>(emulator::regions.size())) return 0;
+  const auto& region = emulator::regions[index];
+  *name = region.name;
+  *begin = region.begin;
+  *bytes = static_cast<int64_t>(region.end - region.begin);
+  *access = static_cast<int>(region.access);
+  return 1;
+}
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
