@@ -36,7 +36,8 @@ class At(NamedTuple):
     rotation: tuple[Tensor, Tensor] | tuple[()]
 
 
-Layer = Callable[[Tensor, At], Tensor]
+# what a layer hands to the next: [R, d], or the stream and what its first norm makes of it
+Layer = Callable[[Any, At], Any]
 _OPS = torch.ops.fastvlm
 
 
@@ -108,18 +109,29 @@ class CrossReads:
 
 
 class Plan:
-    """The step of one stack for one cache; layers: a function for each."""
+    """The step of one stack for one cache; layers: a function for each.
 
-    def __init__(self, stack: Any, layers: list[Layer]):
+    begin: the embedded tokens -> what the first layer takes. end: what the last gives -> [R, d].
+    """
+
+    def __init__(
+        self,
+        stack: Any,
+        layers: list[Layer],
+        begin: Callable[[Tensor], Any] = lambda x: x,
+        end: Callable[[Any], Tensor] = lambda x: x,
+    ):
         self.stack, self.layers = weakref.ref(stack), layers
+        self.begin, self.end = begin, end
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
-        """x [R, d], the embedded tokens -> [R, d], before the stack's last norm."""
+        """x [R, d], the embedded tokens -> [R, d], the stack's last states."""
         where = () if layouts.cross is None else arguments_of(layouts.cross)
         at = At(layouts.visible, where, rotation)
+        state = self.begin(x)
         for layer in self.layers:
-            x = layer(x, at)
-        return x
+            state = layer(state, at)
+        return self.end(state)
 
 
 # beside the caches, not in them: a cache is copied, saved and kept
