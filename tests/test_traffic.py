@@ -274,6 +274,21 @@ def test_tables_say_who_has_the_fewest() -> None:
     assert tables.notes(figures) == ["m, decoding, Liger: not counted: not here"]
 
 
+def test_what_is_not_counted_again_is_kept(tmp_path: Path) -> None:
+    def record(model: str, side: str, launches: int) -> dict[str, Any]:
+        numbers = {"launches": launches, "bytes": 1, "kernels": {}}
+        return {"model": model, "kind": "decoding", "side": side, "forward": numbers}
+
+    path, same = tmp_path / "traffic.json", {"versions": {"torch": "1"}, "step": {}, "steps": []}
+    old = [record("gemma2-2b", "fastvlm", 5), record("florence2-base", "torch.compile", 7)]
+    path.write_text(json.dumps({**same, "counted": old}))
+    new = [record("gemma2-2b", "fastvlm", 4), record("florence2-base", "transformers", 9)]
+    merged = traffic.kept(path, {**same, "counted": new})["counted"]
+    assert merged == [new[1], old[1], new[0]]
+    with pytest.raises(ValueError, match="versions are others"):
+        traffic.kept(path, {**same, "versions": {"torch": "2"}, "counted": new})
+
+
 def test_the_report_has_the_counts(tmp_path: Path) -> None:
     kept = report.RESULTS / "traffic.json"
     (tmp_path / "traffic.json").write_text(kept.read_text())

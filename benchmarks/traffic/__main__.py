@@ -126,25 +126,52 @@ def count_compiled(places: Sequence[Record], jobs: Sequence[compiled.Job]) -> li
     return [{**place, **side, **found} for place, found in zip(places, compiled.count(jobs))]
 
 
-def count_layers(decoders: Sequence[Decoder], works: Sequence[Work]) -> list[Record]:
+def count_layers(
+    decoders: Sequence[Decoder], works: Sequence[Work], sides: Sequence[str]
+) -> list[Record]:
     cases = [(d, work) for d in decoders for work in works]
-    places: list[Record] = [{"model": d.name, "kind": _kind(work)} for d, work in cases]
-    compiled_ones = count_compiled(places, [compiled.layer_job(d, work) for d, work in cases])
-    sides = [side for side in tables.LAYER_SIDES if side != compiled.SIDE]
-    found = []
-    for (d, work), theirs in zip(cases, compiled_ones):
-        found += [theirs, *(count_layer(d, side, work) for side in sides)]
+    found = [
+        count_layer(d, side, work) for d, work in cases for side in sides if side != compiled.SIDE
+    ]
+    if compiled.SIDE in sides:
+        places: list[Record] = [{"model": d.name, "kind": _kind(work)} for d, work in cases]
+        found += count_compiled(places, [compiled.layer_job(d, work) for d, work in cases])
     return found
 
 
-def count_steps(configs: dict[str, FlorenzConfig], work: Decoding) -> list[Record]:
-    places: list[Record] = [{"model": name} for name in configs]
-    jobs = [compiled.step_job(config, work) for config in configs.values()]
-    sides = [side for side in tables.STEP_SIDES if side != compiled.SIDE]
-    found = []
-    for (name, config), theirs in zip(configs.items(), count_compiled(places, jobs)):
-        found += [theirs, *(count_step(name, config, side, work) for side in sides)]
+def count_steps(
+    configs: dict[str, FlorenzConfig], work: Decoding, sides: Sequence[str]
+) -> list[Record]:
+    found = [
+        count_step(name, config, side, work)
+        for name, config in configs.items()
+        for side in sides
+        if side != compiled.SIDE
+    ]
+    if compiled.SIDE in sides:
+        jobs = [compiled.step_job(config, work) for config in configs.values()]
+        found += count_compiled([{"model": name} for name in configs], jobs)
     return found
+
+
+def kept(path: Path, figures: Record) -> Record:
+    """figures, and from the file what was not counted now: ValueError where it is of other versions
+    or of another step."""
+    before = json.loads(path.read_text()) if path.exists() else figures
+    for name in ("versions", "step"):
+        if before[name] != figures[name]:
+            raise ValueError(f"{path}: its {name} are others ({before[name]}): count all sides")
+    models = [*(d.name for d in DECODERS), *SIZES]
+    sides = [*tables.LAYER_SIDES, *tables.STEP_SIDES]
+
+    def place(r: Record) -> tuple[Any, ...]:
+        return models.index(r["model"]), r.get("kind") != "training", sides.index(r["side"])
+
+    merged = dict(figures)
+    for part in ("counted", "steps"):
+        records = {place(r): r for r in (*before[part], *figures[part])}
+        merged[part] = [records[key] for key in sorted(records)]
+    return merged
 
 
 def kernels(records: Sequence[Record]) -> str:
@@ -159,25 +186,30 @@ def kernels(records: Sequence[Record]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    every = list(dict.fromkeys((*tables.LAYER_SIDES, *tables.STEP_SIDES)))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--kernels", action="store_true", help="print every kernel's share")
-    parser.add_argument("--size", nargs="+", default=list(SIZES), choices=list(SIZES))
+    only = "count these alone; the file keeps its other counts"
+    parser.add_argument("--size", nargs="+", default=list(SIZES), choices=list(SIZES), help=only)
+    parser.add_argument("--side", nargs="+", default=every, choices=every, help=only)
     args = parser.parse_args(argv)
     decoders = [d for d, size in zip(DECODERS, SIZES) if size in args.size]
-    counted = count_layers(decoders, (training(), STEP))
-    whole = count_steps({size: FlorenzConfig.of_size(size) for size in args.size}, STEP)
-    print(text_table(tables.LAYER_HEADERS, tables.layer_rows(counted)), end="\n\n")
-    print(text_table(tables.STEP_HEADERS, tables.step_rows(whole)), end="\n\n")
-    print(text_table(tables.AROUND_HEADERS, tables.around_rows(whole)))
-    if args.kernels:
-        print(kernels([*counted, *whole]))
+    sides = [[s for s in of if s in args.side] for of in (tables.LAYER_SIDES, tables.STEP_SIDES)]
+    configs = {size: FlorenzConfig.of_size(size) for size in args.size}
     figures = {
-        "versions": fastvlm.env.versions(),
+        "versions": {**fastvlm.env.versions(), "liger": liger.version()},
         "step": asdict(STEP),
-        "counted": counted,
-        "steps": whole,
+        "counted": count_layers(decoders, (training(), STEP), sides[0]),
+        "steps": count_steps(configs, STEP, sides[1]),
     }
+    if args.size != list(SIZES) or args.side != every:
+        figures = kept(args.out, figures)
+    print(text_table(tables.LAYER_HEADERS, tables.layer_rows(figures["counted"])), end="\n\n")
+    print(text_table(tables.STEP_HEADERS, tables.step_rows(figures["steps"])), end="\n\n")
+    print(text_table(tables.AROUND_HEADERS, tables.around_rows(figures["steps"])))
+    if args.kernels:
+        print(kernels([*figures["counted"], *figures["steps"]]))
     for note in tables.notes(figures):
         print(note)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")

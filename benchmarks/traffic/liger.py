@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,14 @@ def missing() -> str | None:
         except ImportError as error:
             return f"{package} cannot be imported: {error}"
     return None
+
+
+def version() -> str | None:
+    """Of the package; None where there is none."""
+    try:
+        return metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @contextlib.contextmanager
