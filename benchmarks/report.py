@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import limits, targets
+from benchmarks.traffic import tables as traffic
 from fastvlm.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -224,6 +225,7 @@ def chart(figures: Figures, path: Path) -> None:
 SINGLE = {
     "training-cpu": ("Training steps", training),
     "decoding-cpu": ("Decoding", decoding),
+    "traffic": ("Launches and bytes, counted", traffic.markdown),
 }
 
 

@@ -1,10 +1,22 @@
-"""A mode that counts what is done to tensors without memory (device "meta")."""
+"""A mode that counts what is done to tensors without memory (device "meta").
+
+The rules, the same for every side of a table. A launch is a kernel that is started: an operator of
+ATen that computes, a launch through Triton, a launch of the CUDA library. Its bytes are those of
+the tensors that it is given and gives back, each once, but
+
+- what is read and then written in place, twice;
+- of a table that rows or elements are picked from, only as much as is picked;
+- of a dimension of stride 0, which an expanded tensor has, one element.
+
+Caches do not exist: what a kernel reads again, or reads after another has written it, counts there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -24,34 +36,74 @@ _VIEWS = {
     "chunk", "unbind", "_reshape_alias", "lift_fresh", "empty", "empty_like", "new_empty",
     "empty_strided", "new_empty_strided", "unflatten", "diagonal", "view_as",
 }  # fmt: skip
+# operators whose first tensor is a table: as many of its elements are read as come out
+_PICKS = {"embedding", "index_select", "index", "gather"}
+# in place, without looking at what was there
+_OVERWRITES = {"copy_", "fill_", "zero_", "uniform_", "normal_", "random_"}
 
 
-def _bytes(x: Tensor) -> int:
+def bytes_of(x: Tensor) -> int:
     """Of the elements there are: a dimension of stride 0 holds one."""
     sizes = [n for n, stride in zip(x.shape, x.stride()) if stride != 0 or n <= 1]
     return int(torch.Size(sizes).numel() * x.element_size())
 
 
-def _tensors(*values: Any) -> list[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-class Traffic(TorchDispatchMode):
-    """launches and moved (bytes), by operator; the names of our kernels start with "fastvlm."."""
+def _moved(name: str, given: list[Tensor], result: list[Tensor]) -> int:
+    """The bytes of one launch of an ATen operator."""
+    total = sum(bytes_of(x) for x in {id(x): x for x in [*given, *result]}.values())
+    if name in _PICKS:
+        table, picked = given[0], sum(x.numel() for x in result)
+        total -= max(0, bytes_of(table) - picked * table.element_size())
+    elif name.endswith("_") and name not in _OVERWRITES:
+        total += bytes_of(given[0])
+    return total
 
-    def __init__(self) -> None:
+
+def rewritten(function: Any, arguments: Sequence[Any]) -> list[Tensor]:
+    """Of a Triton kernel's tensors those that it both loads and stores."""
+    source = function.src
+    found = []
+    for name, x in zip(function.arg_names, arguments):
+        if isinstance(x, Tensor):
+            loads, stores = (re.search(rf"tl\.{k}\(\s*{name}\b", source) for k in ("load", "store"))
+            if loads and stores:
+                found.append(x)
+    return found
+
+
+class Traffic(TorchDispatchMode):
+    """launches and moved (bytes), by operator; the names of our kernels start with "fastvlm.".
+
+    backends: which of ours may serve, as they would on a GPU that has them.
+    """
+
+    def __init__(self, backends: Sequence[str] = ("triton",)) -> None:
         super().__init__()
+        self.backends = backends
         self.launches: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
 
-    def add(self, name: str, tensors: list[Tensor]) -> None:
-        once = {id(x): x for x in tensors}
+    def launch(self, name: str, moved: int) -> None:
         self.launches[name] += 1
-        self.moved[name] += sum(_bytes(x) for x in once.values())
+        self.moved[name] += moved
+
+    def add(self, name: str, tensors: list[Tensor]) -> None:
+        """One launch that reads or writes each of these."""
+        self.launch(name, sum(bytes_of(x) for x in tensors))
 
     @property
     def total(self) -> tuple[int, int]:
         return sum(self.launches.values()), sum(self.moved.values())
+
+    def numbers(self) -> dict[str, Any]:
+        """What a results file keeps: launches, bytes, and both by kernel."""
+        launches, moved = self.total
+        kernels = {k: [n, self.moved[k]] for k, n in sorted(self.launches.items())}
+        return {"launches": launches, "bytes": moved, "kernels": kernels}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,24 +112,45 @@ class Traffic(TorchDispatchMode):
             return self._ours(name, args)
         result = func(*args, **kwargs)
         if namespace != "prim" and name not in _VIEWS:
-            self.add(name, _tensors(args, kwargs, result))
+            given, made = tensors_in(args, kwargs), tensors_in(result)
+            # what the host computes for itself is no launch
+            if any(x.device.type != "cpu" for x in (*given, *made)):
+                self.launch(name, _moved(name, given, made))
         return result
 
     def _ours(self, name: str, args: tuple[Any, ...]) -> Any:
-        """The Triton launcher itself; its kernels are counted where they would be launched."""
-        from triton.runtime.jit import JITFunction
+        """The launcher itself; its kernels are counted where they would be launched."""
+        from benchmarks.traffic.cuda_launches import CudaLaunches
 
-        kernel = dispatch.OPS[name].kernels.get("triton")
-        if kernel is None or kernel.unsupported(*args) is not None:
-            # what serves on a GPU too, operator by operator
-            with self:
-                return dispatch.OPS[name].reference(*args)
+        run = self._server(name, args)
+        with triton_launches(self, "fastvlm."), CudaLaunches(self).installed(), self:
+            return run(*args)
 
-        def run(function: Any, *given: Any, **named: Any) -> None:
-            self.add(f"fastvlm.{function.fn.__name__}", _tensors(given, named))
+    def _server(self, name: str, args: tuple[Any, ...]) -> Any:
+        """As dispatch chooses on CUDA, among the backends of this count."""
+        op, yielding = dispatch.OPS[name], None
+        for backend in dispatch.CANDIDATES["CUDA"]:
+            kernel = op.kernels.get(backend)
+            if kernel is None or backend not in self.backends or kernel.unsupported(*args):
+                continue
+            if kernel.yields is None or kernel.yields(*args) is None:
+                return kernel.run
+            yielding = yielding or kernel
+        # the reference serves on a GPU too, operator by operator
+        return op.reference if yielding is None else yielding.run
 
-        with mock.patch.object(JITFunction, "run", run), self:
-            return kernel.run(*args)
+
+@contextlib.contextmanager
+def triton_launches(traffic: Traffic, prefix: str) -> Iterator[None]:
+    """Inside, what Triton would launch is counted in its place."""
+    from triton.runtime.jit import JITFunction
+
+    def run(function: Any, *given: Any, **named: Any) -> None:
+        tensors = tensors_in(given, named) + rewritten(function, given)
+        traffic.add(prefix + function.fn.__name__, tensors)
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield
 
 
 @contextlib.contextmanager

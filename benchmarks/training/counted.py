@@ -52,7 +52,7 @@ class Step(counter.Traffic):
         if formula is not None:
             self._work(name, formula(*args, **(kwargs or {}), out_val=result))
         self._work(f"fastvlm.{name}", products_of_loss(name, args, self.pairs[0, 0]))
-        for x in counter._tensors(result):
+        for x in counter.tensors_in(result):
             self._hold(x)
         return result
 

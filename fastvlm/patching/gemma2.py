@@ -94,10 +94,6 @@ class GemmaSteps(DecoderStack):
         tables = self.rotary_emb(x.unsqueeze(1), position_ids)
         return tuple(t[:, 0].expand(x.shape[0], -1) for t in tables)
 
-    def _end_step(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x)
-        return out
-
 
 class GemmaDecoder(GemmaSteps):
     def new_cache(self) -> DynamicCache:

@@ -119,9 +119,9 @@ class Program:
         x: int,
         residual: int,
         weight: Tensor,
+        *,
         eps: float,
         offset: float,
-        *,
         gate: Tensor | None = None,
         next_weight: Tensor | None = None,
     ) -> list[int]:

@@ -277,10 +277,6 @@ class DecoderStack(_Stack):
         """cos and sin [R, head_dim] of the new tokens, for a stack with RoPE."""
         return ()
 
-    def _end_step(self, x: Tensor) -> Tensor:
-        """What the stack does after its last layer."""
-        return x
-
     def _planned(self, call: Call, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
         """A decoding step by its plan; None where the modules must be called."""
         ids, past = call.input_ids, call.past
@@ -295,7 +291,7 @@ class DecoderStack(_Stack):
         filled = past.get_seq_length()
         x = self._embed_step(ids, filled)
         x = plan(x, layouts, self._rotation(x, kwargs.get("position_ids"), filled))
-        return self._output(self._end_step(x).unsqueeze(1), past)
+        return self._output(x.unsqueeze(1), past)
 
     def _output(self, states: Tensor, past: Any) -> Any:
         if self.has_cross_attention:

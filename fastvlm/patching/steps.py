@@ -53,7 +53,7 @@ class Plan:
         self._on_cpu = CpuStep(program.instructions, program.widths)
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
-        """x [R, d], the embedded tokens -> [R, d], before the stack's last norm."""
+        """x [R, d], the embedded tokens -> [R, d], the stack's last states."""
         start = self.layers[0].filled
         for layer in self.layers:
             layer.reserve(1)

@@ -195,7 +195,8 @@ def _gelu_mlp_backward(
         _product(dpre.t(), x) if needs[1] else x.new_empty(0),
         sums.sum(0).to(x.dtype) if needs[2] else x.new_empty(0),
         _product(grad.t(), hidden) if needs[3] else x.new_empty(0),
-        grad.sum(0, dtype=torch.float32).to(x.dtype) if needs[4] else x.new_empty(0),
+        # accumulated in float32 whatever the dtype
+        grad.sum(0) if needs[4] else x.new_empty(0),
     )
 
 

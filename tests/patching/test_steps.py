@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -96,6 +97,38 @@ def test_planned_and_called_steps_ask_for_the_same(name: str, planned: list[int]
         generate(model, inputs, num_beams=2)
     assert len(planned) == count > 0
     assert ours.seen == called.seen
+
+
+class Norms(TorchDispatchMode):
+    """How often each norm op is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "norm" in func._schema.name:
+            self.calls[func._schema.name.removeprefix("fastvlm::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "tails"), [("gemma2", 2), ("florenz", 3), ("t5gemma", 3)])
+def test_a_norm_is_also_the_one_after_it(
+    name: str, tails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's last norm gives what the next layer reads, the last layer's the stack's states."""
+    seen: list[Counter[str]] = []
+    run = Plan.__call__
+
+    def counted(self: Plan, *args: Any) -> Any:
+        with Norms() as norms:
+            result = run(self, *args)
+        seen.append(norms.calls)
+        return result
+
+    monkeypatch.setattr(Plan, "__call__", counted)
+    generate(*patched(name), num_beams=2)
+    assert seen == [{"rms_norm": 1, "residual_rms_norm": 2 * tails}] * 11
 
 
 @pytest.mark.parametrize("name", PLANNED)
