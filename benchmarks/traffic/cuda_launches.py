@@ -40,12 +40,9 @@ class CudaLaunches:
     def _attention(self, name: str, q: Tensor, splits: int, *read: Tensor | None) -> Any:
         out, stats = torch.empty_like(q), _wide(q, *q.shape[:2], 2)
         kept = stats if name == "cross_attention" else None
-        if splits == 1:
-            self._launch(name, q, *read, out, kept)
-        else:
-            parts = _wide(q, splits, *q.shape), _wide(q, splits, *q.shape[:2], 2)
-            self._launch(name, q, *read, *parts)
-            self._launch("attention_combine", *parts, out, kept)
+        # the last block of a tile reads what all of them have written
+        parts = () if splits == 1 else (_wide(q, splits, *q.shape), _wide(q, splits, *stats.shape))
+        self._launch(name, q, *read, *parts, *parts, out, kept)
         return out, stats
 
     def cross_attention(
