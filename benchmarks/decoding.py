@@ -22,71 +22,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
-from benchmarks import measure
+from benchmarks import measure, steps
+from benchmarks.steps import Captioning
 from fastvlm import env
 from fastvlm.decoding.languages import LANGUAGES
-from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.demo import captioner
-from fastvlm.demo.workload import load_photo, random_workload
+from fastvlm.demo.workload import load_photo
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
 from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decoding-cpu.json"
-SHORT, LONG, BEAMS = 8, 64, 3
 OURS, LIBRARY = "fastvlm_cpu::", "aten::"
 
 
-def step_weights(model: Any) -> int:
-    """Bytes of the weights that one step reads: the decoder's and the head's."""
-    decoder = decoder_stack(model)
-    read = {id(model.lm_head.weight): model.lm_head.weight}
-    for name, module in decoder.named_modules():
-        per_image = "encoder_attn" in name and name.endswith(("k_proj", "v_proj"))
-        if isinstance(module, nn.Linear) and not per_image:
-            read[id(module.weight)] = module.weight
-    return sum(weight.numel() * weight.element_size() for weight in read.values())
-
-
-class Decoder:
-    """generate() behind an encoder that has run."""
-
-    def __init__(self, tiny: bool) -> None:
-        photo, _ = load_photo(None)
-        work = random_workload(photo, beams=BEAMS, new_tokens=LONG, tiny=tiny)
-        self.model, self.settings = work.model, work.settings
-        inputs = work.inputs
-        with torch.no_grad():
-            self.states = self.model(
-                **inputs, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False
-            ).encoder_last_hidden_state
-        self.mask = inputs["attention_mask"]
-
-    def __call__(self, tokens: int) -> float:
-        settings = {**self.settings, "max_new_tokens": tokens, "min_new_tokens": tokens}
-        start = time.perf_counter()
-        self.model.generate(  # type: ignore[operator]
-            encoder_outputs=BaseModelOutput(self.states), attention_mask=self.mask, **settings
-        )
-        return time.perf_counter() - start
-
-    def step(self, rounds: int) -> float:
-        """Seconds: the difference of a long and a short caption, by its tokens."""
-        found = []
-        for _ in range(rounds):
-            short, long = self(SHORT), self(LONG)
-            found.append((long - short) / (LONG - SHORT))
-        return statistics.median(found)
-
-
-def profiled(decoder: Decoder, seconds: float) -> dict[str, float]:
+def profiled(decoder: Captioning, seconds: float) -> dict[str, float]:
     """Milliseconds of a step by what takes them; "Python" is what no operator accounts for."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        total = decoder(LONG)
+        total = decoder(steps.LONG)
     own: dict[str, float] = {}
     for event in seen.key_averages():
         if event.key.startswith((OURS, LIBRARY, "mkldnn::")):
@@ -101,16 +56,16 @@ def profiled(decoder: Decoder, seconds: float) -> dict[str, float]:
 
 
 def step_case(rounds: int, tiny: bool) -> dict[str, Any]:
-    decoder = Decoder(tiny)
+    decoder = steps.random_captioning(tiny)
     sides = {}
     for side in ("transformers", "fastvlm"):
         fastvlm.unpatch(decoder.model)
         if side == "fastvlm":
             fastvlm.patch(decoder.model)
-        decoder(SHORT)
+        decoder(steps.SHORT)
         sides[side] = decoder.step(rounds)
     bandwidth = measure.stream_bandwidth("cpu")
-    size = step_weights(decoder.model)
+    size = steps.step_weights(decoder.model)
     floor = size / bandwidth
     return {
         "case": "a step of Florence-2-base, 3 beams",

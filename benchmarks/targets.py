@@ -96,6 +96,10 @@ TARGETS = (
     Target("norms and rope", _NORMS, _F32, ("torch.compile",), FASTER, 1.0),
 )  # fmt: skip
 
+# a step of Florence-2-base, 3 beams, against the faster of ONNX Runtime and OpenVINO with float32
+# weights (benchmarks.decoding_engines): times faster, at least
+STEP_AGAINST_ENGINES = {"fastvlm": 1.0, "fastvlm, bf16": 1.5}
+
 
 def _figure(target: Target, case: Figures) -> float | None:
     if target.measure == FLOOR:
