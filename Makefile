@@ -76,6 +76,7 @@ bench: $(VENV)/.dev build
 	$(RUN) fastvlm bench
 	$(RUN) benchmarks.end_to_end
 	$(RUN) benchmarks.decoding
+	$(RUN) benchmarks.decoding_engines
 	$(RUN) benchmarks.training
 	$(RUN) benchmarks.limits
 	$(RUN) benchmarks.report

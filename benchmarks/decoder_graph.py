@@ -1,57 +1,63 @@
 """One step of a BART decoder and its tied head as an ONNX graph with a KV cache, for the engines.
 
-The rows are the beams of one image, each with one new token; only the length of the past is dynamic.
-What engines do not do by themselves is done here: q, k and v are one product, weights keep PyTorch's
-layout ([outputs, inputs], Gemm with transB), which engines pack anew anyway.
+The rows are the beams of one image, each with one new token; only the length of the past is
+dynamic. What engines do not do by themselves is done here: q, k and v are one product, weights keep
+PyTorch's layout ([outputs, inputs], Gemm with transB), which engines pack anew anyway.
 
 Inputs: token [R] and position [1], int64; beam [R], int32, the row of the step before that each row
-goes on from; for each layer past_key.N and past_value.N [R, heads, T, D], cross_key.N, cross_value.N.
-Outputs: logits [R, vocabulary], present_key.N and present_value.N [R, heads, T + 1, D].
+goes on from; for each layer past_key.N and past_value.N [R, heads, T, D], cross_key.N and
+cross_value.N. Outputs: logits [R, vocabulary], present_key.N and present_value.N
+[R, heads, T + 1, D].
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-OPSET, IR_VERSION = 20, 10
+from benchmarks.engines import IR_VERSION, OPSET
+
 PARTS = ("key", "value")
 
 # How attention is written.
 # PRODUCTS: MatMul, Softmax, MatMul; cross-attention's keys once for all beams, [heads, D, S].
-# OPERATOR: ONNX Runtime's MultiHeadAttention, which OpenVINO reads, too; in cross-attention the beams
-#   are the queries of one image, [1, heads, S, D].
+# OPERATOR: ONNX Runtime's MultiHeadAttention, which OpenVINO reads, too; in cross-attention the
+#   beams are the queries of one image, [1, heads, S, D].
 # REPEATED: the same operator, an image's keys and values copied for each beam, [R, heads, S, D], as
 #   transformers and optimum have them.
 KINDS = PRODUCTS, OPERATOR, REPEATED = "products", "operator", "operator, keys repeated"
 
 
 class _Graph:
-    """Nodes and weights, each named by the tensor that it makes."""
+    """Nodes, each named by the tensor that it makes, and weights, which are copied only once."""
 
     def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
+        from onnx import ModelProto
+
+        self.model = ModelProto(ir_version=IR_VERSION)
+        self.known: set[str] = set()
 
     def weight(self, name: str, value: Tensor) -> str:
         from onnx import numpy_helper
 
-        self.weights.append(numpy_helper.from_array(value.detach().contiguous().numpy(), name))
+        array = value.detach().contiguous().numpy()
+        self.model.graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
     def ints(self, *values: int) -> str:
         name = "ints_" + "_".join(map(str, values))
-        if all(weight.name != name for weight in self.weights):
+        if name not in self.known:
+            self.known.add(name)
             self.weight(name, torch.tensor(values))
         return name
 
     def node(self, kind: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
         from onnx import helper
 
-        self.nodes.append(helper.make_node(kind, inputs, list(outputs), outputs[0], **attributes))
+        made = helper.make_node(kind, inputs, list(outputs), outputs[0], **attributes)
+        self.model.graph.node.append(made)
         return outputs[0]
 
     def linear(self, x: str, name: str, weight: Tensor, bias: Tensor | None) -> str:
@@ -189,9 +195,12 @@ def step_model(decoder: Any, head: nn.Linear, kind: str, rows: int, keys: int) -
             inputs.append(value(f"past_{which}.{n}", floats, [rows, heads, "T", head_dim]))
             inputs.append(value(f"cross_{which}.{n}", floats, shape))
             outputs.append(value(f"present_{which}.{n}", floats, [rows, heads, "T + 1", head_dim]))
-    graph = helper.make_graph(step.nodes, "decoder_step", inputs, outputs, step.weights)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    model = step.model
+    model.graph.name = "decoder_step"
+    model.graph.input.extend(inputs)
+    model.graph.output.extend(outputs)
+    for domain, version in (("", OPSET), ("com.microsoft", 1)):
+        model.opset_import.append(helper.make_opsetid(domain, version))
     return bytes(model.SerializeToString())
 
 

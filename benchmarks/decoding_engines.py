@@ -1,10 +1,11 @@
 """``python -m benchmarks.decoding_engines``: a decoding step beside ONNX Runtime's and OpenVINO's.
 
 Florence-2-base at its true shapes, one 768 px photo, 3 beams, 64 tokens. One loop drives all sides,
-transformers' generate(): transformers itself (sdpa), each engine in several forms of which the fastest
-counts, and fastvlm with float32 and with fewer bits. One process, interleaved, medians over rounds; the
-step is a long caption's time less a short one's, so what is done once an image is not in it. Tokens are
-compared: a float32 side whose tokens are others is no result.
+transformers' generate(): transformers itself (sdpa), each engine in several forms of which the
+fastest counts, and fastvlm with float32 and with bfloat16 weights. One process, interleaved,
+medians over rounds; a step is a long caption's time less a short one's, so what is done once for an
+image is not in it. Tokens are compared: a float32 side with other tokens than transformers' is no
+result.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decoding-engines-cpu.json"
 FLOAT32 = "float32"
-# the forms of an engine's decoder that are measured; --all adds those that were slower
-USUAL = {"onnxruntime": (PRODUCTS, OPERATOR), "openvino": (PRODUCTS, OPERATOR)}
+# the forms of the engines' decoder that are measured; --all adds the one that was slower in both
+USUAL = (PRODUCTS, OPERATOR)
 
 Figures = dict[str, Any]
 
@@ -51,18 +52,14 @@ def sides(captioning: Captioning, everything: bool) -> dict[str, tuple[Captionin
         session = make(decoder, model.lm_head, kind, rows, captioning.states.shape[1], **how)
         found[name] = captioning.by(decoder_engines.EngineModel(model, session)), weights
 
-    kinds = dict.fromkeys(USUAL, KINDS) if everything else USUAL
-    if engines.available("onnxruntime"):
-        for kind in kinds["onnxruntime"]:
-            engine(f"onnxruntime, {kind}", FLOAT32, decoder_engines.OnnxRuntime, kind)
+    classes = {"onnxruntime": decoder_engines.OnnxRuntime, "openvino": decoder_engines.OpenVino}
+    for name in filter(engines.available, classes):
+        for kind in KINDS if everything else USUAL:
+            engine(f"{name}, {kind}", FLOAT32, classes[name], kind)
     if engines.available("openvino"):
-        for kind in kinds["openvino"]:
-            engine(f"openvino, {kind}", FLOAT32, decoder_engines.OpenVino, kind)
-        engine(
-            "openvino, bfloat16 arithmetic", "bf16", decoder_engines.OpenVino, OPERATOR,
-            precision="bf16",
-        )  # fmt: skip
-    for name, weights in (("fastvlm", None), ("fastvlm, bf16", "bf16"), ("fastvlm, int8", "int8")):
+        name = "openvino, bf16 arithmetic"
+        engine(name, "bf16", decoder_engines.OpenVino, OPERATOR, precision="bf16")
+    for name, weights in (("fastvlm", None), ("fastvlm, bf16", "bf16")):
         ours = _same_parameters(model)
         fastvlm.patch(ours, weights=weights)
         found[name] = captioning.by(ours), weights or FLOAT32
@@ -107,7 +104,7 @@ def compared(figures: Figures) -> Figures:
     return {"fastest_engine": fastest, "ratio": ratio}
 
 
-def report(figures: Figures) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(figures: Figures) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and rows: every side, and fastvlm's against the fastest engine."""
     rows = []
     for name, side in figures["sides"].items():
@@ -142,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     load = env.load_average()
     captioning = steps.random_captioning(args.small)
     bandwidth = measure.stream_bandwidth("cpu")
+    measure.release_stream()
     found = sides(captioning, args.all)
     figures = measured(found, args.rounds)
     size = steps.step_weights(captioning.model)
@@ -158,13 +156,13 @@ def main(argv: list[str] | None = None) -> int:
         "weight_bytes": size,
         "stream_gb_per_s": round(bandwidth / 1e9, 2),
         "floor_ms": round(1e3 * size / bandwidth, 3),
-        "settings": {name: decoder_engines.SETTINGS[name] for name in engines.PACKAGES},
-        "missing": {name: measure.MISSING[name] for name in engines.PACKAGES if name in measure.MISSING},
+        "settings": decoder_engines.SETTINGS,
+        "missing_baselines": dict(measure.MISSING),
         "sides": figures,
         **compared(figures),
     }  # fmt: skip
     print(f"{page['case']}; floor {page['floor_ms']} ms\n")
-    print(text_table(*report(page)))
+    print(text_table(*table(page)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(page, indent=1) + "\n")
     print(f"\nwritten: {args.out}")

@@ -21,6 +21,10 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.kinds import MlpCase
 
+# without it OpenVINO falls back to reporting nothing; with it, a fork of this process, threads and
+# all, goes to the network. Whatever imports OpenVINO first would load it
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 OPSET, IR_VERSION = 20, 10
 # "0" lets ONNX Runtime's threads sleep between its calls instead of waiting busily on the cores
@@ -92,9 +96,6 @@ def onnxruntime_session(model: bytes) -> Session:
 
 
 def openvino_session(model: bytes) -> Session:
-    # without it OpenVINO falls back to reporting nothing; with it, a fork of this process, threads
-    # and all, goes to the network
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core = openvino.Core()

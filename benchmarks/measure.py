@@ -126,6 +126,11 @@ def stream_bandwidth(device: str) -> float:
     return data.numel() * 4 / min(timed(data.sum, device) for _ in range(4))
 
 
+def release_stream() -> None:
+    """Give back what stream_bandwidth reads, where memory is short; the next call makes it anew."""
+    _stream.cache_clear()
+
+
 _BEST_RATE: dict[tuple[torch.dtype, str], float] = {}
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import limits, targets
+from benchmarks import decoding_engines, limits, targets
 from benchmarks.traffic import tables as traffic
 from fastvlm.tables import markdown_table
 
@@ -184,6 +184,22 @@ def decoding(figures: Figures) -> str:
     return "\n\n".join([*lines, markdown_table(headers, rows)])
 
 
+def engines(figures: Figures) -> str:
+    versions = figures["versions"]
+    missing = [f"{name} ({reason})" for name, reason in figures["missing_baselines"].items()]
+    settings = "; ".join(f"{name}: {how}" for name, how in figures["settings"].items())
+    intro = (
+        f"{_where(figures)}, onnxruntime {versions['onnxruntime']}, openvino "
+        f"{versions['openvino']}. {figures['case']}, medians of {figures['rounds']} rounds; its "
+        f"weights are {figures['weight_bytes'] / 1e6:.0f} MB, which at "
+        f"{figures['stream_gb_per_s']} GB/s take {figures['floor_ms']:.1f} ms."
+    )
+    if missing:
+        intro += f" Baselines left out: {', '.join(missing)}."
+    lines = [intro, f"The engines: {settings}.", markdown_table(*decoding_engines.table(figures))]
+    return "\n\n".join(lines)
+
+
 COLORS = {"float32": "#d9541e", "bfloat16": "#3a6ea5"}
 
 
@@ -226,6 +242,7 @@ SINGLE = {
     "training-cpu": ("Training steps", training),
     "decoding-cpu": ("Decoding", decoding),
     "traffic": ("Launches and bytes, counted", traffic.markdown),
+    "decoding-engines-cpu": ("A decoding step beside ONNX Runtime and OpenVINO", engines),
 }
 
 
