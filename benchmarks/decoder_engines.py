@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import io
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,10 +54,37 @@ class Session:
         raise NotImplementedError
 
 
+def _int8(model: bytes) -> bytes:
+    """ONNX Runtime's dynamic quantization: int8 weights with a scale for each of their rows, int8
+    activations with one for all."""
+    import onnx
+    from onnxruntime import quantization
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantization.quantize_dynamic(
+            onnx.load_from_string(model),
+            path,
+            op_types_to_quantize=["MatMul"],  # and Gemm, which becomes one
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return path.read_bytes()
+
+
 class OnnxRuntime(Session):
     """The past goes from a step's outputs to the next one's inputs without a copy (io binding)."""
 
-    def __init__(self, decoder: Any, head: nn.Linear, kind: str, rows: int, keys: int) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        head: nn.Linear,
+        kind: str,
+        rows: int,
+        keys: int,
+        int8: bool = False,
+    ) -> None:
         import onnxruntime
 
         super().__init__(decoder, head, kind, rows)
@@ -69,7 +98,7 @@ class OnnxRuntime(Session):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         model = graph.step_model(decoder, head, kind, rows, keys)
         self.session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
+            _int8(model) if int8 else model, options, providers=["CPUExecutionProvider"]
         )
         self.binding = self.session.io_binding()
         self.logits = torch.empty(rows, head.out_features)
