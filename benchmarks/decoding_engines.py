@@ -32,7 +32,7 @@ from fastvlm.tables import text_table
 RESULTS = Path(__file__).resolve().parent / "results" / "decoding-engines-cpu.json"
 FLOAT32 = "float32"
 # the forms of the engines' decoder that are measured; --all adds the one that was slower in both,
-# and int8 (memory: 6 and 9 GB)
+# and int8 (memory: 6 and 10 GB)
 USUAL = (PRODUCTS, OPERATOR)
 
 Figures = dict[str, Any]
