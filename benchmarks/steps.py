@@ -30,7 +30,11 @@ def step_weights(model: Any) -> int:
 
 @dataclasses.dataclass
 class Captioning:
-    """generate() of `model` behind an encoder that has run; its last call's tokens of all beams."""
+    """generate() of `model` behind an encoder that has run; its last call's tokens of all beams.
+
+    There is no end token, so that a caption is as long as it is asked to be without a processor
+    that looks for that token in the whole vocabulary at each step.
+    """
 
     model: Any
     states: Tensor
@@ -43,7 +47,7 @@ class Captioning:
         return dataclasses.replace(self, model=model, tokens=None)
 
     def __call__(self, tokens: int) -> float:
-        settings = {**self.settings, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        settings = {**self.settings, "max_new_tokens": tokens}
         start = time.perf_counter()
         self.tokens = self.model.generate(
             encoder_outputs=BaseModelOutput(self.states), attention_mask=self.mask, **settings
@@ -67,4 +71,6 @@ def random_captioning(tiny: bool) -> Captioning:
     with torch.no_grad():
         output = work.model(**work.inputs, decoder_input_ids=start, use_cache=False)
     mask = work.inputs["attention_mask"]
-    return Captioning(work.model, output.encoder_last_hidden_state, mask, work.settings)
+    settings = {k: v for k, v in work.settings.items() if k != "min_new_tokens"}
+    settings["eos_token_id"] = None
+    return Captioning(work.model, output.encoder_last_hidden_state, mask, settings)
