@@ -19,6 +19,8 @@ from fastvlm.ops.dispatch import Kernel
 # of a block of logits: what stays in a last-level cache, in few enough blocks for Python to call
 _ELEMENTS = 2**21
 _FEWEST, _MOST = 256, 8192
+# tokens of a block that count, above which its products are those of the whole block
+_MOST_LIVE = 0.75
 # a ranking is kept in order by insertion
 _MAX_K = 256
 
@@ -84,6 +86,16 @@ def _linear_cross_entropy(
     return nll, lse
 
 
+def _live_columns(d: Tensor, grad: Tensor, label: Tensor, skip_below: float) -> Tensor | None:
+    """The tokens of a block that are not tiny for every row, or None where leaving out the others
+    would not pay for copying these. label: counted from the first token of the block.
+    """
+    live = ((d.abs() <= skip_below * grad.abs().unsqueeze(1)) == 0).any(0)
+    live[label[(label >= 0) & (label < d.shape[1])]] = True
+    found = live.nonzero().flatten()
+    return found if found.numel() <= _MOST_LIVE * d.shape[1] else None
+
+
 def _linear_cross_entropy_backward(
     grad_nll: Tensor,
     h: Tensor,
@@ -93,6 +105,7 @@ def _linear_cross_entropy_backward(
     lse: Tensor,
     softcap: float,
     ignore_index: int,
+    skip_below: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, x, target = _counted(h, labels, ignore_index)
@@ -103,12 +116,22 @@ def _linear_cross_entropy_backward(
     db = bias.new_empty(bias.shape) if needs[2] and bias is not None else h.new_empty(0)
     for columns, w, b, d in _Blocks(x, weight, bias):
         torch.ops.fastvlm_cpu.logits_gradient(d, b, softcap, columns.start, target, parts, grad)
+        if needs[2] and bias is not None:
+            db[columns] = d.sum(0)
+        live = None
+        if skip_below > 0:
+            live = _live_columns(d, grad, target - columns.start, skip_below)
+        if live is not None:
+            d, w = d[:, live], w[live]
         if needs[0]:
             dx += large_product(d, w.float().t())
         if needs[1]:
-            dw[columns] = large_product(d.t(), wide.t())
-        if needs[2] and bias is not None:
-            db[columns] = d.sum(0)
+            of_tokens = large_product(d.t(), wide.t())
+            if live is None:
+                dw[columns] = of_tokens
+            else:
+                dw[columns] = 0
+                dw[columns.start + live] = of_tokens.to(dw.dtype)
     dh = h.new_empty(0)
     if needs[0]:
         dh = h.new_zeros(h.shape)

@@ -29,11 +29,12 @@ _CROSS_ENTROPY = define(
 _CROSS_ENTROPY_BACKWARD = define(
     "linear_cross_entropy_backward",
     "(Tensor grad_nll, Tensor h, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, "
-    "float softcap, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    "float softcap, int ignore_index, float skip_below, bool[3] needs) "
+    "-> (Tensor, Tensor, Tensor)",
     reference.linear_cross_entropy_backward,
-    lambda g, h, weight, labels, bias, lse, softcap, ignore_index, needs: tuple(
+    lambda g, h, weight, labels, bias, *settings: tuple(
         h.new_empty(t.shape) if need and t is not None else h.new_empty(0)
-        for t, need in zip((h, weight, bias), needs)
+        for t, need in zip((h, weight, bias), settings[-1])
     ),
 )
 
@@ -53,11 +54,18 @@ _TOPK = define(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Any, labels: Tensor, *settings: Any
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Any,
+        labels: Tensor,
+        softcap: float,
+        ignore_index: int,
+        skip_below: float,
     ) -> Tensor:
-        nll, lse = _CROSS_ENTROPY(h, weight, labels, bias, *settings)
+        nll, lse = _CROSS_ENTROPY(h, weight, labels, bias, softcap, ignore_index)
         ctx.save_for_backward(h, weight, labels, bias, lse)
-        ctx.settings = settings
+        ctx.settings = softcap, ignore_index, skip_below
         return nll
 
     @staticmethod
@@ -65,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Any, ...]:
         needs = list(ctx.needs_input_grad[:3])
         grads = _CROSS_ENTROPY_BACKWARD(grad_nll, *ctx.saved_tensors, *ctx.settings, needs)
-        return (*wanted(grads, needs), None, None, None)
+        return (*wanted(grads, needs), None, None, None, None)
 
 
 def _check(op: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -79,6 +87,15 @@ def _check(op: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         checks.has_shape(op, "bias", bias, [weight.shape[0]])
 
 
+def _skip_below(op: str, skip: bool | float, dtype: torch.dtype) -> float:
+    """0.0 stands for skipping nothing inside the schema."""
+    if isinstance(skip, bool):
+        return torch.finfo(dtype).eps / 32 if skip else 0.0
+    if not isinstance(skip, (int, float)) or not 0.0 <= skip < 1.0:
+        raise checks.fail(op, "skip_tiny_gradients", "True, False or a number in [0, 1)", skip)
+    return float(skip)
+
+
 def linear_cross_entropy(
     h: Tensor,
     weight: Tensor,
@@ -90,6 +107,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     groups: Tensor | None = None,
     num_groups: int | None = None,
+    skip_tiny_gradients: bool | float = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of softcap * tanh((h weight^T + bias) / softcap); the logits never exist.
 
@@ -103,6 +121,21 @@ def linear_cross_entropy(
     rows [num_groups] of each group. Gradients for h, weight and bias, each only if it wants one; a
     second derivative is refused (``once_differentiable``). The idea: cut-cross-entropy, arXiv
     2411.09009.
+
+    skip_tiny_gradients lets the backward pass leave out products whose factor is tiny: of a row
+    with upstream gradient g, logits other than its label's whose gradient is at most t |g|. It
+    changes no loss. True stands for t = eps / 32 of the dtype of h (2^-12 in bfloat16, as in the
+    paper): sixteen such terms together are half a unit in the last place of a sum of size 1. A
+    number in (0, 1) is another t. What is left out of a gradient is, at most,
+
+        of h[r]:       sum of |dlogit[r, v]| |weight[v]| <= |g[r]| min(1, t V) max |weight|
+        of weight[v]:  sum of |dlogit[r, v]| |h[r]|      <= t sum of |g[r]| |h[r]|
+
+    over the pairs (r, v) that are tiny. Kernels leave out less, whole blocks in which all pairs
+    are (Triton: tiles of rows by tokens; CPU: tokens that are tiny for all rows), and the
+    reference nothing. The gradient of bias is exact. It pays where the model is sure, and only
+    there it does no harm: where the softmax is flat, V > 1 / t, all tokens but the labels are
+    tiny. Not for the first steps of training, nor where weight has to learn of rare tokens.
 
     Raises TypeError or ValueError; the message names the argument. Values of labels and groups are
     trusted (checking them would wait for the device).
@@ -130,8 +163,9 @@ def linear_cross_entropy(
             raise checks.fail(op, "num_groups", "a whole number, 1 or more", num_groups)
     h, weight, bias = autocast(h, weight, bias)
     checks.same_kind(op, "h", h, weight=weight, bias=bias)
+    below = _skip_below(op, skip_tiny_gradients, h.dtype)
     if needs_grad(h, weight, bias):
-        nll: Tensor = _CrossEntropy.apply(h, weight, bias, labels, cap, ignore_index)
+        nll: Tensor = _CrossEntropy.apply(h, weight, bias, labels, cap, ignore_index, below)
     else:
         nll, _ = _CROSS_ENTROPY(h, weight, labels, bias, cap, ignore_index)
     counted = labels != ignore_index

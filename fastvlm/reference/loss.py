@@ -103,9 +103,13 @@ def linear_cross_entropy_backward(
     lse: Tensor,
     softcap: float,
     ignore_index: int,
+    skip_below: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of h, weight, bias, those that needs[i] asks for; logits are recomputed."""
+    """Gradients of h, weight, bias, those that needs[i] asks for; logits are recomputed.
+
+    Exact, whatever skip_below: it is a permission, whose bound `ops.linear_cross_entropy` states.
+    """
     rows = (labels != ignore_index).nonzero().flatten()
     x, target, grad = h[rows], labels[rows], grad_nll[rows].unsqueeze(1)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32

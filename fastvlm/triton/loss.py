@@ -117,8 +117,13 @@ def _cross_entropy(
 class _Backward:
     """The tensors of one backward pass and the launches over a chunk of the vocabulary."""
 
-    def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float):
+    def __init__(
+        self, h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, skip_below: float
+    ):
         self.h, self.weight, self.bias, self.softcap = h, weight, bias, softcap
+        # None, where nothing is skipped, is compiled away; a number would be an argument
+        self.skip_below = skip_below or None
+        self.live: Tensor | None = None
         (self.rows, self.d), self.vocabulary = h.shape, weight.shape[0]
         self.columns = chunk_columns(self.rows, self.vocabulary, h.itemsize)
 
@@ -139,16 +144,35 @@ class _Backward:
         padded = cdiv(stop - start, COLUMNS) * COLUMNS
 
         def run(config: Config) -> None:
-            size = config.blocks
-            tiles = cdiv(self.rows, size["BLOCK_M"]) * cdiv(padded, size["BLOCK_N"])
-            backward.cross_entropy_dlogits[(tiles,)](
+            self.tile = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+            tiles = cdiv(self.rows, self.tile[0]), cdiv(padded, self.tile[1])
+            if self.skip_below is not None:
+                self.live = self.order.new_empty(tiles)
+            backward.cross_entropy_dlogits[(tiles[0] * tiles[1],)](
                 self.grad, self.x, weight, bias, self.labels, self.lse, self.order, self.count,
-                self.scale, self.dlogits, weight.stride(0), self.columns, self.d, start,
-                stop - start, padded, self.softcap, **_logits(self.h, bias, self.softcap, config),
+                self.scale, self.dlogits, self.live, weight.stride(0), self.columns, self.d, start,
+                stop - start, padded, self.softcap, self.skip_below,
+                **_logits(self.h, bias, self.softcap, config), SKIP=self.live is not None,
                 **config.arguments,
             )  # fmt: skip
 
         self.launch("dlogits", run)
+
+    def steps(self, config: Config, width: int, of_rows: bool) -> tuple[Tensor | None, ...]:
+        """The lists of steps for the programs of dh (of_rows) or dweight; None: all of them."""
+        if self.live is None:
+            return None, None
+        block, step = config.blocks["BLOCK_M"], config.blocks["BLOCK_K"]
+        outer, inner = (self.rows, width) if of_rows else (width, self.rows)
+        most = cdiv(inner, step)
+        lists = self.order.new_empty(cdiv(outer, block), most)
+        lengths = self.order.new_empty(cdiv(outer, block))
+        backward.live_steps[(cdiv(outer, block),)](
+            self.live, lists, lengths, self.count, width, cdiv(width, COLUMNS) * COLUMNS,
+            OF_ROWS=of_rows, TILE_M=self.tile[0], TILE_N=self.tile[1], BLOCK=block, STEP=step,
+            TOGETHER=min(128, next_power_of_2(most)), num_warps=1,
+        )  # fmt: skip
+        return lists, lengths
 
     def chunk_dh(self, start: int, stop: int, sums: Tensor, dh: Tensor) -> None:
         weight, width = self.weight[start:stop], stop - start
@@ -157,11 +181,12 @@ class _Backward:
             size = config.blocks
             tiles = cdiv(self.rows, size["BLOCK_M"]) * cdiv(self.d, size["BLOCK_N"])
             backward.cross_entropy_dh[(tiles,)](
-                self.dlogits, weight, sums, dh, self.order, self.count, self.scale, self.columns,
-                weight.stride(0), self.rows, self.d, width, int(start == 0),
-                int(stop == self.vocabulary), EVEN_N=self.d % size["BLOCK_N"] == 0,
-                EVEN_K=width % size["BLOCK_K"] == 0, PRECISION=dot_precision(self.h),
-                GROUP=_SMALL_BAND, **config.arguments,
+                self.dlogits, weight, sums, dh, self.order, self.count, self.scale,
+                *self.steps(config, width, True), self.columns, weight.stride(0), self.rows,
+                self.d, width, int(start == 0), int(stop == self.vocabulary),
+                EVEN_N=self.d % size["BLOCK_N"] == 0, EVEN_K=width % size["BLOCK_K"] == 0,
+                PRECISION=dot_precision(self.h), GROUP=_SMALL_BAND, SKIP=self.live is not None,
+                **config.arguments,
             )  # fmt: skip
 
         self.launch("dh", run)
@@ -173,10 +198,10 @@ class _Backward:
             size = config.blocks
             tiles = cdiv(width, size["BLOCK_M"]) * cdiv(self.d, size["BLOCK_N"])
             backward.cross_entropy_dweight[(tiles,)](
-                self.dlogits, self.x, dweight[start:stop], self.count, self.scale, self.columns,
-                self.d, width,
+                self.dlogits, self.x, dweight[start:stop], self.count, self.scale,
+                *self.steps(config, width, False), self.columns, self.d, width,
                 EVEN_N=self.d % size["BLOCK_N"] == 0, PRECISION=dot_precision(self.h),
-                GROUP=_SMALL_BAND, **config.arguments,
+                GROUP=_SMALL_BAND, SKIP=self.live is not None, **config.arguments,
             )  # fmt: skip
 
         self.launch("dweight", run)
@@ -197,6 +222,7 @@ def _cross_entropy_backward(
     lse: Tensor,
     softcap: float,
     ignore_index: int,
+    skip_below: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_h, need_w, need_b = needs[0], needs[1], needs[2] and bias is not None
@@ -214,7 +240,7 @@ def _cross_entropy_backward(
     dbias = h.new_empty(weight.shape[0] if need_b else 0)
     if not (need_h or need_w or need_b):
         return dh, dweight, dbias
-    work = _Backward(h, weight, bias, softcap)
+    work = _Backward(h, weight, bias, softcap, skip_below)
     # float32 sums need no room of their own beside a float32 dh
     sums = dh
     if need_h and h.dtype != torch.float32 and work.columns < work.vocabulary:

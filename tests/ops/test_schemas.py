@@ -79,7 +79,7 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
         "rope": (t(7, 4, 4), t(7, 2, 4), *tables),
         "rope_backward": (t(7, 4, 4), t(7, 2, 4), *tables),
         "linear_cross_entropy": (*head, 3.0, -100),
-        "linear_cross_entropy_backward": (t(4), *head, t(4, 2), 3.0, -100, some),
+        "linear_cross_entropy_backward": (t(4), *head, t(4, 2), 3.0, -100, 0.01, some),
         "linear_topk": (head[0], head[1], 3, head[3], 3.0),
     }
 

@@ -145,7 +145,7 @@ def test_only_what_is_needed_is_computed(
     h, weight, bias = torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH), torch.randn(100)
     grad = torch.randn(ROWS)
     _, lse = forward(h, weight, labels, bias, 0.0, -100)
-    arguments = (grad, h, weight, labels, bias, lse, 0.0, -100)
+    arguments = (grad, h, weight, labels, bias, lse, 0.0, -100, 0.0)
     everything = backward(*arguments, [True] * 3)
     names = ("cross_entropy_dh", "cross_entropy_dweight", "cross_entropy_dbias")
     for needs in itertools.product((True, False), repeat=3):
@@ -161,14 +161,14 @@ def test_all_rows_ignored(small: None, dtype: torch.dtype) -> None:
     h, weight = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(VOCABULARY, WIDTH).to(dtype)
     bias, labels = torch.randn(VOCABULARY).to(dtype), torch.full((ROWS,), 7)
     nll, lse = forward(h, weight, labels, bias, 0.0, 7)
-    grads = backward(torch.randn(ROWS), h, weight, labels, bias, lse, 0.0, 7, [True] * 3)
+    grads = backward(torch.randn(ROWS), h, weight, labels, bias, lse, 0.0, 7, 0.0, [True] * 3)
     assert all((x == 0).all() for x in (nll, lse, *grads))
 
 
 def test_no_rows(small: None) -> None:
     h, weight, labels = torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.int64)
     nll, lse = forward(h, weight, labels, None, 0.0, -100)
-    dh, dw, _ = backward(nll, h, weight, labels, None, lse, 0.0, -100, [True, True, True])
+    dh, dw, _ = backward(nll, h, weight, labels, None, lse, 0.0, -100, 0.0, [True, True, True])
     assert (nll.shape, dh.shape) == ((0,), (0, 5))
     assert torch.equal(dw, torch.zeros(9, 5))
     assert [x.shape for x in ops.linear_topk(h, weight, 3)] == [(0, 3), (0, 3), (0,)]
@@ -184,8 +184,8 @@ def test_ignored_rows_are_not_read(small: None, labels: Tensor, dtype: torch.dty
     both, alone = forward(h, weight, labels, None, 0.0, -100), forward(*few, None, 0.0, -100)
     assert all(torch.equal(x[counts], y) and (x[~counts] == 0).all() for x, y in zip(both, alone))
     needs = [True, True, False]
-    dh, dw, _ = backward(grad, h, weight, labels, None, both[1], 0.0, -100, needs)
-    dx, dv, _ = backward(grad[counts], *few, None, alone[1], 0.0, -100, needs)
+    dh, dw, _ = backward(grad, h, weight, labels, None, both[1], 0.0, -100, 0.0, needs)
+    dx, dv, _ = backward(grad[counts], *few, None, alone[1], 0.0, -100, 0.0, needs)
     assert torch.equal(dh[counts], dx)
     assert (dh[~counts] == 0).all()
     assert torch.equal(dw, dv)
@@ -197,7 +197,7 @@ def test_small_gradients_survive_float16(small: None) -> None:
     h, weight = torch.full((rows, 8), 200.0).half(), torch.zeros(tokens, 8).half()
     labels, grad = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 1e-6)
     _, lse = forward(h, weight, labels, None, 0.0, -100)
-    _, dw, _ = backward(grad, h, weight, labels, None, lse, 0.0, -100, [False, True, False])
+    _, dw, _ = backward(grad, h, weight, labels, None, lse, 0.0, -100, 0.0, [False, True, False])
     want = torch.tensor(rows * 200 * 1e-6 / tokens).half()
     assert (dw[1:] == want).all()
 
@@ -219,7 +219,7 @@ def test_nothing_waits_for_the_device(small: None, labels: Tensor) -> None:
     with Calls() as calls:
         _, lse = launch["linear_cross_entropy"].run(h, weight, labels, None, 0.0, -100)
         launch["linear_cross_entropy_backward"].run(
-            torch.ones(ROWS), h, weight, labels, None, lse, 0.0, -100, [True, True, False]
+            torch.ones(ROWS), h, weight, labels, None, lse, 0.0, -100, 0.0, [True, True, False]
         )
         launch["linear_topk"].run(h, weight, 4, None, 0.0)
     assert calls.names

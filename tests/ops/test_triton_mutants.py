@@ -21,7 +21,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from test_skipped_gradients import check_bound, head
 from test_triton_attention import CROSS, OWN, SEED, cross, dropped, leaves, own
+from test_triton_skipping import poisoned
+from test_triton_skipping import small as small_tiles
 
 from fastvlm import ops
 from fastvlm.ops import attention as public
@@ -172,6 +175,27 @@ def check_loss(rule: Rule) -> None:
         loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS = before
 
 
+def _scaled(*shape: int, scale: float = 1.0, grad: bool = False) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).requires_grad_(grad)
+
+
+def check_skipping(rule: Rule) -> None:
+    """What is left out is bounded, tiles are skipped, and no sum reads those that are."""
+    # a tile has one number that counts, if any
+    h, weight, labels = head("peaked", _scaled)
+    for geometry in ("sums-are-coarser", "halves"):
+        with small_tiles(geometry):
+            check_bound(ops.linear_cross_entropy, h, weight, labels, 0.05)  # type: ignore[arg-type]
+    labels = (h @ weight.t()).argmax(1)  # sure of it, so that its own gradient is tiny, too
+    with small_tiles(), poisoned() as dead:
+        out = ops.linear_cross_entropy(h, weight, labels, skip_tiny_gradients=0.2)
+        found = torch.autograd.grad(out, (h, weight))  # type: ignore[arg-type]
+    assert all(x.isfinite().all() for x in found)
+    tiles = torch.cat(dead, 1)
+    assert tiles.float().mean() > 0.3
+    assert not tiles[torch.arange(h.shape[0]) // 16, labels // 16].any()
+
+
 def check_topk(rule: Rule) -> None:
     def plainly(h: torch.Tensor, w: torch.Tensor) -> Any:
         found = torch.log_softmax(h @ w.t(), -1).topk(5)
@@ -316,6 +340,19 @@ MUTANTS = [
          "total * scale + tl.where(counts, 0.0, 1.0)"),
         ("rows-not-masked", check_loss, "mask=inside[None, :], other=0.0)\n        x",
          "mask=(inner >= 0)[None, :], other=0.0)\n        x"),
+        ("label-skipped", check_skipping, "tiny & (own == 0)", "tiny"),
+        ("more-is-tiny", check_skipping, "(skip_below * tl.abs(grad))",
+         "(8.0 * skip_below * tl.abs(grad))"),
+        ("nothing-is-tiny", check_skipping, "tl.where(tiny & (own == 0), 0, 1)", "1 + 0 * own"),
+        ("half-a-tile-judged", check_skipping, "live |= _put_dlogits", "live = _put_dlogits"),
+        ("step-twice", check_skipping, "step = tl.load(STEPS + i + 1,",
+         "step = tl.load(STEPS + i,"),
+        ("list-of-another-block", check_skipping, "STEPS += block_m * tl.cdiv(count, BLOCK_K)",
+         "STEPS += 0"),
+        ("steps-not-in-order-of-tiles", check_skipping, "stride, inner_stride = 1, across",
+         "stride, inner_stride = across, 1"),
+        ("one-tile-of-a-step", check_skipping, "tl.minimum(block * BLOCK + BLOCK, end)",
+         "tl.minimum(block * BLOCK + 1, end)"),
         ("unit-forgotten", check_loss, "total_of_token = tl.sum(total, 0) * tl.load(SCALE)",
          "total_of_token = tl.sum(total, 0)"),
     ),
@@ -372,5 +409,5 @@ def test_a_mutant_is_caught(
         mutant.check(follows_the_error_rule)
     # an error in the mutant itself would prove nothing
     last = caught.traceback[-1]
-    by_a_check = last.path.stem == "error_rule" or last.name in CHECKS
+    by_a_check = last.name in CHECKS or last.path.stem in ("error_rule", "test_skipped_gradients")
     assert by_a_check or caught.type is KernelFault

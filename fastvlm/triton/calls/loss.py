@@ -37,18 +37,19 @@ def _forward() -> list[tuple[str, Build]]:
 
 
 def _backward() -> list[tuple[str, Build]]:
-    def build(head: Head, needs: list[bool]) -> Build:
+    def build(head: Head, skip_below: float, needs: list[bool]) -> Build:
         def args(dtype: torch.dtype) -> tuple[Any, ...]:
             h, weight, bias = _tensors(TRAINING, head, dtype)
             nll, lse = torch.empty(TRAINING), torch.empty(TRAINING, 2)
             labels = ints(TRAINING, dtype=torch.int64)
-            return nll, h, weight, labels, bias, lse, head[2], -100, needs
+            return nll, h, weight, labels, bias, lse, head[2], -100, skip_below, needs
 
         return args
 
     return [
-        (f"{head}, needs {needs}", build(head, needs))
+        (f"{head}, skip_below {skip_below}, needs {needs}", build(head, skip_below, needs))
         for head in HEADS
+        for skip_below in (0.0, 2.0**-12)
         for needs in (frozen(3) if head[3] else frozen(3, 2), frozen(3, 1, 2))
     ]
 
