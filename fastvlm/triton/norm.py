@@ -82,7 +82,10 @@ def _rms_norm_backward(
         with device_of(x):
             kernels.rms_norm_backward[(programs,)](
                 grad_out, x, weight, dx, dw, grad_out.stride(0), x.stride(0), m, n, rows, eps,
-                offset, NEED_X=needs[0], NEED_W=needs[1], **_block(x),
+                offset, NEED_X=needs[0], NEED_W=needs[1],
+                # wide rows: half the warps hold as many rows under way, and what a warp does for
+                # the sums of a row, whatever its width, is done half as often
+                **_block(x, each=32 if n > 2048 else 16),
             )  # fmt: skip
     return dx, _sum(dw, needs[1], weight, x)
 

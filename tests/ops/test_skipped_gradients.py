@@ -142,6 +142,7 @@ def test_a_flat_softmax_leaves_the_labels(on: Any, backend: str, randn: Any) -> 
     if backend == "reference":
         pytest.skip("it leaves nothing out")
     h, weight, labels = head("flat", randn)
+    labels = torch.where(labels > 60, labels % 60, labels)
     loss = on(ops.linear_cross_entropy, h, weight, labels, skip_tiny_gradients=0.01)
     (dw,) = torch.autograd.grad(loss, (weight,))
     counted = labels[labels >= 0]

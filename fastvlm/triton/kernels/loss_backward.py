@@ -204,11 +204,12 @@ def cross_entropy_dh(
     if SKIP:
         STEPS += block_m * tl.cdiv(vocabulary, BLOCK_K)
         step = tl.load(STEPS, mask=steps > 0, other=0)
-        for i in range(steps):
+        for i in range(1, steps + 1):
             k = step * BLOCK_K
-            step = tl.load(STEPS + i + 1, mask=i + 1 < steps, other=0)
+            # ahead of the loads that need it; the last one comes twice, and is not used then
+            step = tl.load(STEPS + tl.minimum(i, steps - 1))
             total = _dh_step(
-                total, at_d + k, at_w + k * wide(stride_w), inner < vocabulary - k, column < d,
+                total, at_d + k, at_w + wide(k) * stride_w, inner < vocabulary - k, column < d,
                 EVEN_N and EVEN_K, PRECISION,
             )  # fmt: skip
     else:
@@ -252,15 +253,16 @@ def cross_entropy_dweight(
         STEPS += block_m * tl.cdiv(count, BLOCK_K)
         steps = tl.load(LENGTHS + block_m)
         step = tl.load(STEPS, mask=steps > 0, other=0)
-        for i in range(steps):
+        for i in range(1, steps + 1):
             k = step * BLOCK_K
-            step = tl.load(STEPS + i + 1, mask=i + 1 < steps, other=0)
+            # ahead of the loads that need it; the last one comes twice, and is not used then
+            step = tl.load(STEPS + tl.minimum(i, steps - 1))
             inside = inner < count - k
             of_x = inside[:, None]
             if not EVEN_N:
                 of_x = of_x & (column < d)[None, :]
-            dlogits = tl.load(at_d + k * wide(stride_d), mask=inside[None, :], other=0.0)
-            x = tl.load(at_x + k * wide(d), mask=of_x, other=0.0)
+            dlogits = tl.load(at_d + wide(k) * stride_d, mask=inside[None, :], other=0.0)
+            x = tl.load(at_x + wide(k) * d, mask=of_x, other=0.0)
             total = tl.dot(dlogits, x, total, input_precision=PRECISION)
     else:
         for k in range(0, count, BLOCK_K):
