@@ -18,6 +18,7 @@ constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kPanelDepth = 64;  // of the head dimension, summed in one go
 constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming
 constexpr int64_t kNearKeys = 16;    // of those, so many for all heads before the next
+constexpr int64_t kAhead = 2;        // groups of so many that are on their way
 
 // What is asked of one image, and how the work on it is cut.
 struct Image {
@@ -212,22 +213,28 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
     gather_row(query(plan_.readers.row(index_of(r)), head_of(r)), a_.dim, q + r * padded_);
     for (int64_t d = 0; d < padded_; ++d) sums[r * padded_ + d] = 0.0f;
   }
-  // Heads of neighbouring keys lie apart in memory, too far for the hardware to foresee.
-  auto fetch_near = [&](const Heads& x, const int64_t* offsets, int64_t j, int64_t h) {
+  // Heads of neighbouring keys lie apart in memory, too far for the hardware to foresee. Groups of
+  // keys are asked for in the order in which they are read: this block's keys, its values, and the
+  // keys of the next block, which is mostly this worker's too.
+  const int64_t groups = divide_up(n, kNearKeys);
+  auto fetch = [&](int64_t group, int64_t h) {
+    const bool values = group >= groups && group < 2 * groups;
+    const Heads& x = values ? a_.v : a_.k;
     const T* head = static_cast<const T*>(x.data) + h * x.head_stride;
-    for (int64_t i = j; i < smaller(n, j + kNearKeys); ++i) {
-      for (int64_t d = 0; d < a_.dim; d += 64 / int64_t{sizeof(T)}) {
-        __builtin_prefetch(head + offsets[i] + d);
-      }
+    int64_t key = first + (values ? group - groups : group) * kNearKeys;
+    int64_t end = first + n;
+    if (group >= 2 * groups) {
+      key = first + kStreamKeys + (group - 2 * groups) * kNearKeys;
+      end = image.keys;
+    }
+    for (end = smaller(end, key + kNearKeys); key < end; ++key) {
+      const T* row = head + (image.first_key + key) * x.row_stride;
+      for (int64_t d = 0; d < a_.dim; d += 64 / int64_t{sizeof(T)}) prefetch_far(row + d);
     }
   };
   for (int64_t j = 0; j < n; j += kNearKeys) {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
-      if (j + kNearKeys < n) {
-        fetch_near(a_.k, k_offsets, j + kNearKeys, h);
-      } else {
-        fetch_near(a_.v, v_offsets, 0, h);
-      }
+      fetch(j / kNearKeys + kAhead, h);
       score_rows(q + h * rows * padded_, padded_, rows,
                  static_cast<const T*>(a_.k.data) + h * a_.k.head_stride, k_offsets + j,
                  smaller(kNearKeys, n - j), a_.dim, scores + h * rows * kStreamKeys + j,
@@ -244,7 +251,7 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
   }
   for (int64_t j = 0; j < n; j += kNearKeys) {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
-      fetch_near(a_.v, v_offsets, j + kNearKeys, h);
+      fetch(groups + j / kNearKeys + kAhead, h);
       add_values(scores + h * rows * kStreamKeys + j, kStreamKeys, rows,
                  static_cast<const T*>(a_.v.data) + h * a_.v.head_stride, v_offsets + j,
                  smaller(kNearKeys, n - j), a_.dim, sums + h * rows * padded_, padded_);
@@ -271,11 +278,11 @@ void Attention<T>::run_streams() {
   for_each_task(plan_.stream_tasks, block);
   auto finish = [&](int64_t index, int64_t worker) {
     const Image& image = plan_.image_of_task(index, &Image::first_stream);
-    // The first block's task number stands for the image: heads and rows of it in one go.
-    if (index != image.first_stream) return;
-    const int64_t rows = image.rows * plan_.group;
+    // As many tasks as blocks share the heads and rows of an image.
+    const int64_t rows = image.rows * plan_.group, share = index - image.first_stream;
     float* sums = scratch.data() + worker * per_worker;
-    for (int64_t r = 0; r < a_.kv_heads * rows; ++r) {
+    for (int64_t r = a_.kv_heads * rows * share / image.tasks;
+         r < a_.kv_heads * rows * (share + 1) / image.tasks; ++r) {
       const int64_t part = image.first_part + r * image.tasks;
       Running result;
       combine(parts.data() + part * padded_, running.data() + part, image.tasks, padded_, sums,

@@ -102,14 +102,16 @@ void add_values(const float* p, int64_t p_stride, int64_t m_rows, const T* v,
   constexpr int kRows = kRegisters == 32 ? 4 : 2;
   auto columns = [&](auto width, int64_t d, int64_t count) {
     constexpr int N = decltype(width)::value;
+    auto rows = [&](auto some, int64_t m) {
+      value_tile<T, decltype(some)::value, N>(p + m * p_stride, p_stride, v + d, offsets, n, count,
+                                              sums + m * sums_stride + d, sums_stride);
+    };
     int64_t m = 0;
-    for (; m + kRows <= m_rows; m += kRows) {
-      value_tile<T, kRows, N>(p + m * p_stride, p_stride, v + d, offsets, n, count,
-                              sums + m * sums_stride + d, sums_stride);
-    }
-    for (; m < m_rows; ++m) {
-      value_tile<T, 1, N>(p + m * p_stride, p_stride, v + d, offsets, n, count,
-                          sums + m * sums_stride + d, sums_stride);
+    for (; m + kRows <= m_rows; m += kRows) rows(std::integral_constant<int, kRows>{}, m);
+    switch (m_rows - m) {
+      case 3: return rows(std::integral_constant<int, 3>{}, m);
+      case 2: return rows(std::integral_constant<int, 2>{}, m);
+      case 1: return rows(std::integral_constant<int, 1>{}, m);
     }
   };
   int64_t d = 0;
