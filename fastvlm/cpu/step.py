@@ -44,9 +44,9 @@ class CpuStep:
             self._list([self._number(float(number)) for number in settings])
         self._width = widths[-1]
         self._fixed = [
-            torch.tensor(self._code, dtype=torch.int64),
-            torch.tensor(self._widths, dtype=torch.int64),
-            torch.tensor(self._numbers, dtype=torch.float64),
+            torch.tensor(self._code, dtype=torch.int64, device="cpu"),
+            torch.tensor(self._widths, dtype=torch.int64, device="cpu"),
+            torch.tensor(self._numbers, dtype=torch.float64, device="cpu"),
         ]
         self._known = all(map(_readable, self._tensors))
         self._arena: Tensor | None = None
@@ -132,7 +132,7 @@ def timed() -> Iterator[dict[str, float]]:
     """Inside the block, steps on the CPU measure their instructions: seconds by op, at its end."""
     global _seconds
     found: dict[str, float] = {}
-    before, _seconds = _seconds, torch.zeros(len(OPS), dtype=torch.float64)
+    before, _seconds = _seconds, torch.zeros(len(OPS), dtype=torch.float64, device="cpu")
     try:
         yield found
     finally:

@@ -291,3 +291,19 @@ class TestBadPrograms:
 
     def test_no_rows(self) -> None:
         assert run(call(rows=0)).shape == (0, 16)
+
+
+def test_a_default_device_is_nobody_s_business(served: list[CpuStep]) -> None:
+    model, inputs = patched("bart")
+    expected = generate(model, inputs)
+    run = CpuStep.__init__
+
+    def elsewhere(self: CpuStep, *args: Any) -> None:
+        with torch.device("meta"):
+            run(self, *args)
+
+    served.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuStep, "__init__", elsewhere)
+        assert torch.equal(generate(model, inputs), expected)
+    assert len(served) == 11
