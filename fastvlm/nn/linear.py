@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastvlm import ops
@@ -30,6 +32,14 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
+def original(cls: Any) -> Any:
+    """The class that a patched one stands for; cls where it is none, or a subclass of one.
+
+    Not by ``vars(cls)``: torch.compile breaks its graph there once a cache has changed a dict.
+    """
+    return cls._fastvlm_base if getattr(cls, "_fastvlm_class", None) is cls else cls
+
+
 def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
@@ -40,7 +50,7 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     cls = type(module)
     if getattr(cls, "storage", None) is not None:
         return False
-    if vars(cls).get("_fastvlm_base", cls) not in (kinds or (nn.Linear, Linear)):
+    if original(cls) not in (kinds or (nn.Linear, Linear)):
         return False
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
         return False  # an offloader sets a forward of its own on the instance

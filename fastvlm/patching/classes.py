@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fastvlm.nn.linear import original
 from fastvlm.patching.rules import Swap
 from fastvlm.patching.weights import forget_copy
 
@@ -32,6 +33,7 @@ def swapped(base: Any, swap: Swap) -> Any:
             **dict(swap.attributes),
         },
     )
+    cls._fastvlm_class = cls  # what a subclass inherits, and is not
     if getattr(swap.mixin, "keeps_signature", False):
         cls.forward = _as_signed(base.forward, swap.mixin.forward)
     return cls
@@ -59,11 +61,11 @@ def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def is_patched(module: nn.Module) -> bool:
-    return "_fastvlm_base" in vars(type(module))
+    return original(type(module)) is not type(module)
 
 
 def unpatched_class(module: Any) -> Any:
-    return type(module)._fastvlm_base if is_patched(module) else type(module)
+    return original(type(module))
 
 
 def become(module: nn.Module, cls: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvlm.nn.linear import is_plain
-from fastvlm.patching.classes import is_patched
+from fastvlm.patching.classes import is_patched, unpatched_class
 from fastvlm.patching.logits import Wanted, wanted
 from fastvlm.patching.rules import Host, Swap
 
@@ -123,7 +123,7 @@ class TiedEmbedding(Host):
 
 def factor_of(module: Any) -> float | None:
     """What the rows are multiplied with, rounded as the module rounds it; None: we cannot tell."""
-    base = vars(type(module)).get("_fastvlm_base", type(module))
+    base = unpatched_class(module)
     if base.forward is nn.Embedding.forward:
         return 1.0
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
