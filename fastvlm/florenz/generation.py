@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from fastvlm.checks import fail
 from fastvlm.florenz.config import FlorenzConfig
@@ -60,9 +61,18 @@ class FlorenzGeneration(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if given is None and isinstance(cache, EncoderDecoderCache):
             cross = cache.cross_attention_cache
+            # Gemma's sliding window is of the targets, not of what they read
             if type(cross) is DynamicCache and not cross.offloading:
-                # Gemma's sliding window is of the targets, not of what they read
                 model_kwargs["past_key_values"] = EncoderDecoderCache(
                     cache.self_attention_cache, DynamicCache()
+                )
+            elif type(cross) is StaticCache:
+                text = copy.deepcopy(self.config.get_text_config(decoder=True))
+                if getattr(text, "layer_types", None) is not None:
+                    text.layer_types = ["full_attention"] * len(text.layer_types)
+                length = model_kwargs["encoder_outputs"][0].shape[1]
+                model_kwargs["past_key_values"] = EncoderDecoderCache(
+                    cache.self_attention_cache,
+                    StaticCache(text, max_cache_len=length, offloading=cross.offloading),
                 )
         return result

@@ -11,6 +11,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from fastvlm import ops
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
+from fastvlm.patching import static
 from fastvlm.patching.layouts import Layouts
 
 
@@ -26,6 +27,7 @@ def self_attend(
     cache: Any,
     layer_idx: int,
     *,
+    mask: Any,
     causal: bool,
     window: int | None,
     scale: float,
@@ -34,8 +36,10 @@ def self_attend(
 ) -> Tensor:
     """q [B, L, H, D], k, v [B, L, Hkv, D] -> [B, L, H * D]; appends to a cache.
 
-    In a packed stack B is 1 and L all tokens of the batch.
+    In a packed stack B is 1 and L all tokens of the batch. mask: transformers', for a static cache.
     """
+    if layouts.static is not None:
+        return static.self_attend(q, k, v, mask, cache, layer_idx, scale=scale, softcap=softcap)
     if cache is not None:
         layer = kept.layer_of(cache, layer_idx)
         keys, values = layer.append(k, v)
@@ -87,6 +91,10 @@ def cross_attend(
     In a packed stack R and I are 1, L and S all tokens. K/V are projected once per image, packed,
     and kept in the shared cross cache if there is one.
     """
+    if layouts.static is not None:
+        return static.cross_attend(
+            module, q, encoder_states, layouts.static, cache, softcap=softcap
+        )
     layout = layouts.cross
     assert layout is not None
     index = module.layer_idx

@@ -31,13 +31,14 @@ class BartAttention(Host):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         layouts = kwargs.pop(KEYWORD, None)
-        if layouts is None or (key_value_states is None and not layouts.fused_self):
+        is_self = key_value_states is None
+        if layouts is None or (is_self and not layouts.fuses(attention_mask, hidden_states)):
             return super().forward(
                 hidden_states, key_value_states, past_key_values, attention_mask, **kwargs
             )
         dropout_p = self.dropout if self.training else 0.0
         q = heads(self.q_proj(hidden_states), self.head_dim)
-        if key_value_states is not None:
+        if not is_self:
             out = cross_attend(
                 self,
                 q,
@@ -58,6 +59,7 @@ class BartAttention(Host):
                 layouts,
                 cache,
                 self.layer_idx,
+                mask=attention_mask,
                 causal=self.is_causal,
                 window=None,
                 scale=self.scaling,

@@ -34,7 +34,7 @@ class GemmaAttention(Host):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         layouts = kwargs.pop(KEYWORD, None)
-        if layouts is None or not layouts.fused_self:
+        if layouts is None or not layouts.fuses(attention_mask, hidden_states):
             return super().forward(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -60,6 +60,7 @@ class GemmaAttention(Host):
             layouts,
             past_key_values,
             self.layer_idx,
+            mask=attention_mask,
             causal=self.is_causal,
             window=window,
             scale=self.scaling,

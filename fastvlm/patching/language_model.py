@@ -20,6 +20,7 @@ from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
 from fastvlm.patching.rules import Host, Swap, takes
 from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
+from fastvlm.patching.static import StaticMasks
 from fastvlm.patching.tied import tapped
 
 IMAGES = "image_of_prompt"
@@ -71,7 +72,7 @@ def _indices(name: str, value: Any, rows: int | None) -> None:
         raise _fail(name, f"of one entry for each of the {rows} rows", value)
 
 
-class LossModel(Host):
+class LossModel(StaticMasks):
     """A model whose call with labels has no logits, unless somebody looks at them.
 
     Besides what the model itself takes, its forward takes

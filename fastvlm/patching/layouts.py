@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from fastvlm.layout import Layout
+from fastvlm.patching import static
 from fastvlm.patching.logits import Packed, wanted
+from fastvlm.patching.static import Static
 
 KEYWORD = "fastvlm_layouts"
 # keyword argument of a patched model: int64 [B], the encoder row that each decoder row reads
@@ -34,6 +36,7 @@ class Layouts:
         tokens on a filled cache).
     packed: the whole stack runs on the tokens alone: hidden states are [1, tokens, d], the
         encoder's states too, and padding is neither computed nor differentiated.
+    static: of a call with transformers' StaticCache, which has no layouts.
     """
 
     rows: Layout | None = None
@@ -41,6 +44,13 @@ class Layouts:
     visible: Tensor | None = None
     fused_self: bool = True
     packed: bool = False
+    static: Static | None = None
+
+    def fuses(self, mask: Any, states: Tensor) -> bool:
+        """Whether a layer's self-attention over states [B, L, d] is an op of ours."""
+        if self.static is not None:
+            return static.serves(mask, states.shape[1])
+        return self.fused_self
 
     def enter(self, x: Tensor) -> Tensor:
         """Hidden states as the layers have them: a packed stack's first layer packs [B, L, d]."""

@@ -1,9 +1,10 @@
 """Patched encoder and decoder stacks: build the Layouts, hand them down, leave the rest as it is.
 
 A call without a cache (training) runs packed from the first layer to the last, where all layers
-can: padding is neither computed nor differentiated. Where a call asks for something the fused path
-does not do (attention probabilities, a mask that is not [batch, length], a static or foreign
-cache), transformers' own path runs, unchanged; several new tokens on a filled cache keep their
+can: padding is neither computed nor differentiated. A call with transformers' StaticCache has fixed
+shapes and no layouts (`fastvlm.patching.static`). Where a call asks for something the fused path
+does not do (attention probabilities, a mask that is not [batch, length], a foreign cache),
+transformers' own path runs, unchanged; several new tokens on a filled cache keep their
 self-attention there.
 """
 
@@ -24,6 +25,7 @@ from transformers.modeling_outputs import (
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
 from fastvlm.layout import Layout
+from fastvlm.patching import static
 from fastvlm.patching.layouts import (
     KEYWORD,
     READERS,
@@ -133,6 +135,7 @@ class DecoderStack(_Stack):
     has_cross_attention = False
     # a model that would repeat the encoder's states for its targets may hand the map down instead
     takes_readers = True
+    reads_static_caches = True
 
     def no_cross_mask(self) -> Any:
         return None
@@ -223,7 +226,9 @@ class DecoderStack(_Stack):
     def _run(self, call: Call, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
-        if not wants_attentions(self, kwargs):
+        asks = wants_attentions(self, kwargs)
+        fixed = not asks and static.knows(call.past, self.has_cross_attention)
+        if not (asks or fixed):
             alone = self.has_cross_attention and call.encoder_states is None
             if call.past is None and self._wants_cache(use_cache) and not alone:
                 call.past = self.new_cache()
@@ -235,8 +240,11 @@ class DecoderStack(_Stack):
             "use_cache": use_cache,
             **kwargs,
         }
+        if fixed and self._static(call, arguments):
+            return super().forward(**arguments)
         if layouts is None:
-            arguments["attention_mask"] = call.attention_mask
+            dtype = self.embed_tokens.weight.dtype
+            arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
             if self.has_cross_attention:
                 states, mask = self._expanded(call)
                 arguments.update(encoder_hidden_states=states, encoder_attention_mask=mask)
@@ -264,6 +272,23 @@ class DecoderStack(_Stack):
         self._pack_ids(arguments, layouts)
         arguments[KEYWORD] = layouts
         return zero_padding(super().forward(**arguments), layouts)
+
+    def _static(self, call: Call, arguments: dict[str, Any]) -> bool:
+        """Fill in the arguments of a call with a static cache; False for transformers' own path."""
+        arguments["attention_mask"] = call.attention_mask
+        if not self.has_cross_attention:
+            arguments[KEYWORD] = Layouts(static=static.Static(None))
+            return True
+        states, mask = call.encoder_states, call.encoder_mask
+        batch = _grid(call.input_ids, call.inputs_embeds)[0]
+        if states is None or not is_2d(mask) or (call.readers is None and batch % len(states)):
+            return False
+        static.share(call.past.cross_attention_cache, states.shape[1])
+        arguments["encoder_hidden_states"] = states
+        arguments["encoder_attention_mask"] = self.no_cross_mask()
+        reads = static.readers(batch, states, mask, call.readers)
+        arguments[KEYWORD] = Layouts(static=static.Static(reads))
+        return True
 
     def _plan(self, past: Any) -> Any:
         """The step of this stack for a prefilled cache (`fastvlm.patching.steps`), or None."""
@@ -316,7 +341,7 @@ class DecoderStack(_Stack):
         return states, mask
 
 
-class SharedEncoderStates(Host):
+class SharedEncoderStates(static.StaticMasks):
     """generate() without a copy of the encoder's states for each beam or returned sequence."""
 
     def _expand_inputs_for_generation(

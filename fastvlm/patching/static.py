@@ -1,0 +1,195 @@
+"""Decoding with transformers' StaticCache: every step has the shapes of the one before it.
+
+This is what torch.compile and CUDA graphs want: one graph serves all steps. The cache stays
+transformers', so that its own rules (lengths on the device, fixed addresses, sliding windows) hold;
+the patched model reads it where it lies, and keeps cross-attention's keys and values once for an
+image. Nothing here asks for a value of a tensor, and no layout is built.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from fastvlm import ops
+from fastvlm.patching.rules import Host
+
+try:
+    from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+    from transformers.masking_utils import create_masks_for_generate
+except ImportError:
+    # transformers 4: no stack is patched there (patching/rules.py)
+    StaticCache = StaticLayer = StaticSlidingWindowLayer = object
+    create_masks_for_generate = None
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the layers of one call need to know.
+
+    cross: int32 [B, S], the encoder row that each query row reads at each of its positions, -1
+    where that is padding; None without an encoder.
+    """
+
+    cross: Tensor | None
+
+
+class SharedStaticLayer(StaticLayer):
+    """Cross K/V of one layer, [images, Hkv, S, D], whatever the number of readers.
+
+    Beams of an image only change places among themselves, so reordering has nothing to do.
+    """
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        pass
+
+
+def knows(past: Any, has_cross_attention: bool) -> bool:
+    """Whether this is a static cache that the patched attention reads."""
+    if has_cross_attention != isinstance(past, EncoderDecoderCache):
+        return False
+    own = past.self_attention_cache if has_cross_attention else past
+    if not _is_static(own):
+        return False
+    if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in own.layers):
+        return False
+    if not has_cross_attention:
+        return True
+    cross = past.cross_attention_cache
+    # filled by transformers' own path, with a row for each reader
+    return _is_static(cross) and (_is_shared(cross) or not any(past.is_updated.values()))
+
+
+def _is_static(cache: Any) -> bool:
+    return type(cache) is StaticCache and not cache.offloading
+
+
+def _is_shared(cross: Cache) -> bool:
+    return all(type(layer) is SharedStaticLayer for layer in cross.layers)
+
+
+def share(cross: Cache, length: int) -> None:
+    """Turn a still empty cross-attention cache into one with a row for each image."""
+    if not _is_shared(cross):
+        cross.layers = [SharedStaticLayer(max_cache_len=length) for _ in cross.layers]
+
+
+def readers(batch: int, states: Tensor, mask: Tensor | None, of_row: Tensor | None) -> Tensor:
+    """`Static.cross` of encoder states [I, S, d]; of_row: the encoder row of each query row."""
+    images, length = states.shape[:2]
+    if of_row is None:
+        of_row = torch.arange(batch, device=states.device) // (batch // images)
+    found = of_row.to(torch.int32).unsqueeze(1)
+    if mask is None:
+        return found.expand(batch, length)
+    return torch.where(mask[of_row] != 0, found, -1)
+
+
+def serves(mask: Any, length: int) -> bool:
+    """Whether this is a step of one token with a mask that only says which positions are seen."""
+    return length == 1 and isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool
+
+
+def self_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    cache: Any,
+    layer_idx: int,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """q [B, 1, H, D], k, v [B, 1, Hkv, D], mask bool [B or 1, 1, 1, T] -> [B, 1, H * D].
+
+    k and v go into the cache. A window needs no mention: the mask leaves out what is before it.
+    """
+    keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+    batch, time = q.shape[0], keys.shape[2]
+    visible = mask[:, 0, 0].expand(batch, time)
+    rows = torch.arange(batch, dtype=torch.int32, device=q.device).unsqueeze(1)
+    stops = torch.arange(1, time + 1, dtype=torch.int32, device=q.device)
+    out = ops.cached_attention(
+        q[:, 0],
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        torch.where(visible, stops, 0).amax(1),
+        ancestry=torch.where(visible, rows, -1),
+        scale=scale,
+        softcap=softcap,
+    )
+    return out.flatten(1).unsqueeze(1)
+
+
+def cross_attend(
+    module: Any,
+    q: Tensor,
+    encoder_states: Tensor,
+    static: Static,
+    cache: EncoderDecoderCache,
+    *,
+    softcap: float | None,
+) -> Tensor:
+    """q [B, L, H, D] against the encoder's [I, S, d] -> [B, L, H * D]."""
+    index, reads = module.layer_idx, static.cross
+    assert reads is not None
+    if cache.is_updated.get(index):
+        layer = cache.cross_attention_cache.layers[index]
+        keys, values = layer.keys, layer.values
+    else:
+        new = (
+            part(encoder_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for part in (module.k_proj, module.v_proj)
+        )
+        keys, values = cache.cross_attention_cache.update(*new, index)
+        cache.is_updated[index] = True
+    (batch, length), slots = q.shape[:2], reads.shape[1]
+    if length > 1:
+        reads = reads.repeat_interleave(length, 0)
+    out = ops.cached_attention(
+        q.flatten(0, 1),
+        keys.transpose(1, 2)[:, :slots],
+        values.transpose(1, 2)[:, :slots],
+        torch.full((batch * length,), slots, dtype=torch.int32, device=q.device),
+        ancestry=reads,
+        scale=module.scaling,
+        softcap=softcap,
+    )
+    return out.flatten(1).unflatten(0, (batch, length))
+
+
+def additive(mask: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A mask of `StaticMasks`, or a dict of them, as transformers' eager attention adds it."""
+    if config._attn_implementation != "eager":
+        return mask
+    if isinstance(mask, dict):
+        return {name: additive(each, config, dtype) for name, each in mask.items()}
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool):
+        return mask
+    hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+    return torch.where(mask, torch.zeros_like(hidden), hidden)
+
+
+class StaticMasks(Host):
+    """generate() makes the masks of steps on a static cache here: which positions a row sees.
+
+    For eager attention transformers makes them something to add, and what a sum may hold besides
+    cannot be told.
+    """
+
+    def create_masks_for_generate(self, config: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        from fastvlm.decoding.prefixes import decoder_stack
+
+        text = config.get_text_config()
+        fused = getattr(decoder_stack(self), "reads_static_caches", False)
+        if fused and inputs_embeds.shape[1] == 1 and text._attn_implementation == "eager":
+            config = copy.copy(text)
+            config._attn_implementation_internal = "sdpa"
+        return make(config=config, inputs_embeds=inputs_embeds, **kwargs)
