@@ -127,10 +127,18 @@ class RowLayer(DynamicLayer):
         if self.first:
             self.rows.grown(like.shape[0], stop, self.k.shape[1], like.device)
 
-    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [rows, L, Hkv, D] from position start on, or [rows, Hkv, D] of one -> all filled."""
+    def write(self, start: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [rows, L, Hkv, D] from position start on, or [rows, Hkv, D] of one -> all filled.
+
+        start: int64 [1] where the same call is to write to other positions later: then all that
+        there is room for is given back.
+        """
         assert self.k is not None
         assert self.v is not None
+        if isinstance(start, Tensor):
+            self.k.index_copy_(1, start, k.unsqueeze(1))
+            self.v.index_copy_(1, start, v.unsqueeze(1))
+            return self.k, self.v
         at = start if k.dim() == 3 else slice(start, self.filled)
         self.k[:, at] = k
         self.v[:, at] = v

@@ -32,12 +32,14 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
-def original(cls: Any) -> Any:
+def original(cls: type) -> Any:
     """The class that a patched one stands for; cls where it is none, or a subclass of one.
 
     Not by ``vars(cls)``: torch.compile breaks its graph there once a cache has changed a dict.
     """
-    return cls._fastvlm_base if getattr(cls, "_fastvlm_class", None) is cls else cls
+    if getattr(cls, "_fastvlm_class", None) is not cls:
+        return cls
+    return cls._fastvlm_base  # type: ignore[attr-defined]
 
 
 def is_plain(module: object, *kinds: type[nn.Module]) -> bool:

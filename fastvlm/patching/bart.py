@@ -38,7 +38,7 @@ class BartAttention(Host):
             )
         dropout_p = self.dropout if self.training else 0.0
         q = heads(self.q_proj(hidden_states), self.head_dim)
-        if not is_self:
+        if key_value_states is not None:
             out = cross_attend(
                 self,
                 q,

@@ -1,8 +1,9 @@
 """The planned decoding step of a stack: its program (`fastvlm.patching.program`), and who runs it.
 
 On the CPU one call runs all of it; elsewhere, and where a backend is forced or a dispatch mode
-watches the ops, they are called one by one. What the plan is of is looked at when it is made: a
-hook or an adapter that comes while a cache is being filled is seen by the next.
+watches the ops, they are called one by one, or replayed (`fastvlm.patching.graphs`). What the plan
+is of is looked at when it is made: a hook or an adapter that comes while a cache is being filled is
+seen by the next.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastvlm.cpu.step import CpuStep
 from fastvlm.ops.attention import arguments_of
+from fastvlm.patching import graphs
 from fastvlm.patching.program import Instruction, Program, quiet
 
 Rows = list[Any]  # the registers, each rows [R, n]
@@ -28,13 +30,14 @@ class At(NamedTuple):
     """What all layers of a step share.
 
     ancestry: int32 [R, T], the cache row of each position, -1 where it is padding; None where each
-    row reads itself. lengths: int32 [R]. where: `arguments_of` the layout of cross-attention.
-    rotation: cos and sin of RoPE, [R, head_dim] each.
+    row reads itself. lengths: int32 [R]. start: the position that is written; int64 [1] in a captured
+    step, where T is the capacity of the caches. where: `arguments_of` the layout of
+    cross-attention. rotation: cos and sin of RoPE, [R, head_dim] each.
     """
 
     ancestry: Tensor | None
     lengths: Tensor
-    start: int
+    start: int | Tensor
     where: tuple[Any, ...]
     rotation: tuple[Tensor, Tensor] | tuple[()]
 
@@ -51,6 +54,7 @@ class Plan:
         self._registers = len(program.widths)
         self._results = [i.results for i in program.instructions]
         self._on_cpu = CpuStep(program.instructions, program.widths)
+        self._captured = graphs.CapturedStep(self._called)
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], the stack's last states."""
@@ -63,8 +67,15 @@ class Plan:
             ancestry = seen if ancestry is None else torch.where(seen < 0, seen, ancestry)
         where = () if layouts.cross is None else arguments_of(layouts.cross)
         at = At(ancestry, rows.lengths, start, where, rotation)
+        recorder = graphs.recorder(x)
+        if recorder is not None:
+            return self._captured(recorder, x, at, self.layers)
         if self._on_cpu.serves(x):
             return self._on_cpu(x, at, self.layers)
+        return self._called(x, at)
+
+    def _called(self, x: Tensor, at: At) -> Tensor:
+        """The step op by op."""
         registers: Rows = [x] + [None] * (self._registers - 1)
         for call, results in zip(self._calls, self._results):
             found = call(registers, at)
