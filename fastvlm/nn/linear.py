@@ -39,7 +39,7 @@ def original(cls: type) -> Any:
     """
     if getattr(cls, "_fastvlm_class", None) is not cls:
         return cls
-    return cls._fastvlm_base  # type: ignore[attr-defined]
+    return cls._fastvlm_base
 
 
 def is_plain(module: object, *kinds: type[nn.Module]) -> bool:

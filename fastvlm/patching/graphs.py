@@ -9,6 +9,7 @@ FASTVLM_CUDA_GRAPHS=1 asks for it: it has not run on a GPU yet.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,10 +18,18 @@ from torch import Tensor
 
 VARIABLE = "FASTVLM_CUDA_GRAPHS"
 Run = Callable[[], Tensor]
+Step = Callable[[Tensor, Any], Tensor]
+
+
+class Waits(RuntimeError):
+    """A step that asks the device for a value cannot be captured."""
 
 
 class Recorder(Protocol):
     """What captures a function of no arguments that works on tensors that stay where they are."""
+
+    def rehearse(self, run: Run) -> Tensor:
+        """Call it as it is. Raises Waits where it waits for the device."""
 
     def capture(self, run: Run) -> Run:
         """A function that does again what run does, at once and to the same tensors.
@@ -31,6 +40,18 @@ class Recorder(Protocol):
 
 class CudaGraph:
     """`torch.cuda.CUDAGraph` of a function; its intermediate tensors have a pool of their own."""
+
+    def rehearse(self, run: Run) -> Tensor:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run()
+        except RuntimeError as error:
+            if "synchronizing" in str(error):
+                raise Waits(str(error)) from error
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def capture(self, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
@@ -57,15 +78,23 @@ def recorder(x: Tensor) -> Recorder | None:
 
 class CapturedStep:
     """A step whose first call runs as it is, on the tensors of the captured ones: it compiles
-    kernels and loads libraries, which a capture must not. The second captures."""
+    kernels and loads libraries, which a capture must not. The second captures. Where the first
+    waits for the device (plain PyTorch's attention, for heads that no kernel takes), none is.
 
-    def __init__(self, run: Callable[[Tensor, Any], Tensor]) -> None:
-        self._run = run
+    It keeps nothing of the plan whose step it is: a cache that nobody needs is to go at once.
+    """
+
+    def __init__(self) -> None:
         self._held: list[Any] = []
         self._replay: Run | None = None
+        self._refused = False
 
-    def __call__(self, recorder: Recorder, x: Tensor, at: Any, layers: list[Any]) -> Tensor:
-        """x [R, d], at: `fastvlm.patching.steps.At`, layers: of the cache -> [R, d]."""
+    def __call__(
+        self, step: Step, recorder: Recorder, x: Tensor, at: Any, layers: list[Any]
+    ) -> Tensor:
+        """step(x, at): x [R, d], at: `fastvlm.patching.steps.At` -> [R, d]; layers of the cache."""
+        if self._refused:
+            return step(x, at)
         # held, not named by address: no other tensor can come to lie where one of these does
         held = [t for layer in layers for t in (layer.k, layer.v)]
         held += [*at.where, x.shape, x.dtype, x.device, torch.is_inference_mode_enabled()]
@@ -73,17 +102,19 @@ class CapturedStep:
         if not known:
             self._replay = None  # its memory, before the next one takes as much
             self._held, self._fixed = held, _Fixed(x, at, layers[0].k.shape[1])
-        self._fixed.fill(x, at)
-        run = self._step
+        fixed = self._fixed
+        fixed.fill(x, at)
         if not known:
-            return run()
+            try:
+                return recorder.rehearse(lambda: step(fixed.x, fixed.at))
+            except Waits as why:
+                self._refused, self._held = True, []
+                warnings.warn(f"fastvlm: steps are not captured: {why}", stacklevel=2)
+                return step(x, at)
         with torch.cuda.device(x.device if x.is_cuda else -1):
             if self._replay is None:
-                self._replay = recorder.capture(run)
+                self._replay = recorder.capture(lambda: step(fixed.x, fixed.at))
             return self._replay().clone()
-
-    def _step(self) -> Tensor:
-        return self._run(self._fixed.x, self._fixed.at)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -17,15 +17,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from fastvlm import ops
+from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.patching.rules import Host
 
 try:
     from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
-    from transformers.masking_utils import create_masks_for_generate
 except ImportError:
     # transformers 4: no stack is patched there (patching/rules.py)
     StaticCache = StaticLayer = StaticSlidingWindowLayer = object
-    create_masks_for_generate = None
+try:
+    from transformers.masking_utils import create_masks_for_generate
+except ImportError:
+    create_masks_for_generate = None  # nor asked for
 
 
 @dataclass(frozen=True)
@@ -183,13 +186,12 @@ class StaticMasks(Host):
     cannot be told.
     """
 
-    def create_masks_for_generate(self, config: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+    def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-        from fastvlm.decoding.prefixes import decoder_stack
-
-        text = config.get_text_config()
+        text, embeds = config.get_text_config(), kwargs.get("inputs_embeds")
+        step = embeds is not None and embeds.shape[1] == 1
         fused = getattr(decoder_stack(self), "reads_static_caches", False)
-        if fused and inputs_embeds.shape[1] == 1 and text._attn_implementation == "eager":
+        if step and fused and text._attn_implementation == "eager":
             config = copy.copy(text)
             config._attn_implementation_internal = "sdpa"
-        return make(config=config, inputs_embeds=inputs_embeds, **kwargs)
+        return make(config=config, **kwargs)

@@ -30,8 +30,8 @@ class At(NamedTuple):
     """What all layers of a step share.
 
     ancestry: int32 [R, T], the cache row of each position, -1 where it is padding; None where each
-    row reads itself. lengths: int32 [R]. start: the position that is written; int64 [1] in a captured
-    step, where T is the capacity of the caches. where: `arguments_of` the layout of
+    row reads itself. lengths: int32 [R]. start: the position that is written; int64 [1] in a
+    captured step, where T is the capacity of the caches. where: `arguments_of` the layout of
     cross-attention. rotation: cos and sin of RoPE, [R, head_dim] each.
     """
 
@@ -54,7 +54,7 @@ class Plan:
         self._registers = len(program.widths)
         self._results = [i.results for i in program.instructions]
         self._on_cpu = CpuStep(program.instructions, program.widths)
-        self._captured = graphs.CapturedStep(self._called)
+        self._captured = graphs.CapturedStep()
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], the stack's last states."""
@@ -69,7 +69,7 @@ class Plan:
         at = At(ancestry, rows.lengths, start, where, rotation)
         recorder = graphs.recorder(x)
         if recorder is not None:
-            return self._captured(recorder, x, at, self.layers)
+            return self._captured(self._called, recorder, x, at, self.layers)
         if self._on_cpu.serves(x):
             return self._on_cpu(x, at, self.layers)
         return self._called(x, at)

@@ -16,16 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastvlm.patching.graphs import Waits
+
 # what waits for the device, or takes its number of elements from values
 WAITS = {
     "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_static", "equal", "unique",
     "_unique", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "bincount",
     "repeat_interleave", "lift_fresh", "_assert_async",
 }  # fmt: skip
-
-
-class Refused(AssertionError):
-    """Not to be done while a graph is captured."""
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -45,11 +43,11 @@ class _Notes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.name.partition("::")[2] in WAITS:
-            raise Refused(f"{func} in a captured step")
+            raise Waits(f"{func} in a captured step")
         result = func(*args, **kwargs)
         strangers = {x.device for x in _tensors((args, kwargs, result))} - {self.device}
         if strangers:
-            raise Refused(f"{func} touches {strangers} in a step on {self.device}")
+            raise Waits(f"{func} touches {strangers} in a step on {self.device}")
         self.calls.append((func, args, kwargs, result))
         return result
 
@@ -65,6 +63,10 @@ class Double:
         """In place of `graphs.recorder`."""
         self.device = x.device
         return self
+
+    def rehearse(self, run: Callable[[], Tensor]) -> Tensor:
+        with _Notes(self.device):
+            return run()
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with _Notes(self.device) as notes:
