@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.cases import Decoder
 from benchmarks.traffic import __main__ as traffic
-from benchmarks.traffic import compiled, counter, inputs, layers, liger, no_device, tables
+from benchmarks.traffic import compiled, counter, inputs, jobs, layers, liger, no_device, tables
 from fastvlm import Layout, ops
 from fastvlm.cuda import attention
 from fastvlm.florenz import FlorenzConfig
@@ -56,6 +56,8 @@ N = 2 * 8 * 16  # bytes of [8, 16]
         (1, 3 * N, lambda: meta(8, 16).mul_(meta(8, 16))),
         (1, 2 * N, lambda: meta(8, 16).copy_(meta(8, 16))),
         (1, N, lambda: meta(8, 16).zero_()),
+        (1, 3 * N, lambda: torch.add(meta(8, 16), meta(8, 16), out=meta(8, 16))),
+        (1, 3 * N, lambda: (lambda x: torch.add(x, meta(8, 16), out=x))(meta(8, 16))),
         (0, 0, lambda: meta(8, 16).t()[1:].unsqueeze(0)),
         (1, 8 * 4 + 2 * 4 * 32, lambda: meta(5000, 16)[meta(4, dtype=torch.int64)]),
         (1, 2 * (8 * 4 + 4 * 12 + 8 * 12), lambda: meta(8, 4) @ meta(4, 12)),
@@ -77,6 +79,19 @@ def test_kernels_by_hand() -> None:
         assert found.launches == {"fastvlm.attention_forward": 1}
         # a backend that is not there does not serve
         assert counted(lambda: ops.rms_norm(x, w)).total[0] > 1
+
+
+@needs_triton
+def test_what_a_kernel_rewrites_counts_twice() -> None:
+    from fastvlm.triton.kernels import loss_backward
+
+    # in a function that it calls
+    kernel = loss_backward.cross_entropy_dh
+    given = {name: meta(1) for name in kernel.arg_names}
+    for positional in (0, 3, len(given)):
+        named = dict(list(given.items())[positional:])
+        found = counter.rewritten(kernel, list(given.values())[:positional], named)
+        assert [id(x) for x in found] == [id(given["SUMS"])]
 
 
 def _cuda_cases() -> dict[str, Callable[[Callable[..., Tensor], str], Any]]:
@@ -192,6 +207,38 @@ def test_generated_code_by_hand() -> None:
     forward = (a + w + out) + (2 * out + 2 * 256)
     backward = (3 * out + 2 * 256 + 2 * 256) + 2 * (a + w + out)
     assert found["product"] == [2, 2, forward, 3, backward]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_whole_jobs_by_hand() -> None:
+    rows, width, hidden, vocabulary = 256, 64, 128, 1024
+    given = jobs.sizes(rows=rows, width=width, hidden=hidden, vocabulary=vocabulary)
+    found = {(r["job"], r["side"]): r for r in jobs.count(given)}
+    assert {job for job, side in found if side == jobs.OURS} == {job for job, _ in found}
+    x, w, f = 2 * rows * width, 2 * width * hidden, 2 * rows * hidden
+
+    def numbers(job: str, side: str) -> list[tuple[int, int]]:
+        return [tables.total(found[job, side][part]) for part in tables.PARTS]
+
+    assert numbers("RMSNorm", jobs.OURS)[0] == (1, 2 * x + 2 * width)
+    ours = (2, (x + 2 * w + 3 * f) + (f + w + x))
+    # each of its gradients: one product; of x a second one, which adds to it
+    back = (6, (x + w + 5 * f) + 4 * (x + w + f) + (f + w + 2 * x))
+    assert numbers("GeGLU MLP", jobs.OURS) == [ours, back]
+    assert all(r[part]["launches"] for r in found.values() for part in tables.PARTS)
+    if liger.missing():
+        assert {side for _, side in found} == {jobs.OURS}
+        return
+    theirs = (4, 3 * (x + w + f) + 3 * f)
+    back = (8, 6 * (x + w + f) + 5 * f + 3 * x)
+    assert numbers("GeGLU MLP", "LigerGEGLUMLP") == [theirs, back]
+    # as many rows at a time as make chunks of logits no larger than h, and the weight's gradient
+    # is read and written for each
+    chunks, v = rows // 16, 2 * vocabulary * width
+    kernels = found["linear, softcap, cross entropy", "LigerFusedLinearCrossEntropyLoss"]
+    launches, moved = kernels["forward"]["kernels"]["addmm"]
+    assert (launches, moved) == (chunks, chunks * 2 * v + x + 2 * rows * vocabulary)
 
 
 @pytest.mark.parametrize("d", [FLORENCE, GEMMA], ids=lambda d: d.name)

@@ -13,10 +13,10 @@ Caches do not exist: what a kernel reads again, or reads after another has writt
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -52,27 +52,49 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def _moved(name: str, given: list[Tensor], result: list[Tensor]) -> int:
-    """The bytes of one launch of an ATen operator."""
+def _moved(name: str, given: list[Tensor], result: list[Tensor], out: Any = None) -> int:
+    """The bytes of one launch of an ATen operator; out: what was asked to take the result."""
     total = sum(bytes_of(x) for x in {id(x): x for x in [*given, *result]}.values())
     if name in _PICKS:
         table, picked = given[0], sum(x.numel() for x in result)
         total -= max(0, bytes_of(table) - picked * table.element_size())
     elif name.endswith("_") and name not in _OVERWRITES:
         total += bytes_of(given[0])
+    elif any(x is out for x in given):
+        total += bytes_of(out)
     return total
 
 
-def rewritten(function: Any, arguments: Sequence[Any]) -> list[Tensor]:
-    """Of a Triton kernel's tensors those that it both loads and stores."""
-    source = function.src
-    found = []
-    for name, x in zip(function.arg_names, arguments):
-        if isinstance(x, Tensor):
-            loads, stores = (re.search(rf"tl\.{k}\(\s*{name}\b", source) for k in ("load", "store"))
-            if loads and stores:
-                found.append(x)
+def _touched(function: Any) -> dict[str, set[str]]:
+    """Which parameters of a Triton kernel it loads and stores, by itself or in what it calls."""
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, set[str]] = {"load": set(), "store": set()}
+    calls = [n for n in ast.walk(ast.parse(function.src)) if isinstance(n, ast.Call)]
+    for call in calls:
+        if isinstance(call.func, ast.Attribute) and call.func.attr in found and call.args:
+            first = call.args[0]
+            while isinstance(first, ast.BinOp):
+                first = first.left
+            if isinstance(first, ast.Name):
+                found[call.func.attr].add(first.id)
+        elif isinstance(call.func, ast.Name):
+            helper = function.fn.__globals__.get(call.func.id)
+            if isinstance(helper, JITFunction) and helper is not function:
+                inside = _touched(helper)
+                for name, x in zip(helper.arg_names, call.args):
+                    for kind in found:
+                        if isinstance(x, ast.Name) and name in inside[kind]:
+                            found[kind].add(x.id)
     return found
+
+
+def rewritten(function: Any, given: Sequence[Any], named: Mapping[str, Any]) -> list[Tensor]:
+    """Of a Triton kernel's tensors those that it both loads and stores."""
+    touched = _touched(function)
+    both = touched["load"] & touched["store"]
+    arguments = {**dict(zip(function.arg_names, given)), **named}
+    return [x for name, x in arguments.items() if name in both and isinstance(x, Tensor)]
 
 
 class Traffic(TorchDispatchMode):
@@ -112,10 +134,12 @@ class Traffic(TorchDispatchMode):
             return self._ours(name, args)
         result = func(*args, **kwargs)
         if namespace != "prim" and name not in _VIEWS:
-            given, made = tensors_in(args, kwargs), tensors_in(result)
+            out = kwargs.get("out")
+            given = tensors_in(args, {k: x for k, x in kwargs.items() if k != "out"})
+            made = tensors_in(result, out)
             # what the host computes for itself is no launch
             if any(x.device.type != "cpu" for x in (*given, *made)):
-                self.launch(name, _moved(name, given, made))
+                self.launch(name, _moved(name, given, made, out))
         return result
 
     def _ours(self, name: str, args: tuple[Any, ...]) -> Any:
@@ -146,7 +170,7 @@ def triton_launches(traffic: Traffic, prefix: str) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def run(function: Any, *given: Any, **named: Any) -> None:
-        tensors = tensors_in(given, named) + rewritten(function, given)
+        tensors = tensors_in(given, named) + rewritten(function, given, named)
         traffic.add(prefix + function.fn.__name__, tensors)
 
     with mock.patch.object(JITFunction, "run", run):
