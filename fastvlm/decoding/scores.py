@@ -24,14 +24,18 @@ class TokenScores(StoppingCriteria):
 
     def __init__(self, beams: bool) -> None:
         self.beams = beams
+        self.empties_unseen = beams
         self.steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last: Tensor = scores[-1]
+        last: Any = scores[-1]
         if not self.beams:
             taken = last.gather(1, input_ids[:, -1:]).squeeze(1)
             self.steps.append(taken - last.logsumexp(1))
-        last.data = last.new_empty(0)  # generate() holds the same tensor
+        if isinstance(last, Tensor):
+            last.data = last.new_empty(0)  # generate() holds the same tensor
+        else:
+            last.forget()  # a patched model's ranking, of which nobody has asked the rest
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def of(self, row: int, tokens: int, length_penalty: float) -> float:

@@ -16,8 +16,10 @@ from torch import Tensor
 from fastvlm.checks import describe
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.nn.linear import Linear, is_plain
+from fastvlm.patching.generation import RankedGeneration, forward_of, ranks
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
+from fastvlm.patching.ranked import RankedLogits
 from fastvlm.patching.rules import Host, Swap, takes
 from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
 from fastvlm.patching.static import StaticMasks
@@ -28,17 +30,22 @@ _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
 class LossHead(Host):
-    """An output head that gives lazy logits to the model's own forward, when that has labels."""
+    """An output head that gives lazy logits to the model's own forward, when that has labels, and
+    to a decoding loop that wants the best alone."""
 
     gives_lazy_logits = True
 
     def forward(self, input: Tensor) -> Any:
-        wants = None if torch.compiler.is_compiling() else wanted()
-        if wants is None or not is_plain(self):
+        compiling = torch.compiler.is_compiling()
+        wants = None if compiling else wanted()
+        ranked = wants is None and not compiling and ranks(self)
+        if (wants is None and not ranked) or not is_plain(self):
             return super().forward(input)
         state = State.now(input, self.weight)
         casts = state.autocast is not None and input.dtype != torch.float64
         dtype = state.autocast if casts and state.autocast is not None else input.dtype
+        if wants is None:
+            return RankedLogits(input, self.weight, self.bias, Wanted(), dtype, state)
         packed = wants.packed if wants.packed and wants.packed.is_shown_by(input) else None
         weight = tapped(self.weight, wants)
         return LazyLogits(input, weight, self.bias, wants, dtype, state, packed=packed)
@@ -72,7 +79,7 @@ def _indices(name: str, value: Any, rows: int | None) -> None:
         raise _fail(name, f"of one entry for each of the {rows} rows", value)
 
 
-class LossModel(StaticMasks):
+class LossModel(StaticMasks, RankedGeneration):
     """A model whose call with labels has no logits, unless somebody looks at them.
 
     Besides what the model itself takes, its forward takes
@@ -100,8 +107,9 @@ class LossModel(StaticMasks):
                 raise _fail("groups", "left out where the whole model is compiled", groups)
             return super().forward(**kwargs)
         if labels is None:
-            with wanting(None):
-                return super().forward(**kwargs)
+            with wanting(None), forward_of(self) as ranked:
+                outputs = super().forward(**kwargs)
+                return settled(outputs, training=False) if ranked else outputs
         hidden = self._hides_labels(kwargs, labels)
         if self.training:  # in evaluation logits and caches are looked at, there too
             if kwargs.get("use_cache") is None:

@@ -7,6 +7,7 @@ transformers does between head and loss (bias, softcap, float(), view) is kept i
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -292,7 +293,7 @@ class _Lazily:
     @property
     def logits(self) -> Any:
         value = self.__dict__.get("logits")
-        if isinstance(value, LazyLogits):
+        if isinstance(value, LazyLogits) and "_fastvlm_shown" not in self.__dict__:
             value = value.tensor()
             self["logits"] = value  # type: ignore[index]
         return value
@@ -306,6 +307,8 @@ class _Lazily:
             return self.logits
         if key == 0:  # the loss, for which nobody needs the logits
             return next(iter(super().values()))  # type: ignore[misc]
+        if isinstance(key, str):  # transformers' own walks through all items
+            return OrderedDict.__getitem__(self, key)  # type: ignore[index]
         return super().__getitem__(key)  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -346,3 +349,9 @@ def settled(outputs: Any, training: bool) -> Any:
     fields = dict(outputs.items())
     fields["logits"] = replace(fields["logits"], packed=None)
     return _lazily(kind, training)(**fields)
+
+
+def show_lazily(outputs: Any) -> None:
+    """From now on a look at outputs.logits gives them as they are, computed or not."""
+    if isinstance(outputs, _Lazily):
+        outputs.__dict__["_fastvlm_shown"] = True
