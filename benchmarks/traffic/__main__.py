@@ -109,10 +109,10 @@ def count_step(name: str, config: FlorenzConfig, side: str, work: Decoding) -> R
         else:
             steps.fill_caches(model, x, work)
         h = part("stack", lambda: steps.states(model, x))
-        if ours:
-            part("head", lambda: steps.ranked_head(model, h, x.scores))
-            part("generate_head", lambda: steps.head(model, h, x.scores))
-        else:
+        with contextlib.ExitStack() as stack:
+            if ours:
+                with counter.Traffic(backends):
+                    stack.enter_context(steps.generating(model, x.scores))
             part("head", lambda: steps.head(model, h, x.scores))
         part("reorder", lambda: x.cache.reorder_cache(x.order))
     return record

@@ -81,7 +81,7 @@ def step_rows(records: Sequence[Record]) -> Rows:
 
 AROUND_HEADERS = (
     "model", "side", "stack: launches, GiB", "head: launches, GiB",
-    "head as generate() runs it: launches, GiB", "beams change places: launches, GiB",
+    "beams change places: launches, GiB",
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def around_rows(records: Sequence[Record]) -> Rows:
         launches, moved = total(r[part])
         return f"{launches}, {moved / 2**30:.3f}"
 
-    parts = ("stack", "head", "generate_head", "reorder")
+    parts = ("stack", "head", "reorder")
     return [
         (r["model"], r["side"], *(cell(r, part) for part in parts)) for r in records if "stack" in r
     ]
@@ -131,10 +131,10 @@ def markdown(figures: Mapping[str, Any]) -> str:
         parts += [
             f"A whole decoding step, {work['images']} images x {work['beams']} beams, "
             f"{work['keys']} keys of an image, token {work['filled']}: from token ids to the best "
-            "continuations of each image. fastvlm: the patched decoder and `linear_topk`.",
+            "continuations of each image. fastvlm: what `generate()` of a patched model runs, in "
+            "which the head is `linear_topk` and a choice among the beams.",
             markdown_table(STEP_HEADERS, step_rows(figures["steps"])),
-            "`generate()` of a patched model still computes all logits, as transformers' beam "
-            "search asks for them. Where beams change places transformers copies its caches.",
+            "Where beams change places transformers copies its caches.",
             markdown_table(AROUND_HEADERS, around_rows(figures["steps"])),
         ]
     return "\n\n".join([*parts, *(f"- {note}" for note in notes(figures))])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,21 +27,22 @@ _LOOK_AT_TOKENS = ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "
 
 @dataclass
 class Ranking:
-    """A decoding loop. runs: its model's forward is running."""
+    """A decoding loop. runs: its model's forward is running. kept: what all its steps share."""
 
     model: nn.Module
     head: nn.Module
     runs: bool = False
+    kept: dict[Any, Tensor] = field(default_factory=dict)
 
 
 # of the loop that runs in this thread
 _RANKING: ContextVar[Ranking | None] = ContextVar("fastvlm_ranking", default=None)
 
 
-def ranks(head: nn.Module) -> bool:
-    """Whether this head is called by the model of a loop that ranks."""
+def ranking_for(head: nn.Module) -> Ranking | None:
+    """The loop whose model calls this head, where it ranks."""
     ranking = _RANKING.get()
-    return ranking is not None and ranking.runs and ranking.head is head
+    return ranking if ranking is not None and ranking.runs and ranking.head is head else None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvlm.checks import describe
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.nn.linear import Linear, is_plain
-from fastvlm.patching.generation import RankedGeneration, forward_of, ranks
+from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
 from fastvlm.patching.ranked import RankedLogits
@@ -38,14 +38,15 @@ class LossHead(Host):
     def forward(self, input: Tensor) -> Any:
         compiling = torch.compiler.is_compiling()
         wants = None if compiling else wanted()
-        ranked = wants is None and not compiling and ranks(self)
-        if (wants is None and not ranked) or not is_plain(self):
+        ranking = None if compiling or wants is not None else ranking_for(self)
+        if (wants is None and ranking is None) or not is_plain(self):
             return super().forward(input)
         state = State.now(input, self.weight)
         casts = state.autocast is not None and input.dtype != torch.float64
         dtype = state.autocast if casts and state.autocast is not None else input.dtype
         if wants is None:
-            return RankedLogits(input, self.weight, self.bias, Wanted(), dtype, state)
+            kept = {} if ranking is None else ranking.kept
+            return RankedLogits(input, self.weight, self.bias, Wanted(), dtype, state, kept=kept)
         packed = wants.packed if wants.packed and wants.packed.is_shown_by(input) else None
         weight = tapped(self.weight, wants)
         return LazyLogits(input, weight, self.bias, wants, dtype, state, packed=packed)
@@ -55,8 +56,8 @@ class Head(LossHead, Linear):
     """The same over `fastvlm.ops.linear`, where there are no labels."""
 
 
-HEAD = Swap(Head, ("linear", "linear_cross_entropy"))
-LOSS_HEAD = Swap(LossHead, ("linear_cross_entropy",))
+HEAD = Swap(Head, ("linear", "linear_cross_entropy", "linear_topk"))
+LOSS_HEAD = Swap(LossHead, ("linear_cross_entropy", "linear_topk"))
 
 
 def last_label(labels: Tensor, ignore_index: int = -100) -> Tensor:

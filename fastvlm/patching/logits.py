@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastvlm import ops
 from fastvlm.ops._autograd import autocasts
+from fastvlm.patching.tensor_like import TensorLike
 
 
 @dataclass
@@ -117,12 +118,11 @@ class State:
 
 
 @dataclass(frozen=True, eq=False)
-class LazyLogits:
+class LazyLogits(TensorLike):
     """softcap * tanh((h weight^T + bias) / softcap) of the shape and dtype that a model expects.
 
     h: [..., d]. weight: [V, d]. bias: [V]. divided: softcap's division was asked for, its tanh or
-    factor not yet. packed: what h is a padded grid of. state: see `State`. It answers like a
-    tensor; what it cannot answer, the computed tensor does.
+    factor not yet. packed: what h is a padded grid of. state: see `State`.
     """
 
     h: Tensor
@@ -157,16 +157,6 @@ class LazyLogits:
     @property
     def device(self) -> torch.device:
         return self.h.device
-
-    @property
-    def ndim(self) -> int:
-        return self.h.ndim
-
-    def dim(self) -> int:
-        return self.h.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
 
     def float(self) -> LazyLogits:
         return replace(self, dtype=torch.float32)
@@ -215,14 +205,6 @@ class LazyLogits:
     def tanh(self) -> Any:
         return torch.tanh(self)  # type: ignore[arg-type]
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -234,9 +216,7 @@ class LazyLogits:
             loss = _cross_entropy(*args, **kwargs)
             if loss is not None:
                 return loss
-        args = [arg.tensor() if isinstance(arg, cls) else arg for arg in args]
-        kwargs = {k: v.tensor() if isinstance(v, cls) else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _cross_entropy(

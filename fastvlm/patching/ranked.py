@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastvlm import ops
 from fastvlm.patching.logits import LazyLogits
+from fastvlm.patching.tensor_like import TensorLike, computed
 
 # the longest ranking that every kernel serves; a longer one is hardly shorter than the logits
 MOST_RANKED = 64
@@ -36,11 +37,12 @@ def _unless_computed(name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True, eq=False)
 class RankedLogits(LazyLogits):
-    """The logits of a forward that a decoding loop called.
+    """The logits of a forward that a decoding loop called. kept: what all its steps share.
 
     Once computed they are what was computed: a model that writes into its logits finds that again.
     """
 
+    kept: dict[Any, Tensor] = field(default_factory=dict)
     computed: list[Tensor] = field(default_factory=list, init=False)
 
     def tensor(self) -> Tensor:
@@ -80,13 +82,13 @@ class RankedLogits(LazyLogits):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if any(isinstance(arg, cls) and arg.computed for arg in args):
-            args = [arg.tensor() if isinstance(arg, cls) else arg for arg in args]
+            args = [computed(arg) for arg in args]
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
 @dataclass(frozen=True, eq=False)
-class RankedScores:
+class RankedScores(TensorLike):
     """float32 scores of every token, of which the best can be had without the others.
 
     logits: [R, V]. shape: (R, V), (images, R / images, V), or (images, R / images * V).
@@ -123,13 +125,20 @@ class RankedScores:
         if self.added is not None:
             values = (values.view(images, beams, -1) + self.added).view(rows, -1)
         if beams > 1:
-            first = torch.arange(0, beams * vocabulary, vocabulary, device=tokens.device)
-            tokens = (tokens.view(images, beams, -1) + first.unsqueeze(1)).view(images, -1)
+            tokens = (tokens.view(images, beams, -1) + self._first_of(beams)).view(images, -1)
             values = values.view(images, -1)
         if beams > 1 or self.banned:
             values, order = values.sort(dim=1, descending=True, stable=True)
             tokens = tokens.gather(1, order[:, :k])
         return values[:, :k], tokens[:, :k]
+
+    def _first_of(self, beams: int) -> Tensor:
+        """Where the tokens of each beam begin among those of all, [beams, 1]."""
+        kept, vocabulary = self.logits.kept, self.logits.shape[1]
+        if beams not in kept:
+            first = torch.arange(0, beams * vocabulary, vocabulary, device=self.device)
+            kept[beams] = first.unsqueeze(1)
+        return kept[beams]
 
     def _candidates(self, k: int) -> tuple[Tensor, Tensor]:
         """The best k of each row, before bans and beams: values and tokens [R, k]."""
@@ -173,16 +182,6 @@ class RankedScores:
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
     def clone(self) -> RankedScores:
         return replace(self)
 
@@ -190,22 +189,11 @@ class RankedScores:
         """Let go of what these scores would be made from; nobody may ask for them any more."""
         object.__setattr__(self, "logits", None)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.tensor()[index]
-
     def __add__(self, other: Any) -> Any:
         a_beam = isinstance(other, Tensor) and other.dtype == torch.float32
         if a_beam and self.ndim == 3 and other.shape == (*self.shape[:2], 1) and self.added is None:
             return replace(self, added=other)
         return self.tensor() + other
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
 
     def _reshaped(self, shape: Any) -> RankedScores | None:
         (rows, vocabulary), sizes = self.logits.shape, tuple(shape)
@@ -242,6 +230,4 @@ class RankedScores:
             found = args[0]._answer(func, args[1:], kwargs)
             if found is not None:
                 return found
-        args = [arg.tensor() if isinstance(arg, cls) else arg for arg in args]
-        kwargs = {k: v.tensor() if isinstance(v, cls) else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)

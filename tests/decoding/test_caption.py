@@ -11,7 +11,7 @@ import pytest
 import torch
 from speakers import LANGUAGE_CODES, PREFIXES, TOPIC, Speaker, pixels
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 import fastvlm
 from fastvlm.decoding import prefixes
@@ -320,3 +320,28 @@ def test_older_transformers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(ImportError, match=r"caption needs transformers 5, here is 4\.57\.1"):
         _ = fastvlm.caption
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_are_ranked_without_logits(beams: int, told: Speaker, monkeypatch: Any) -> None:
+    """Unless a criterion of the caller's looks at the scores, which then are tensors."""
+    ranked, seen = [], set()
+    rank = fastvlm.ops.linear_topk
+    monkeypatch.setattr(
+        fastvlm.ops, "linear_topk", lambda *a, **k: [ranked.append(a[2]), rank(*a, **k)][1]
+    )
+
+    class Looks(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            seen.add(type(scores[-1]))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    first = caption(told, pixels(1), num_beams=beams)
+    is_patched = hasattr(type(told.model), "_fastvlm_base")
+    assert bool(ranked) == (is_patched and beams > 1)
+    ranked.clear()
+    second = caption(told, pixels(1), num_beams=beams, stopping_criteria=[Looks()])
+    assert not ranked
+    assert seen == {Tensor}
+    assert [c.tokens for c in first] == [c.tokens for c in second]
+    assert all(abs(a.score - b.score) < 1e-5 for a, b in zip(first, second))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import EOS, FAMILIES, PAD, VOCAB, Family, bart, florence2, gemma2
+from models import EOS, FAMILIES, PAD, VOCAB, Family, bart, florence2, gemma2, t5gemma
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -367,3 +367,55 @@ def test_16_bits(dtype: torch.dtype, ranked: list[int]) -> None:
     exact = states.double() @ model.lm_head.weight.double().T + model.final_logits_bias.double()
     assert ranked
     assert torch.equal(got[:, 1], exact.argmax(1))
+
+
+def test_a_hook_around_the_head(ranked: list[int]) -> None:
+    model = t5gemma()
+    inputs = FAMILIES["t5gemma"].inputs(model)
+    model.lm_head.register_forward_hook(lambda module, args, out: out.flip(-1))
+    expected, got = both(model, inputs, num_beams=3)
+    assert torch.equal(expected, got)
+    assert not ranked
+
+
+# rows, loop, dtype of the weight, and whether a CPU ranks
+ON_A_CPU = [
+    (3, "_beam_search", torch.float32, True),
+    (500, "_beam_search", torch.float32, True),
+    (3, "_sample", torch.float32, False),
+    (64, "_beam_search", torch.bfloat16, True),
+    (65, "_beam_search", torch.bfloat16, False),
+]
+
+
+@pytest.mark.parametrize(("rows", "loop", "dtype", "wanted"), ON_A_CPU)
+def test_a_cpu_ranks_where_that_is_faster(
+    rows: int, loop: str, dtype: torch.dtype, wanted: bool
+) -> None:
+    weight = torch.empty(VOCAB, 8, dtype=dtype)
+    assert (generation._slower(weight, rows, loop) is None) == wanted
+    assert generation._slower(weight.to("meta"), rows, loop) is None
+
+
+def test_the_shared_steps_of_a_loop_are_its_own(ranked: list[int]) -> None:
+    """Loops of other numbers of beams, one after the other and one within the other."""
+    model, other = bart(), florence2()
+    inputs = FAMILIES["bart"].inputs(model)
+    expected = [generate(model, inputs, num_beams=beams) for beams in (2, 4, 3)]
+    theirs = FAMILIES["florence2"].inputs(other)
+    wanted = generate(other, theirs, num_beams=2, suppress_tokens=[PAD, 5])
+    fastvlm.patch(model)
+    fastvlm.patch(other)
+
+    class Within(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            assert torch.equal(
+                generate(other, theirs, num_beams=2, suppress_tokens=[PAD, 5]), wanted
+            )
+            sampled = generate(model, inputs, num_beams=4, repetition_penalty=1.2)
+            assert sampled.shape[0] == 3
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    for beams, tokens in zip((2, 4, 3), expected):
+        got = generate(model, inputs, num_beams=beams, stopping_criteria=[Within()])
+        assert torch.equal(got, tokens)
