@@ -43,6 +43,7 @@ BEAMS = {
     "beams": {"num_beams": 3},
     "all-of-four": {"num_beams": 4, "num_return_sequences": 4, "early_stopping": True},
     "no-cache": {"num_beams": 2, "use_cache": False},
+    "static-cache": {"num_beams": 2, "cache_implementation": "static"},
 }
 
 
@@ -81,6 +82,8 @@ def both(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> tuple[
 @pytest.mark.parametrize("beams", BEAMS)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_same_tokens(settings: str, beams: str, family: Family, ranked: list[int]) -> None:
+    if beams == "static-cache" and family is FAMILIES["paligemma2"]:
+        pytest.skip("transformers' own generate() of PaliGemma fails with a static cache")
     model = family.build()
     options = {**SETTINGS[settings], **BEAMS[beams]}
     inputs = family.inputs(model)
