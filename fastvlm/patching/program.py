@@ -23,8 +23,8 @@ class Unplanned(Exception):
 class Instruction(NamedTuple):
     """One op: results and rows are numbers of registers, each of which holds rows [R, n].
 
-    settings: the numbers of the schema, after its tensors. layer: of `self_attention`, the number
-    of its cache.
+    settings: the numbers that the op takes; of `self_attention` the head dimension and the number
+    of its cache come first.
     """
 
     op: str
