@@ -59,7 +59,7 @@ sanitize: $(VENV)/.dev
 	FASTVLM_CXXFLAGS="$(SANITIZERS)" CXX=g++ \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTVLM_EXPECT_SANITIZERS=1 \
-	  $(RUN) pytest tests/test_cpu_kernels.py tests/ops -m "not slow and not triton" -k "not compile" --capture=sys $(ARGS)
+	  $(RUN) pytest tests/test_cpu_kernels.py tests/ops -m "not slow and not triton and not cuda" -k "not compile" --capture=sys $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check

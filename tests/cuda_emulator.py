@@ -54,10 +54,15 @@ def missing() -> str | None:
     return None
 
 
+def compilers_environment() -> dict[str, str]:
+    """A sanitizer that this process runs under is not for a compiler: nvcc crashes with it."""
+    return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+
+
 def _compile(command: list[str]) -> None:
-    # a sanitizer that this process runs under is not for the compiler
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=compilers_environment()
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 

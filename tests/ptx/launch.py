@@ -39,7 +39,10 @@ def _readable(symbols: list[str]) -> list[str]:
 def programs(source: Path, to: Path, *options: str, arch: str = "sm_80") -> dict[str, Program]:
     """What nvcc makes of a file of kernels, by their names as C++ has them."""
     command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-ptx", *options, str(source)]
-    done = subprocess.run([*command, "-o", str(to)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "-o", str(to)], capture_output=True, text=True, check=False,
+        env=cuda_emulator.compilers_environment(),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = parse(to.read_text())
     return dict(zip(_readable([p.name for p in found]), found))
