@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,24 @@ print(first, second, len(mine), extension.path(), "|", extension.reason(), "|", 
 """
 
 
+# how a library is built is tested here, not how fast it is
+QUICKLY = "-O0"
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quickly() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTVLM_CXXFLAGS", QUICKLY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(quickly: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library to copy from, so that only the tests about building build."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     try:
-        return extension.build(tmp_path_factory.mktemp("built"))
+        return extension.build(shared / "built")
     except extension.ExtensionBuildError as error:
         pytest.skip(f"cannot build here: {error}")
 
@@ -43,7 +57,8 @@ def prebuilt_refused() -> None:
 
 def start(cache: Path, script: str = SCRIPT, **environment: str) -> subprocess.Popen[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("FASTVLM_")}
-    env |= {"FASTVLM_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    env |= {"FASTVLM_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    env |= {"FASTVLM_CXXFLAGS": QUICKLY, **environment}
     return subprocess.Popen(
         [sys.executable, "-c", script],
         env=env,

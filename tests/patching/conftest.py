@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def young_collector() -> Iterator[None]:
+    """gc.collect() looks at what the test makes, not at all modules of three libraries."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

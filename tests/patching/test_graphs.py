@@ -155,6 +155,7 @@ def test_rows_that_change_are_captured_again(double: Double) -> None:
     assert len(double.captured) == 2
 
 
+@pytest.mark.usefixtures("young_collector")
 def test_nothing_holds_a_cache(double: Double) -> None:
     model, _ = patched("bart")
     cache = model.model.decoder.new_cache()

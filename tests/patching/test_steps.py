@@ -267,6 +267,7 @@ class TestCache:
         cache.reorder_cache(torch.tensor([1, 0]))
         assert torch.allclose(got, self.whole(model, given, [[2, 7], [2, 8]]), atol=1e-4)
 
+    @pytest.mark.usefixtures("young_collector")
     def test_nothing_holds_a_cache(self) -> None:
         _model, cache, given = self.filled()
         gc.collect()

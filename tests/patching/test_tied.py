@@ -133,6 +133,7 @@ def test_a_backward_pass_that_reaches_some_lookups_only() -> None:
 
 @pytest.mark.parametrize("name", TIED)
 @pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.usefixtures("young_collector")
 def test_nothing_is_kept_of_a_call(name: str, backward: bool) -> None:
     """Python's collector cannot see a cycle through autograd's nodes."""
     _, model, batch = pair(name)
