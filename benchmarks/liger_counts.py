@@ -243,7 +243,7 @@ def notes() -> str:
     mib = 2 / 2**20
     return NOTES.format(
         width=N, hidden=F, vocabulary=V, whole=int(M * V * mib), few=64 * V * mib,
-        chunk=M * chunk_columns(M, V, 2) * mib,
+        chunk=M * chunk_columns(M, torch.empty(V, N, dtype=DTYPE, device="meta")) * mib,
     )  # fmt: skip
 
 
