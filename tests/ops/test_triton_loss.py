@@ -276,7 +276,7 @@ def test_chunks_are_small_but_not_too_small() -> None:
         wide = columns(4096, 256000, 2304, dtype)
         assert 4 * 4096 * wide <= 256000 * 2304 < 4 * 4096 * (wide + 4096)
         assert 7 * wide < 256000 <= 8 * wide
-    # of a narrow weight a quarter is little; the last chunk is as long as the others, but for padding
+    # of a narrow weight a quarter is little; the last chunk is as long as the others, or nearly
     narrow = columns(4096, 257024, 256)
     assert narrow * 4096 * 2 <= loss.SCRATCH_BYTES < 2 * narrow * 4096 * 2
     assert -(-257024 // narrow) * narrow - 257024 < loss.COLUMNS * -(-257024 // narrow)
