@@ -28,20 +28,23 @@ from fastvlm.triton.kernels import loss_backward as backward
 MOST_K = 64
 # its blocks must fit into the registers of the program that merges them
 LARGEST_VOCABULARY = 2**19
-# the gradients of a chunk's logits: about this much memory, or FEWEST_COLUMNS of them: chunks long
-# enough that reading and writing the sums of dh for each costs little beside the products; every
-# block size divides COLUMNS
-SCRATCH_BYTES, FEWEST_COLUMNS, COLUMNS = 64 * 2**20, 2048, 256
+# the gradients of a chunk's logits take this much memory, or SHARE_OF_WEIGHT of what the weight
+# takes, or as much as FEWEST_COLUMNS do: each chunk reads h twice, and reads and writes the sums of
+# dh, which are to cost little beside the products; every block size divides COLUMNS
+SCRATCH_BYTES, SHARE_OF_WEIGHT, FEWEST_COLUMNS, COLUMNS = 64 * 2**20, 0.25, 2048, 256
 # rows ranked at one time, however much memory the best of each block take: a decoding step
 FEWEST_RANKED = 64
 # row blocks that run over the same block of the vocabulary: their weight is read once
 _BAND, _SMALL_BAND = 32, 8
 
 
-def chunk_columns(rows: int, vocabulary: int, itemsize: int) -> int:
+def chunk_columns(rows: int, weight: Tensor) -> int:
     """Tokens whose gradients of logits exist at one time, a multiple of COLUMNS."""
-    columns = max(SCRATCH_BYTES // max(1, rows * itemsize), FEWEST_COLUMNS)
-    return min(columns // COLUMNS, cdiv(vocabulary, COLUMNS)) * COLUMNS
+    itemsize, (vocabulary, d) = weight.itemsize, weight.shape
+    scratch = max(SCRATCH_BYTES, int(SHARE_OF_WEIGHT * vocabulary * d * itemsize))
+    most = max(scratch // max(1, rows * itemsize), FEWEST_COLUMNS) // COLUMNS * COLUMNS
+    # as many chunks as that takes, alike: of a short last one most of the scratch would be idle
+    return cdiv(cdiv(vocabulary, cdiv(vocabulary, most)), COLUMNS) * COLUMNS
 
 
 def _key(x: Tensor) -> dict[str, int]:
@@ -125,7 +128,7 @@ class _Backward:
         self.skip_below = skip_below or None
         self.live: Tensor | None = None
         (self.rows, self.d), self.vocabulary = h.shape, weight.shape[0]
-        self.columns = chunk_columns(self.rows, self.vocabulary, h.itemsize)
+        self.columns = chunk_columns(self.rows, weight)
 
     def prepare(self, grad: Tensor, labels: Tensor, lse: Tensor, ignore_index: int) -> None:
         self.grad, self.labels, self.lse = grad, labels, lse

@@ -269,9 +269,19 @@ def test_topk_says_what_it_cannot_do(small: None) -> None:
 
 
 def test_chunks_are_small_but_not_too_small() -> None:
-    assert loss.chunk_columns(4096, 257024, 2) == 8192
-    assert loss.chunk_columns(2**20, 257024, 2) == loss.FEWEST_COLUMNS
-    assert loss.chunk_columns(5, 63, 4) == loss.COLUMNS
+    def columns(rows: int, vocabulary: int, d: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        return loss.chunk_columns(rows, torch.empty(vocabulary, d, dtype=dtype, device="meta"))
+
+    for dtype in (torch.bfloat16, torch.float32):
+        wide = columns(4096, 256000, 2304, dtype)
+        assert 4 * 4096 * wide <= 256000 * 2304 < 4 * 4096 * (wide + 4096)
+        assert 7 * wide < 256000 <= 8 * wide
+    # of a narrow weight a quarter is little; the last chunk is as long as the others, or nearly
+    narrow = columns(4096, 257024, 256)
+    assert narrow * 4096 * 2 <= loss.SCRATCH_BYTES < 2 * narrow * 4096 * 2
+    assert -(-257024 // narrow) * narrow - 257024 < loss.COLUMNS * -(-257024 // narrow)
+    assert columns(2**20, 257024, 2304) <= loss.FEWEST_COLUMNS < 2 * columns(2**20, 257024, 2304)
+    assert columns(5, 63, 7, torch.float32) == loss.COLUMNS
 
 
 def test_float32_products_follow_the_setting_of_pytorch() -> None:

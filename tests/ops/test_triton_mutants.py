@@ -161,7 +161,10 @@ def check_stored(rule: Rule) -> None:
     )
 
 
-def check_loss(rule: Rule) -> None:
+def check_loss(rule: Rule, dtype: torch.dtype = torch.float32) -> None:
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype).requires_grad_()
+
     labels = torch.randint(0, 100, (37,)).masked_fill(torch.rand(37) < 0.3, -100)
     before = loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS
     loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS = 0, 32, 32
@@ -169,10 +172,15 @@ def check_loss(rule: Rule) -> None:
         rule(
             lambda h, w, b: ops.linear_cross_entropy(h, w, labels, bias=b, softcap=3.0),
             lambda h, w, b: plain.linear_cross_entropy(h, w, labels, bias=b, softcap=3.0),
-            [randn(37, 23, grad=True), randn(100, 23, grad=True), randn(100, grad=True)],
+            [leaf(37, 23), leaf(100, 23), leaf(100)],
         )
     finally:
         loss.SCRATCH_BYTES, loss.FEWEST_COLUMNS, loss.COLUMNS = before
+
+
+def check_loss_of_16_bits(rule: Rule) -> None:
+    """Its cap and its slope are computed in other terms than those of float32."""
+    check_loss(rule, torch.float16)
 
 
 def _scaled(*shape: int, scale: float = 1.0, grad: bool = False) -> torch.Tensor:
@@ -325,6 +333,8 @@ MUTANTS = [
         ("beyond-the-vocabulary", check_loss, 'tl.where(inside[None, :], logits, float("-inf"))',
          "logits"),
         ("no-bias", check_loss, "if HAS_BIAS:", "if HAS_BIAS and not HAS_BIAS:"),
+        ("cap-from-zero", check_loss_of_16_bits, "cap - 2.0 * cap * below_cap",
+         "0.0 - 2.0 * cap * below_cap"),
         ("best-found-twice", check_topk, "keys = tl.where(keys == best[:, None], _NONE, keys)",
          "keys = keys"),
         ("ties-the-other-way", check_topk, "(_LAST - column).to(tl.int64)", "column.to(tl.int64)"),
@@ -332,14 +342,18 @@ MUTANTS = [
     ),
     *_of(
         "loss", "backward",
-        ("no-one-hot", check_loss, "dlogits - 1.0, dlogits", "dlogits, dlogits"),
+        ("no-one-hot", check_loss, "p - 1.0, p", "p, p"),
         ("no-slope", check_loss, "dlogits *= 1.0 - t * t", "dlogits *= 1.0"),
+        ("half-a-slope", check_loss_of_16_bits, "4.0 * grad", "2.0 * grad"),
+        ("bias-beside-it", check_loss, "logits += bias.to(tl.float32)[None, :]", "logits += 0.0"),
+        ("padding-learns", check_loss, "mask=token[:, None] & feature[None, :]",
+         "mask=(token | True)[:, None] & feature[None, :]"),
         ("first-chunk-alone", check_loss, "mask=counts & (first == 0)",
          "mask=counts & (first > 1)"),
         ("ignored-rows-learn", check_loss, "tl.where(counts, total * scale, 0.0)",
          "total * scale + tl.where(counts, 0.0, 1.0)"),
-        ("rows-not-masked", check_loss, "mask=inside[None, :], other=0.0)\n        x",
-         "mask=(inner >= 0)[None, :], other=0.0)\n        x"),
+        ("rows-not-masked", check_loss, "mask=inside[None, :], other=0.0)",
+         "mask=(inner >= 0)[None, :], other=0.0)"),
         ("label-skipped", check_skipping, "tiny & (own == 0)", "tiny"),
         ("more-is-tiny", check_skipping, "(skip_below * tl.abs(grad))",
          "(8.0 * skip_below * tl.abs(grad))"),

@@ -8,7 +8,7 @@ parts of all blocks together, in one order, whatever the schedule.
 import triton
 import triton.language as tl
 
-from fastvlm.triton.kernels.math import tanh
+from fastvlm.triton.kernels.math import below_cap, exp, tanh
 
 # a key's lower half is _LAST - index: of equal scores the one with the smaller index is larger
 _LAST = tl.constexpr(0x7FFFFFFF)
@@ -99,7 +99,10 @@ def logits_of(
     if HAS_BIAS:
         logits += tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        logits = cap * tanh(logits / cap, ACCURATE)
+        if ACCURATE:
+            logits = cap * tanh(logits / cap, True)
+        else:
+            logits = cap - 2.0 * cap * below_cap(logits, cap)
     return tl.where(inside[None, :], logits, float("-inf"))
 
 
@@ -113,7 +116,8 @@ def _or_zero(largest):
 def _put_part(LARGEST, SUMS, at, logits, mask):
     largest = tl.max(logits, 1)
     tl.store(LARGEST + at, largest, mask=mask)
-    tl.store(SUMS + at, tl.sum(tl.exp(logits - _or_zero(largest)[:, None]), 1), mask=mask)
+    shares = exp(logits - _or_zero(largest)[:, None])
+    tl.store(SUMS + at, tl.sum(shares, 1), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])

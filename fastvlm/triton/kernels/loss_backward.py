@@ -1,8 +1,10 @@
 """The output head backward, over one chunk of the vocabulary: its gradients of the logits exist.
 
 Kernels get slices of weight and bias that hold the chunk, so "vocabulary" is the chunk's width
-here. Rows are in the order of ORDER: those that count come first. DLOGITS is 0 from there to
-"padded", a multiple of every block size: its readers load whole vectors, without a mask.
+here. Rows are in the order of ORDER: those that count come first. DLOGITS goes on from there to
+"padded", a multiple of every block size, so its readers load whole vectors, without a mask. What
+stands there is finite where the last token's is, which it is of, less its bias: dh multiplies it by
+0, and nobody else stores what comes of it.
 
 Gradients of logits are kept in units of SCALE, a power of two that brings the largest gradient of
 a loss to about 4096: in float16 a probability of 1e-6, over a mean of a thousand rows, would be 0.
@@ -15,7 +17,8 @@ running ahead of the products. What is tiny, and what leaving it out does, says 
 import triton
 import triton.language as tl
 
-from fastvlm.triton.kernels.loss import logits_of, product_tile, tile_of
+from fastvlm.triton.kernels.loss import product_tile, tile_of
+from fastvlm.triton.kernels.math import LOG2E, below_cap, exp, tanh
 
 
 @triton.jit
@@ -32,24 +35,33 @@ def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _put_dlogits(
-    product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, padded, cap,
-    skip_below,
+    logits, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap, skip_below,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ACCURATE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """to: pointers to the rows; label counted from the first token of the chunk.
+    """logits: without bias and cap. to: pointers to the rows. label, column: in the chunk.
 
     SKIP: gives 1 where any of them counts: a label's own, or one that is not tiny (or NaN).
     """
-    logits = logits_of(product, BIAS, column, vocabulary, cap, HAS_BIAS, CAP, ACCURATE)
-    dlogits = tl.exp((logits - largest[:, None]) - rest[:, None])
+    if HAS_BIAS:
+        bias = tl.load(BIAS + column, mask=column < vocabulary, other=float("-inf"))
+        logits += bias.to(tl.float32)[None, :]
     own = label[:, None] == column[None, :]
-    dlogits = tl.where(own, dlogits - 1.0, dlogits) * grad[:, None]
-    if CAP:
-        # tanh once more from its product, which takes no second tile of registers
-        t = tl.maximum(logits, -cap) / cap
-        dlogits *= 1.0 - t * t
-    mask = counts[:, None] & (column < padded)[None, :]
-    tl.store(to[:, None] + column[None, :], dlogits.to(to.dtype.element_ty), mask=mask)
+    if CAP and not ACCURATE:
+        s = below_cap(logits, cap)
+        base = ((cap - largest) - rest) * LOG2E
+        p = tl.exp2(base[:, None] - (2.0 * cap * LOG2E) * s)
+        slope = s - s * s
+        dlogits = tl.where(own, p - 1.0, p) * (slope * (4.0 * grad)[:, None])
+    else:
+        if CAP:
+            logits = cap * tanh(logits / cap, True)
+        p = exp((logits - largest[:, None]) - rest[:, None])
+        dlogits = tl.where(own, p - 1.0, p) * grad[:, None]
+        if CAP:
+            # tanh once more from its product, which takes no second tile of registers
+            t = logits / cap
+            dlogits *= 1.0 - t * t
+    tl.store(to[:, None] + column[None, :], dlogits.to(to.dtype.element_ty), mask=counts[:, None])
     live = 0
     if SKIP:
         tiny = tl.abs(dlogits) <= (skip_below * tl.abs(grad))[:, None]
@@ -90,19 +102,19 @@ def cross_entropy_dlogits(
     counts = place < count
     if BLOCK_N < 128:
         live = _put_dlogits(
-            product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, padded,
-            cap, skip_below, HAS_BIAS, CAP, ACCURATE, SKIP,
+            product, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+            skip_below, HAS_BIAS, CAP, ACCURATE, SKIP,
         )  # fmt: skip
     else:
         left, right = halves(product, BLOCK_M, BLOCK_N)
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         live = _put_dlogits(
-            left, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, padded,
-            cap, skip_below, HAS_BIAS, CAP, ACCURATE, SKIP,
+            left, BIAS, to, column, label, grad, largest, rest, counts, vocabulary, cap,
+            skip_below, HAS_BIAS, CAP, ACCURATE, SKIP,
         )  # fmt: skip
         live |= _put_dlogits(
             right, BIAS, to, column + BLOCK_N // 2, label, grad, largest, rest, counts,
-            vocabulary, padded, cap, skip_below, HAS_BIAS, CAP, ACCURATE, SKIP,
+            vocabulary, cap, skip_below, HAS_BIAS, CAP, ACCURATE, SKIP,
         )  # fmt: skip
     if SKIP:
         tl.store(LIVE + block_m * blocks_n + block_n, live)
