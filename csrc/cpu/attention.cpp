@@ -18,7 +18,8 @@ constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kPanelDepth = 64;  // of the head dimension, summed in one go
 constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming, at most
 constexpr int64_t kEvenly = 4;       // tasks come in so many, for that number of threads to share
-constexpr int64_t kNearKeys = 16;    // of those, so many for all heads before the next
+// Of those, so many for all heads before the next: whole vectors of scores, and few streams.
+constexpr int64_t kNearKeys = kLanes > 8 ? kLanes : 8;
 constexpr int64_t kAhead = 2;        // groups of so many that are on their way
 
 // What is asked of one image, and how the work on it is cut.
