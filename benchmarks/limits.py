@@ -1,16 +1,19 @@
 """Where a floor is not reached: what the time is made of. ``python -m benchmarks.limits``
 
-Two questions, measured in one run. A product of a few rows reads its weight and computes with it:
+Three questions, measured in one run. A product of a few rows reads its weight and computes with it:
 how long does each take alone, the reading (a sum over the same tensor) and the computing (the same
 product in slices of the weight that lie in cache), and how much of the shorter hides behind the
-longer? A small op is called from Python: what do the kernel, the dispatcher and the checks cost?
+longer? What do huge pages (`fastvlm.cpu.pages`) save of that? A small op is called from Python:
+what do the kernel, the dispatcher and the checks cost?
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.measure import Rotation, timed
 from fastvlm import env, extension, ops
+from fastvlm.cpu import pages
 from fastvlm.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -77,6 +81,42 @@ def product(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> dict[st
     }
 
 
+def paged() -> list[dict[str, Any]]:
+    """Medians in microseconds over the weights of a step of Florence-2-base, float32: 3 rows of x
+    times each, and reading them, in pages as they come and after `pages.gather`."""
+    shapes = {
+        "MLPs": [(3072, 768), (768, 3072)] * 6,
+        "projections": [(768, 768)] * 36,
+        "head": [(51289, 768)],
+    }
+    rows = []
+    for name, each in shapes.items():
+        small, huge = ([torch.randn(shape) for shape in each] for _ in range(2))
+        size = sum(weight.nbytes for weight in small)
+        start = time.perf_counter()
+        moved = pages.gather(huge)
+        seconds = time.perf_counter() - start
+        x = {width: torch.randn(3, width) for width in (768, 3072)}
+
+        def multiply(weights: list[Tensor], x: dict[int, Tensor] = x) -> None:
+            for weight in weights:
+                ops.linear(x[weight.shape[1]], weight)
+
+        def read(weights: list[Tensor]) -> None:
+            for weight in weights:
+                weight.sum()
+
+        medians = _medians({
+            f"{what} {how}": functools.partial(run, weights)
+            for what, run in (("product", multiply), ("read", read))
+            for how, weights in (("small", small), ("huge", huge))
+        })  # fmt: skip
+        found = {f"{side.replace(' ', '_')}_us": round(1e6 * s, 1) for side, s in medians.items()}
+        gathered = {"moved": moved, "moving_us": round(1e6 * seconds, 1)}
+        rows.append({"weights": name, "bytes": size, **gathered, **found})
+    return rows
+
+
 def calls() -> list[dict[str, Any]]:
     """Microseconds of a call of a small op, 3 rows of 768 as in a decoding step."""
     x, residual, weight, bias = (torch.randn(*s, 768) for s in ((3,), (3,), (), ()))
@@ -125,9 +165,19 @@ def tables(figures: dict[str, Any]) -> str:
             f"{compute:.0f}",
             f"{100 * hidden:.0f} %",
         ))  # fmt: skip
+    sides = ("product_small", "product_huge", "read_small", "read_huge")
     small = [
         (r["op"], *(f"{r[f'{side}_us']:.1f}" for side in ("kernel", "op", "function", "eager")))
         for r in figures["calls"]
+    ]
+    weights = [
+        (
+            r["weights"],
+            f"{100 * r['moved'] / r['bytes']:.0f} %",
+            f"{r['moving_us'] / 1e3:.0f}",
+            *(f"{r[f'{side}_us']:.0f}" for side in sides),
+        )
+        for r in figures.get("pages", ())
     ]
     return "\n\n".join((
         f"A product with a weight of {SHAPE[0]} x {SHAPE[1]}, microseconds: the whole, reading the "
@@ -135,6 +185,10 @@ def tables(figures: dict[str, Any]) -> str:
         "how much of the shorter of the two the longer hides. A negative share: there is something "
         "besides.",
         markdown_table(("dtype", "rows", "product", "read", "compute", "hidden"), products),
+        "Products of 3 rows with the weights of a step of Florence-2-base, float32, and reading "
+        "them, microseconds: in pages as they come and in huge ones (the share that the kernel "
+        "moved, and the milliseconds of that).",
+        markdown_table(("weights", "moved", "ms", *sides), weights),
         "A call on 3 rows of 768, microseconds: the kernel as a torch op, the op of fastvlm (the "
         "choice of a backend in Python), its public function (checks), and eager PyTorch.",
         markdown_table(("op", "kernel", "op", "function", "eager"), small),
@@ -152,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in (torch.float32, torch.bfloat16):
             weights = [torch.randn(SHAPE).to(dtype) for _ in range(COPIES)]
             found += [product(rows, dtype, weights) for rows in ROWS]
-        small = calls()
-    figures = {**env.stamp(), "device": "cpu", "products": found, "calls": small}
+        huge, small = paged(), calls()
+    figures = {**env.stamp(), "device": "cpu", "products": found, "pages": huge, "calls": small}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "limits-cpu.json"
     path.write_text(json.dumps(figures, indent=1) + "\n")

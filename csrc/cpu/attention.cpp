@@ -16,8 +16,10 @@ constexpr int64_t kFewRows = 16;     // query rows per key head up to which keys
 constexpr int64_t kPanelRows = 126;  // query rows of one task otherwise
 constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kPanelDepth = 64;  // of the head dimension, summed in one go
-constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming
-constexpr int64_t kNearKeys = 16;    // of those, so many for all heads before the next
+constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming, at most
+constexpr int64_t kEvenly = 4;       // tasks come in so many, for that number of threads to share
+// Of those, so many for all heads before the next: whole vectors of scores, and few streams.
+constexpr int64_t kNearKeys = kLanes > 8 ? kLanes : 8;
 constexpr int64_t kAhead = 2;        // groups of so many that are on their way
 
 // What is asked of one image, and how the work on it is cut.
@@ -27,6 +29,11 @@ struct Image {
   int64_t first_stream, first_panel;  // the first task of each kind that is its own or comes after
   int64_t tasks;
   int64_t first_part;  // its partial results, when streamed
+
+  // The first key of a task when streaming: as many whole vectors of keys for each as for another.
+  int64_t stream_begin(int64_t task) const {
+    return smaller(keys, divide_up(keys, kLanes) * task / tasks * kLanes);
+  }
 };
 
 // How the work is cut; which rows there are is the readers' affair.
@@ -65,7 +72,8 @@ class Plan {
       image.tasks = 0;
     } else if (image.rows * group <= kFewRows) {
       // An image without keys still has a block: the one that writes its zeros.
-      image.tasks = larger(1, divide_up(image.keys, kStreamKeys));
+      const int64_t blocks = round_up(divide_up(image.keys, kStreamKeys), kEvenly);
+      image.tasks = larger(1, smaller(blocks, divide_up(image.keys, kLanes)));
       stream_tasks += image.tasks;
       parts += image.tasks * a.heads * image.rows;
     } else {
@@ -196,8 +204,8 @@ template <class T>
 void Attention<T>::stream(const Image& image, int64_t block, float* scratch, float* parts,
                           Running* running) {
   const int64_t rows = image.rows * plan_.group;
-  const int64_t n = smaller(kStreamKeys, image.keys - block * kStreamKeys);
-  const int64_t first = block * kStreamKeys;
+  const int64_t first = image.stream_begin(block);
+  const int64_t n = image.stream_begin(block + 1) - first;
   float* q = scratch;
   float* sums = q + a_.kv_heads * rows * padded_;
   float* scores = sums + a_.kv_heads * rows * padded_;
@@ -224,7 +232,7 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
     int64_t key = first + (values ? group - groups : group) * kNearKeys;
     int64_t end = first + n;
     if (group >= 2 * groups) {
-      key = first + kStreamKeys + (group - 2 * groups) * kNearKeys;
+      key = first + n + (group - 2 * groups) * kNearKeys;
       end = image.keys;
     }
     for (end = smaller(end, key + kNearKeys); key < end; ++key) {

@@ -21,30 +21,29 @@ struct ScoreRule {
   float softcap;
 };
 
-// scores[m][i] = q[m] . k[offsets[i]] for M rows and the K keys from i on, one vector of sums.
+// Keys of one tile of scores: so many that their sums fill the registers, and divide a vector.
+constexpr int keys_in_flight(int rows) { return kLanes / (rows == 3 ? 2 : rows); }
+
+// scores[m][i] = q[m] . keys[i] for M rows and K keys.
 template <class T, int M, int K>
 inline void score_tile(const float* q, int64_t q_stride, const T* const* keys, int64_t dim,
                        float* scores, int64_t scores_stride) {
-  Vec sums[kLanes] = {};
+  Vec sums[M][K] = {};
   auto add = [&](int64_t d, int64_t n) {
-    Vec ks[K];
-#pragma GCC unroll 16
-    for (int j = 0; j < K; ++j) ks[j] = load_some(keys[j] + d, n);
+    Vec qs[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const Vec qd = load(q + m * q_stride + d);
+    for (int m = 0; m < M; ++m) qs[m] = load(q + m * q_stride + d);
 #pragma GCC unroll 16
-      for (int j = 0; j < K; ++j) sums[m * K + j] += qd * ks[j];
+    for (int j = 0; j < K; ++j) {
+      const Vec key = load_some(keys[j] + d, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sums[m][j] += qs[m] * key;
     }
   };
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) add(d, kLanes);
   if (d < dim) add(d, dim - d);
-  float totals[kLanes];
-  store(totals, sum_each(sums));
-  for (int m = 0; m < M; ++m) {
-    for (int j = 0; j < K; ++j) scores[m * scores_stride + j] = totals[m * K + j];
-  }
+  store_totals(sums, scores, scores_stride);
 }
 
 // The same for all n keys; rounds n up to whole vectors by repeating the last key, so that a score
@@ -54,7 +53,7 @@ void score_rows(const float* q, int64_t q_stride, int64_t m_rows, const T* k,
                 const int64_t* offsets, int64_t n, int64_t dim, float* scores,
                 int64_t scores_stride) {
   auto rows = [&](auto count, int64_t m) {
-    constexpr int M = decltype(count)::value, K = M == 3 ? kLanes / 4 : kLanes / M;
+    constexpr int M = decltype(count)::value, K = keys_in_flight(M);
     for (int64_t i = 0; i < round_up(n, kLanes); i += K) {
       const T* keys[K];
       for (int j = 0; j < K; ++j) keys[j] = k + offsets[smaller(i + j, n - 1)];
@@ -78,13 +77,11 @@ inline void value_tile(const float* p, int64_t p_stride, const T* v, const int64
   Vec acc[M][N] = {};
   for (int64_t i = 0; i < n; ++i) {
     const T* row = v + offsets[i];
-    Vec vs[N];
+    Vec weights[M];
+    for (int m = 0; m < M; ++m) weights[m] = broadcast(p[m * p_stride + i]);
     for (int c = 0; c < N; ++c) {
-      vs[c] = N == 1 ? load_some(row, columns) : load(row + c * kLanes);
-    }
-    for (int m = 0; m < M; ++m) {
-      const Vec weight = broadcast(p[m * p_stride + i]);
-      for (int c = 0; c < N; ++c) acc[m][c] += weight * vs[c];
+      const Vec value = N == 1 ? load_some(row, columns) : load(row + c * kLanes);
+      for (int m = 0; m < M; ++m) acc[m][c] += weights[m] * value;
     }
   }
   for (int m = 0; m < M; ++m) {
@@ -99,7 +96,7 @@ inline void value_tile(const float* p, int64_t p_stride, const T* v, const int64
 template <class T>
 void add_values(const float* p, int64_t p_stride, int64_t m_rows, const T* v,
                 const int64_t* offsets, int64_t n, int64_t dim, float* sums, int64_t sums_stride) {
-  constexpr int kRows = kRegisters == 32 ? 4 : 2;
+  constexpr int kRows = kRegisters == 32 ? 4 : 3;
   auto columns = [&](auto width, int64_t d, int64_t count) {
     constexpr int N = decltype(width)::value;
     auto rows = [&](auto some, int64_t m) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
@@ -202,13 +203,22 @@ inline void transpose(Vec (&x)[kLanes]) {
   }
 }
 
+// Adds the lanes of a and of b that lie `Step` apart: where the index of a lane has that bit, the
+// result is b's. One of the two operands is a blend, which does not wait for the shuffle unit.
+template <int Step, int... I>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return FASTVLM_SHUFFLE(a, b, ((I & Step) ? I + kLanes : I)...) +
+         FASTVLM_SHUFFLE(a, b, ((I & Step) ? (I ^ Step) + kLanes : (I ^ Step))...);
+}
+
 // Lane i of the result is the sum over the lanes of x[i]. Destroys x.
+template <int Step = kLanes / 2>
 inline Vec sum_each(Vec (&x)[kLanes]) {
-  for (int n = kLanes / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) {
-      x[i] = interleave_low(x[i], x[i + n]) + interleave_high(x[i], x[i + n]);
-    }
+#pragma GCC unroll 8
+  for (int i = 0; i < Step; ++i) {
+    x[i] = fold<Step>(x[i], x[i + Step], std::make_integer_sequence<int, kLanes>{});
   }
+  if constexpr (Step > 1) return sum_each<Step / 2>(x);
   return x[0];
 }
 

@@ -19,6 +19,8 @@ from fastvlm.ops.dispatch import Kernel
 # of a block of logits: what stays in a last-level cache, in few enough blocks for Python to call
 _ELEMENTS = 2**21
 _FEWEST, _MOST = 256, 8192
+# where a block needs no copy of its weight, so few rows that a whole vocabulary is one
+_MOST_STREAMED = 65536
 # tokens of a block that count, above which its products are those of the whole block
 _MOST_LIVE = 0.75
 # a ranking is kept in order by insertion
@@ -30,12 +32,12 @@ class _Blocks:
 
     def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, dense_bias(bias)
-        most = min(_MOST, _ELEMENTS // max(1, rows.shape[0]))
-        self.size = max(_FEWEST, most // 64 * 64)
         # in 16 bits the other way begins with a float32 copy of the weight, which costs more
         streams = few_rows(rows) if rows.dtype == torch.float32 else rows.shape[0] <= MAX_ROWS
         self.streams = streams and weight.stride(-1) == 1
         self.rows = rows.contiguous() if self.streams else rows.float()
+        most = min(_MOST_STREAMED if self.streams else _MOST, _ELEMENTS // max(1, rows.shape[0]))
+        self.size = max(_FEWEST, most // 64 * 64)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
         """(columns, weight of the block, bias of the block, logits). Where the rows do not stream

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm import ops
+from fastvlm.cpu import pages
 from fastvlm.nn.linear import DENSE, Linear
 from fastvlm.ops._autograd import needs_grad
 
@@ -35,6 +36,7 @@ class _Copy:
                 self.weight, self.scale = weight.to(torch.bfloat16).contiguous(), None
             else:
                 self.weight, self.scale = ops.quantize_rows(weight)
+            pages.gather([self.weight])
             # a view: while it is held, no other tensor can come to lie at the weight's address
             self._sample = _sample(weight)
             self._values = self._sample.clone()

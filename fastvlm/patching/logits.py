@@ -327,7 +327,8 @@ def settled(outputs: Any, training: bool) -> Any:
         return outputs
     kind: Any = type(outputs)
     fields = dict(outputs.items())
-    fields["logits"] = replace(fields["logits"], packed=None)
+    if fields["logits"].packed is not None:
+        fields["logits"] = replace(fields["logits"], packed=None)
     return _lazily(kind, training)(**fields)
 
 

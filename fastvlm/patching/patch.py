@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from fastvlm.cpu import pages
 from fastvlm.patching.classes import PatchError, become, is_patched, swapped, unpatched_class
-from fastvlm.patching.plan import entries_of, plan
+from fastvlm.patching.plan import entries_of, plan, streamed
 from fastvlm.patching.report import Report
 from fastvlm.patching.rules import FLOORS
 from fastvlm.patching.weights import check_weights
@@ -47,6 +48,9 @@ def patch(
     drops the copies.
     strict: make any skipped module an error.
 
+    On Linux the weights on the CPU that a decoding step reads move to huge pages, in place, where
+    they are the process's own memory (`fastvlm.cpu.pages`); FASTVLM_HUGE_PAGES=0 refuses that.
+
     Returns the Report of what was patched with which op, and what was skipped and why.
 
     Raises TypeError for what is no nn.Module, ValueError for an unknown name in only or weights,
@@ -72,6 +76,7 @@ def patch(
     for change in changes:
         if change.swap is not None:
             become(change.module, swapped(unpatched_class(change.module), change.swap))
+    report.huge_bytes = pages.gather(streamed(changes))
     return report
 
 

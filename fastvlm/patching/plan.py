@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastvlm.nn.linear import Linear
 from fastvlm.patching.classes import PatchError, is_patched
@@ -189,6 +189,13 @@ def _change(
 ) -> Change:
     swap, reason = (None, choice) if isinstance(choice, str) else (choice, None)
     return Change(name, module, floors, swap, reason, at_each_step)
+
+
+def streamed(changes: list[Change]) -> list[Tensor]:
+    """The weights that a decoding step reads as they are."""
+    layers = (c for c in changes if c.at_each_step and c.swap and storage_of(c.swap) is None)
+    weights = (getattr(change.module, "weight", None) for change in layers)
+    return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
 _MLPS = ("gelu_mlp", "geglu_mlp")

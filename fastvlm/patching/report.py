@@ -29,10 +29,14 @@ class Entry:
 
 @dataclass
 class Report:
-    """The entries of one `fastvlm.patch`; ``print(report)`` shows them as a table."""
+    """The entries of one `fastvlm.patch`; ``print(report)`` shows them as a table.
+
+    huge_bytes: of the weights that a decoding step reads, what lies on huge pages now.
+    """
 
     model: str
     entries: list[Entry] = field(default_factory=list)
+    huge_bytes: int = 0
 
     @property
     def patched(self) -> list[Entry]:
@@ -58,6 +62,8 @@ class Report:
             f"fastvlm.patch({self.model}): {len(self.patched)} modules patched, "
             f"{len(self.skipped)} skipped"
         )
+        if self.huge_bytes:
+            head += f"\n{self.huge_bytes / 2**20:.0f} MiB of its weights lie on huge pages"
         if self.step_bytes is None:
             without = [(name, kind, status) for name, kind, _, status in rows]
             return f"{head}\n\n" + text_table(("module", "class", "runs on"), without)

@@ -8,6 +8,7 @@ to it there, and has none of its own. What else uses the parameter meets the sum
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -129,7 +130,12 @@ def factor_of(module: Any) -> float | None:
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
     if "ScaledWordEmbedding" not in base.__name__ or not isinstance(scale, (int, float)):
         return None
-    return torch.tensor(scale, dtype=module.weight.dtype, device="cpu").item()
+    return _rounded(scale, module.weight.dtype)
+
+
+@functools.cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    return torch.tensor(scale, dtype=dtype, device="cpu").item()
 
 
 def choose(module: Any) -> Swap | str:
