@@ -7,13 +7,13 @@ import platform
 import re
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from torch import Tensor
 
 import fastvlm
 from fastvlm.cpu import pages
-from tests.patching import models
 
 BIG = 2**22  # elements of float32: several huge pages, wherever they begin
 

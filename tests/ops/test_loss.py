@@ -45,7 +45,8 @@ def test_linear_cross_entropy(
         randn(vocabulary, width, grad=True),
         randn(vocabulary, grad=True) if bias else None,
     ]
-    for reduction in ("mean", "sum", "none"):
+    # how rows are reduced does not depend on the blocks of the vocabulary
+    for reduction in ("mean",) if shape == "blocks" else ("mean", "sum", "none"):
         settings = {"softcap": softcap, "reduction": reduction}
         follows_the_error_rule(
             lambda h, w, b, s=settings: on(ops.linear_cross_entropy, h, w, labels, bias=b, **s),
