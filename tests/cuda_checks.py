@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cuda_emulator
 import plain
 import torch
 
 from fastvlm import Layout, ops
-from fastvlm.cuda import attention, norm
+from fastvlm.cuda import attention, mlp, norm
 from fastvlm.ops import norm as public
 from fastvlm.ops.attention import arguments_of
 from fastvlm.reference import attention as reference
@@ -22,6 +24,16 @@ SEED = torch.tensor([12345])
 
 def randn(*shape: int, grad: bool = False, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape).to(dtype).requires_grad_(grad)
+
+
+@contextlib.contextmanager
+def splits_of(floor: Any, count: int) -> Iterator[None]:
+    """Inside, its launchers split what they can into so many parts."""
+    before, floor._splits = floor._splits, lambda *args: count
+    try:
+        yield
+    finally:
+        floor._splits = before
 
 
 def gated(x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -81,10 +93,9 @@ def float32_weight(rule: Rule) -> None:
 def cross(rule: Rule) -> None:
     """Readers out of order, groups of heads, keys around a tile; whole and in two splits."""
     lengths = [3, 2, 4, 1, 4], [0, 131, 64, 7], [1, 2, 1, 3, 1]
-    layout, before = Layout.from_lengths(*lengths), attention._splits
-    try:
-        for splits in (1, 2):
-            attention._splits = lambda *args, splits=splits: splits
+    layout = Layout.from_lengths(*lengths)
+    for splits in (1, 2):
+        with splits_of(attention, splits):
             for d in (64, 96):
                 rows, keys = sum(lengths[0]), sum(lengths[1])
                 rule(
@@ -92,24 +103,19 @@ def cross(rule: Rule) -> None:
                     lambda *x: plain.attention(*x, *lengths, softcap=5.0),
                     [randn(rows, 4, d), randn(keys, 2, d), randn(keys, 2, d)],
                 )
-    finally:
-        attention._splits = before
 
 
 def more_rows(rule: Rule) -> None:
     """Two tiles of rows to an image, and an image of nothing that is read; whole and split."""
     lengths = [9, 8, 2], [40, 0], [0, 0, 1]
-    layout, before = Layout.from_lengths(*lengths), attention._splits
-    try:
-        for splits in (1, 2):
-            attention._splits = lambda *args, splits=splits: splits
+    layout = Layout.from_lengths(*lengths)
+    for splits in (1, 2):
+        with splits_of(attention, splits):
             rule(
                 lambda *x: ops.cross_attention(*x, layout),
                 lambda *x: plain.attention(*x, *lengths),
                 [randn(19, 2, 64), randn(40, 2, 64), randn(40, 2, 64)],
             )
-    finally:
-        attention._splits = before
 
 
 def banks(rule: Rule) -> None:
@@ -124,14 +130,10 @@ def stats(rule: Rule) -> None:
     layout = Layout.from_lengths([1, 2], [0, 90])
     q, k, v = randn(3, 2, 64), randn(90, 1, 64), randn(90, 1, 64)
     arguments = (q, k, v, *arguments_of(layout), False, 0, 0.125, 3.0, 0.0)
-    before = attention._splits
-    try:
-        for splits in (1, 2):
-            attention._splits = lambda *args, splits=splits: splits
+    for splits in (1, 2):
+        with splits_of(attention, splits):
             _, ours = torch.ops.fastvlm.cross_attention(*arguments)
             assert torch.allclose(ours, reference.attention(*arguments)[1], rtol=1e-5, atol=1e-5)
-    finally:
-        attention._splits = before
 
 
 def cached(rule: Rule) -> None:
@@ -181,29 +183,55 @@ def hidden(rule: Rule) -> None:
 
 
 def few_rows(rule: Rule) -> None:
-    """A tail of columns, of depth and of rows; more steps of depth than warps."""
-    with torch.no_grad():
-        rule(
-            lambda *x: ops.gelu_mlp(*x, approximate="none"),
-            lambda *x: plain.gelu_mlp(*x, "none"),
-            [randn(9, 304), randn(40, 304), randn(40), randn(13, 40), randn(13)],
-        )
-        rule(
-            lambda *x: ops.geglu_mlp(*x),
-            lambda *x: plain.geglu_mlp(*x, "tanh"),
-            [randn(16, 304), randn(40, 304), randn(40, 304), randn(13, 40)],
-        )
+    """A tail of columns, of depth and of rows; more steps of depth than warps; whole and split.
+
+    Of two splits the second has no depth at all where the depth is 40.
+    """
+    for count in (1, 2):
+        with torch.no_grad(), splits_of(mlp, count):
+            rule(
+                lambda *x: ops.gelu_mlp(*x, approximate="none"),
+                lambda *x: plain.gelu_mlp(*x, "none"),
+                [randn(9, 304), randn(40, 304), randn(40), randn(13, 40), randn(13)],
+            )
+            rule(
+                lambda *x: ops.geglu_mlp(*x),
+                lambda *x: plain.geglu_mlp(*x, "tanh"),
+                [randn(16, 304), randn(40, 304), randn(40, 304), randn(13, 40)],
+            )
+
+
+def int8_of(columns: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the factors of its rows."""
+    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
+    return weight, (torch.rand(columns) + 0.1) / 64
+
+
+def widened(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return weight.double() * scale.double()[:, None]
 
 
 def int8(rule: Rule) -> None:
-    weight = torch.randint(-128, 128, (13, 144), dtype=torch.int8)
-    scale = torch.rand(13) + 0.1
-    with torch.no_grad():
-        rule(
-            lambda x: ops.low_precision_linear(x, weight, scale),
-            lambda x: x @ (weight.double() * scale.double()[:, None]).to(x.dtype).t(),
-            [randn(3, 144)],
-        )
+    (weight, scale), (up, up_scale) = int8_of(13, 144), int8_of(13, 144)
+    for count in (1, 2):
+        with torch.no_grad(), splits_of(mlp, count):
+            rule(
+                lambda x: ops.low_precision_linear(x, weight, scale),
+                lambda x: x @ widened(weight, scale).to(x.dtype).t(),
+                [randn(3, 144)],
+            )
+            rule(
+                lambda x, count=count: torch.ops.fastvlm_cuda.few_rows_gated(
+                    x, weight, up, scale, up_scale, 2, count
+                ),
+                lambda x: (
+                    torch.nn.functional.gelu(
+                        x @ widened(weight, scale).to(x.dtype).t(), approximate="tanh"
+                    )
+                    * (x @ widened(up, up_scale).to(x.dtype).t())
+                ),
+                [randn(9, 144, dtype=torch.bfloat16) / 4],
+            )
 
 
 def topk(rule: Rule) -> None:

@@ -135,14 +135,25 @@ def folder() -> Path:
 
 
 @functools.cache
-def engine() -> ctypes.CDLL:
-    """The emulator in this process, with every floor's kernels and the ops of fastvlm_cuda."""
+def machine() -> ctypes.CDLL:
+    """The emulator in this process, without kernels and without ops.
+
+    The only part that a process may load whose fastvlm_cuda is the library for a GPU: the ops of
+    both have the same names.
+    """
     loaded = ctypes.CDLL(str(folder() / "libengine.so"), mode=ctypes.RTLD_GLOBAL)
     loaded.emulator_load.restype = ctypes.c_void_p
     loaded.emulator_error.restype = ctypes.c_char_p
     loaded.emulator_unload.argtypes = [ctypes.c_void_p]
     loaded.emulator_settings.argtypes = [ctypes.c_int, ctypes.c_uint64]
     loaded.emulator_watch(not sanitized())
+    return loaded
+
+
+@functools.cache
+def engine() -> ctypes.CDLL:
+    """The emulator in this process, with every floor's kernels and the ops of fastvlm_cuda."""
+    loaded = machine()
     for floor in floors():
         load(loaded, folder() / f"{floor}.so")
     torch.ops.load_library(str(folder() / "binding.so"))

@@ -63,8 +63,8 @@ PLANTED = {
                  "key * args.k_time", "signed integer overflow"),
     "shift": ("int8", "mlp", "stream.cuh", "shifted >> 8 * i", "shifted >> 16 * i",
               "shift exponent"),
-    "outside": ("few_rows", "mlp", "mlp.cuh", "row >= args.rows || column >= args.columns",
-                "column >= args.columns", "heap-buffer-overflow"),
+    "outside": ("few_rows", "mlp", "mlp.cuh", "row < args.rows && column < args.columns",
+                "column < args.columns", "heap-buffer-overflow"),
 }  # fmt: skip
 
 

@@ -64,15 +64,23 @@ class CudaLaunches:
         return out
 
     def few_rows_linear(
-        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: int
-    ) -> Tensor:
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        self._launch("few_rows_linear", x, weight, scale, bias, out)
-        return out
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+        activation: int, splits: int,
+    ) -> Tensor:  # fmt: skip
+        return self._product("few_rows_linear", x, splits, weight, scale, bias)
 
-    def few_rows_gated(self, x: Tensor, gate: Tensor, up: Tensor, activation: int) -> Tensor:
-        out = x.new_empty(x.shape[0], gate.shape[0])
-        self._launch("few_rows_gated", x, gate, up, out)
+    def few_rows_gated(
+        self, x: Tensor, gate: Tensor, up: Tensor, gate_scale: Tensor | None,
+        up_scale: Tensor | None, activation: int, splits: int,
+    ) -> Tensor:  # fmt: skip
+        return self._product("few_rows_gated", x, splits, gate, up, gate_scale, up_scale)
+
+    def _product(self, name: str, x: Tensor, splits: int, *read: Tensor | None) -> Tensor:
+        shape = x.shape[0], read[0].shape[0]
+        out, weights = x.new_empty(shape), 2 if name == "few_rows_gated" else 1
+        # the last block of some columns reads what all of them have written
+        parts = () if splits == 1 else (_wide(x, splits, weights, *shape),)
+        self._launch(name, x, *read, *parts, *parts, out)
         return out
 
     def linear_topk(

@@ -1,10 +1,9 @@
 // Arguments of the attention kernels from tensors, for their own ops and for whole steps.
 #pragma once
 
-#include "../cpu/attention.h"
-
 #include <algorithm>
 
+#include "../cpu/attention.h"
 #include "bind.h"
 
 namespace fastvlm {

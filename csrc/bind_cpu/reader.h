@@ -9,9 +9,8 @@ namespace fastvlm {
 class Reader {
  public:
   Reader(const Tensor& code, const char* name) {
-    STD_TORCH_CHECK(
-        code.is_cpu() && code.scalar_type() == ScalarType::Long && code.is_contiguous(), name,
-        ": expected contiguous int64 on the CPU");
+    STD_TORCH_CHECK(code.is_cpu() && code.scalar_type() == ScalarType::Long && code.is_contiguous(),
+                    name, ": expected contiguous int64 on the CPU");
     at_ = static_cast<const int64_t*>(code.const_data_ptr());
     end_ = at_ + code.numel();
   }

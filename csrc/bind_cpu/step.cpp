@@ -51,9 +51,9 @@ class Step {
   Step(const Tensor& x, const Inputs& inputs, const Tensor& numbers)
       : in_(inputs), dtype_(dtype_of(x, "x")), rows_(x.size(0)) {
     size_ = dtype_ == DType::kFloat ? 4 : 2;
-    STD_TORCH_CHECK(numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double &&
-                        numbers.is_contiguous(),
-                    "numbers: expected contiguous float64 on the CPU");
+    STD_TORCH_CHECK(
+        numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous(),
+        "numbers: expected contiguous float64 on the CPU");
     numbers_ = static_cast<const double*>(numbers.const_data_ptr());
     count_ = numbers.numel();
   }
@@ -119,7 +119,8 @@ class Step {
   }
   const Register& read(int64_t i) {
     const Register& found = at(rows_of_[i]);
-    STD_TORCH_CHECK(found.cols > 0, "code: register ", rows_of_[i], " is read before it is written");
+    STD_TORCH_CHECK(found.cols > 0, "code: register ", rows_of_[i],
+                    " is read before it is written");
     return found;
   }
   Matrix rows(int64_t i) {
@@ -316,7 +317,8 @@ class Step {
   void cross_attention() {
     const Matrix q = rows(0);
     const Tensor k = tensor(0), v = tensor(1);
-    STD_TORCH_CHECK(k.dim() == 3 && in_.where.size() == 3, "where: expected q_offsets, kv_offsets, "
+    STD_TORCH_CHECK(k.dim() == 3 && in_.where.size() == 3,
+                    "where: expected q_offsets, kv_offsets, "
                     "image_of");
     AttentionArgs args{};
     args.dtype = dtype_;

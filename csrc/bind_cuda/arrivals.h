@@ -1,44 +1,47 @@
-// Which counters of arrivals a launch may use (csrc/cuda/attention_splits.cuh).
-//
-// A launch leaves them 0, so that those one after another of a stream can use the same. A captured
-// graph may be replayed at any time and on any stream: each capture gets a slot that nobody else
-// ever gets. Nothing is allocated, inside a capture or outside; who comes when the slots have run
-// out gets zeros from torch's allocator, which costs a launch.
+// The counters of arrivals that a launch gets. Nothing is allocated, inside a capture or outside,
+// but where all slots are taken: then torch's allocator gives zeros, which costs a launch.
 #pragma once
 
-#include <map>
-#include <mutex>
-
-#include "../cuda/attention.h"
 #include "bind.h"
+#include "slots.h"
 
 namespace fastvlm {
 namespace cuda {
 
-// The slot of a stream or of what is captured on it, or -1.
-inline int64_t slot_of(const Call& call) {
-  // one name for as many streams as there are threads
-  constexpr uintptr_t kPerThread = 2;
-  static std::mutex mutex;
-  static std::map<std::tuple<int32_t, void*, uint64_t>, int64_t> slots;
-  void* const stream = call.stream();
-  if (reinterpret_cast<uintptr_t>(stream) == kPerThread) return -1;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] =
-      slots.try_emplace({call.device(), stream, call.capture()}, slots.size());
-  return entry->second < kArrivalSlots ? entry->second : -1;
+// Never destroyed: graphs may outlive what a library destroys at exit.
+inline Slots& slots() {
+  static Slots* const all = new Slots;
+  return *all;
 }
 
-// Where the keys are split: counters for the launch. The tensor must live until it is launched.
-inline Optional set_arrivals(AttentionArgs& args, const Call& call, const Tensor& q,
-                             int64_t tiles) {
-  const int64_t needed = tiles * args.kv_heads;
-  if (args.splits == 1) return std::nullopt;
-  args.slot = needed > kArrivals ? -1 : slot_of(call);
-  if (args.slot >= 0) return std::nullopt;
-  Tensor zeros = torch::stable::new_zeros(q, {needed}, ScalarType::Int);
+// The slot of a stream or of what is captured on it, or -1.
+inline int64_t slot_of(const Call& call) {
+  const Launcher who{call.device(), call.stream_id(), call.capture()};
+  const auto [slot, is_new] = slots().of(who);
+  if (is_new && call.capture() != 0) {
+    auto* const kept = new Launcher(who);
+    const bool noted = call.when_the_graph_is_gone(kept, [](void* gone) {
+      slots().release(*static_cast<Launcher*>(gone));
+      delete static_cast<Launcher*>(gone);
+    });
+    if (!noted) {
+      slots().release(who);
+      delete kept;
+      return -1;
+    }
+  }
+  return slot;
+}
+
+// Counters for a launch in which several blocks share each of `pieces` of work. The tensor must
+// live until it is launched.
+inline Optional set_arrivals(Arrivals& arrivals, const Call& call, const Tensor& like,
+                             int64_t pieces) {
+  arrivals.slot = pieces > kArrivals ? -1 : slot_of(call);
+  if (arrivals.slot >= 0) return std::nullopt;
+  Tensor zeros = torch::stable::new_zeros(like, {pieces}, ScalarType::Int);
   give(zeros, "arrivals", Access::kCounters);
-  args.arrivals = static_cast<uint32_t*>(zeros.mutable_data_ptr());
+  arrivals.own = static_cast<uint32_t*>(zeros.mutable_data_ptr());
   return zeros;
 }
 

@@ -50,6 +50,12 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   return args;
 }
 
+// Where the keys are split; the tensor must live until the launch.
+Optional set_arrivals(AttentionArgs& args, const Call& call, const Tensor& q, int64_t tiles) {
+  if (args.splits == 1) return std::nullopt;
+  return set_arrivals(args.arrivals, call, q, tiles * args.kv_heads);
+}
+
 struct Results {
   Tensor out, stats, parts, parts_stats;
 };

@@ -49,28 +49,56 @@ class Call {
 #if defined(FASTVLM_EMULATOR)
   explicit Call(const Tensor&) { emulator::forget_memory(); }
   void* stream() const { return nullptr; }
+  uint64_t stream_id() const { return 0; }
   int32_t device() const { return 0; }
   uint64_t capture() const { return 0; }
+  bool when_the_graph_is_gone(void*, void (*)(void*)) const { return false; }
 #else
-  explicit Call(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
-  void* stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return stream;
+  explicit Call(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    device_of_this_call = index_;
+  }
+  void* stream() const { return stream_; }
+  // No other stream ever has it, nor another thread's stream of the same handle.
+  uint64_t stream_id() const {
+    unsigned long long id = 0;
+    check(cudaStreamGetId(static_cast<cudaStream_t>(stream_), &id));
+    return id;
   }
   int32_t device() const { return index_; }
   // Of the graph that the stream is captured into; 0 where it is not captured.
-  uint64_t capture() const {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long id = 0;
-    const auto error = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream()), &status, &id);
-    STD_TORCH_CHECK(error == cudaSuccess, "capture: ", cudaGetErrorString(error));
-    return status == cudaStreamCaptureStatusNone ? 0 : id;
+  uint64_t capture() const { return captured(nullptr); }
+  // Lets destroy(kept) be called when the graph that is being captured, and all that was made of
+  // it, are destroyed and done; false where CUDA refuses that.
+  bool when_the_graph_is_gone(void* kept, void (*destroy)(void*)) const {
+    cudaGraph_t graph = nullptr;
+    if (captured(&graph) == 0) return false;
+    cudaUserObject_t object = nullptr;
+    if (cudaUserObjectCreate(&object, kept, destroy, 1, cudaUserObjectNoDestructorSync) !=
+        cudaSuccess) {
+      return false;
+    }
+    check(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove));
+    return true;
   }
 
  private:
+  static void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "fastvlm: ", cudaGetErrorString(error));
+  }
+  uint64_t captured(cudaGraph_t* graph) const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream_), &status, &id, graph));
+    return status == cudaStreamCaptureStatusNone ? 0 : id;
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+
+ public:
+  static inline thread_local int32_t device_of_this_call = -1;
 #endif
 };
 
@@ -78,7 +106,7 @@ inline bool on_device(const Tensor& t) {
 #if defined(FASTVLM_EMULATOR)
   return t.is_cpu();
 #else
-  return t.is_cuda();
+  return t.is_cuda() && t.get_device_index() == Call::device_of_this_call;
 #endif
 }
 
@@ -119,7 +147,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 }
 
 inline const void* input(const Tensor& t, const char* name, int64_t dims) {
-  STD_TORCH_CHECK(on_device(t), name, ": expected a CUDA tensor");
+  STD_TORCH_CHECK(on_device(t), name, ": expected a CUDA tensor on the device of the others");
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(dims == 0 || t.numel() == 0 || t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1,
                   name, ": the last dimension must be contiguous");
@@ -179,7 +207,7 @@ inline Dropout dropout_of(const Optional& seed, double p) {
   STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   "seed: expected one int64");
   STD_TORCH_CHECK(p < 1.0, "dropout_p: expected a number in [0, 1), got ", p);
-  STD_TORCH_CHECK(on_device(*seed), "seed: expected a CUDA tensor");
+  STD_TORCH_CHECK(on_device(*seed), "seed: expected a CUDA tensor on the device of the others");
   give(*seed, "seed", Access::kInput);
   return {static_cast<const int64_t*>(seed->const_data_ptr()),
           static_cast<uint64_t>(std::ceil(std::ldexp(p, 53))), static_cast<float>(1.0 / (1.0 - p))};

@@ -20,7 +20,7 @@ constexpr int64_t kStreamKeys = 64;  // keys of one task when streaming, at most
 constexpr int64_t kEvenly = 4;       // tasks come in so many, for that number of threads to share
 // Of those, so many for all heads before the next: whole vectors of scores, and few streams.
 constexpr int64_t kNearKeys = kLanes > 8 ? kLanes : 8;
-constexpr int64_t kAhead = 2;        // groups of so many that are on their way
+constexpr int64_t kAhead = 2;  // groups of so many that are on their way
 
 // What is asked of one image, and how the work on it is cut.
 struct Image {

@@ -101,8 +101,8 @@ constexpr int rows_in_flight(int x_rows) {
 }
 
 // The rows that come next are asked for: their pages and streams change too often for the hardware.
-// Into the second-level cache: in the first they would be in the way of the rows at work, which with
-// a stride of 4 KiB all share a few of its sets.
+// Into the second-level cache: in the first they would be in the way of the rows at work, which
+// with a stride of 4 KiB all share a few of its sets.
 template <class T>
 inline void prefetch_far(const T* p) {
   __builtin_prefetch(p, 0, 2);

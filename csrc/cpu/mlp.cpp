@@ -114,8 +114,8 @@ void load_bias(const Matrix& bias, int64_t begin, int64_t count, float* to) {
 
 Vec gelu(Vec x, bool tanh) { return tanh ? gelu_tanh(x) : gelu_erf(x); }
 
-// Weight rows of one task where a call has so many: short where there would be too few tasks for the
-// threads; no sum depends on it.
+// Weight rows of one task where a call has so many: short where there would be too few tasks for
+// the threads; no sum depends on it.
 int64_t chunk_size(int64_t weight_rows) {
   return divide_up(weight_rows, kChunk) < 4 * workers() ? kChunk / 2 : kChunk;
 }

@@ -273,7 +273,7 @@ attention_kernel(const AttentionArgs args) {
   put_together<T, D>(args, keys, kv_head, split, softmax, reinterpret_cast<float*>(tiles));
   if (splits == 1) return;
   const int tile = gpu::block_x() / splits * static_cast<int>(args.kv_heads) + gpu::block_y();
-  if (is_last(args, tile, reinterpret_cast<bool*>(shared))) {
+  if (is_last(args.arrivals, tile, splits, reinterpret_cast<bool*>(shared))) {
     combine<T, D, Tile::kThreads>(args, keys, kv_head, reinterpret_cast<float*>(tiles));
   }
 }

@@ -31,18 +31,13 @@ struct AttentionArgs {
   void* out;     // [rows, heads, dim]
   float* stats;  // [rows, heads, 2]: largest score in base 2, sum of 2^(score - largest); or null
   float *parts, *parts_stats;  // the same of each split, where there are several; parts float32
-  // of each tile of rows and head of K the splits that are done, all 0 before and after a launch:
-  // kArrivals of the library's own in a slot, or, not null, these
-  int64_t slot;
-  uint32_t* arrivals;
+  Arrivals arrivals;           // of the splits of each tile of rows and head of K
 };
 
 // Query rows of a tile: those of a tensor core instruction.
 constexpr int kQueryRows = 16;
 // Parts of the keys: one for each lane of the warp that weighs them.
 constexpr int kMostSplits = 32;
-// Counters of a slot: keys are split where there are less than two tiles for a multiprocessor.
-constexpr int64_t kArrivalSlots = 512, kArrivals = 512;
 
 }  // namespace cuda
 }  // namespace fastvlm

@@ -1,38 +1,14 @@
 // What the last of the blocks that share the keys of a tile of rows does: it puts their parts
-// together. No block waits for another.
-//
-// Who is last a counter says that is 0 before and after every launch. The counters are the
-// library's own, zeros when it is loaded: nothing is allocated and nothing set to 0 for a call.
-// Launches that may run at the same time need slots of their own (csrc/bind_cuda/arrivals.h).
+// together.
 #pragma once
 
 #include <cmath>
 
+#include "arrivals.cuh"
 #include "attention.h"
-#include "gpu.h"
 
 namespace fastvlm {
 namespace cuda {
-
-GPU_ZEROS(arrivals, kArrivalSlots* kArrivals);
-
-GPU_FN uint32_t* arrivals_of(const AttentionArgs& args) {
-  return args.arrivals != nullptr ? args.arrivals : arrivals + args.slot * kArrivals;
-}
-
-// Whether this block is the last of its tile's splits to have written its part. All threads of it
-// then see the parts of all: one of them puts the fences, the barriers extend them to the others.
-GPU_FN bool is_last(const AttentionArgs& args, int64_t tile, bool* last) {
-  gpu::barrier();
-  if (gpu::thread_index() == 0) {
-    const uint32_t others = static_cast<uint32_t>(args.splits) - 1;
-    gpu::fence();
-    *last = gpu::count_up(arrivals_of(args) + tile, others) == others;
-    gpu::fence();
-  }
-  gpu::barrier();
-  return *last;
-}
 
 // The parts of a tile as one, in the order of the splits whoever comes last: a warp takes a row to
 // weigh its parts, a lane each.

@@ -1,8 +1,10 @@
 // Host side of every kernel: how it is launched, and its dtype made a type. Nothing of torch.
 #pragma once
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "gpu.h"
 #include "kernels.h"
@@ -12,19 +14,34 @@ namespace cuda {
 
 #if defined(__CUDACC__)
 
+// Shared memory beyond what a block gets without asking, once for a kernel, a device and a thread.
+inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
+  constexpr int kWithoutAsking = 48 << 10;
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  static thread_local std::map<std::pair<const void*, int>, int> granted;
+  int& most = granted[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), dim3 grid, int threads, int shared,
             void* stream, const Parameters& parameters) {
-  constexpr int kWithoutAsking = 48 << 10;
-  cudaError_t error = cudaSuccess;
-  if (shared > kWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  }
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  cudaError_t error = ask_for_shared(function, shared);
   if (error == cudaSuccess) {
-    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(parameters);
-    error = cudaGetLastError();
+    // its own error: the last one may be of somebody who launched before
+    error = cudaLaunchKernel(function, grid, dim3(threads), arguments, shared,
+                             static_cast<cudaStream_t>(stream));
   }
   if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // nobody else is to find it
     throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
   }
 }

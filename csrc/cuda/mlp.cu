@@ -8,10 +8,11 @@ namespace {
 
 template <class T, class W, int kWeights>
 void run(const MlpArgs& args, void* stream) {
-  const int64_t blocks = (args.columns + MlpBlock::kColumns - 1) / MlpBlock::kColumns;
-  launch("few_rows_linear", &few_rows_linear_kernel<T, W, kWeights>,
-         dim3(static_cast<unsigned>(blocks)), MlpBlock::kThreads, MlpBlock::bytes(kWeights), stream,
-         args);
+  give_counters("arrivals", counters, kArrivalSlots * kArrivals);
+  const dim3 grid(static_cast<unsigned>((args.columns + kColumns - 1) / kColumns),
+                  static_cast<unsigned>(args.splits));
+  launch("few_rows_linear", &few_rows_linear_kernel<T, W, kWeights>, grid, MlpBlock::kThreads,
+         MlpBlock::bytes(kWeights), stream, args);
 }
 
 }  // namespace
@@ -21,9 +22,11 @@ extern "C" void fastvlm_cuda_few_rows_linear(const MlpArgs& args, void* stream) 
   if (args.rows > kMostRows) throw std::runtime_error("few_rows_linear: too many rows");
   with_short_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if (args.up.data != nullptr) return run<T, T, 2>(args, stream);
-    if (args.weight_dtype == DType::kInt8) return run<T, int8_t, 1>(args, stream);
-    return run<T, T, 1>(args, stream);
+    const bool gated = args.up.data != nullptr;
+    if (args.weight_dtype == DType::kInt8) {
+      return gated ? run<T, int8_t, 2>(args, stream) : run<T, int8_t, 1>(args, stream);
+    }
+    return gated ? run<T, T, 2>(args, stream) : run<T, T, 1>(args, stream);
   });
 }
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.triton.common import Launcher, dense_last
+from fastvlm.triton.common import Launcher, cdiv, dense_last, multiprocessors
 
-# kMostRows of csrc/cuda/mlp.h
-MOST_ROWS = 16
+# kMostRows, kColumns and kMostParts of csrc/cuda/mlp.h
+MOST_ROWS, COLUMNS, MOST_SPLITS = 16, 8, 16
+# bytes of a weight's row that the eight warps of a block read in one step
+STEP_BYTES = 8 * 64
 DTYPES = (torch.bfloat16, torch.float16)
 _NONE, _ERF, _TANH = range(3)
 
@@ -27,11 +29,20 @@ def _vector(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return dense_last(bias if bias.dtype in (torch.float32, x.dtype) else bias.float())
 
 
+def _splits(x: Tensor, weight: Tensor) -> int:
+    """Parts of the depth until there are two blocks for every multiprocessor, each with a step for
+    every warp."""
+    columns, depth = weight.shape
+    wanted = cdiv(2 * multiprocessors(x), max(1, cdiv(columns, COLUMNS)))
+    steps = depth * weight.element_size() // STEP_BYTES
+    return max(1, min(wanted, steps, MOST_SPLITS))
+
+
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: int = _NONE
 ) -> Tensor:
     return torch.ops.fastvlm_cuda.few_rows_linear(
-        x, dense_last(weight), None, _vector(bias, x), activation
+        x, dense_last(weight), None, _vector(bias, x), activation, _splits(x, weight)
     )
 
 
@@ -39,8 +50,9 @@ def _geglu_mlp(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.ops.fastvlm_cuda.few_rows_gated(
-        dense_last(x), dense_last(w_gate), dense_last(w_up), _TANH if tanh else _ERF
-    )
+        dense_last(x), dense_last(w_gate), dense_last(w_up), None, None, _TANH if tanh else _ERF,
+        _splits(x, w_gate),
+    )  # fmt: skip
     return _linear(hidden, w_down), x.new_empty(0), x.new_empty(0)
 
 
@@ -65,7 +77,7 @@ def _low_precision_linear(
     if scale is not None:
         scale = dense_last(scale.float())
     return torch.ops.fastvlm_cuda.few_rows_linear(
-        dense_last(x), dense_last(weight), scale, _vector(bias, x), _NONE
+        dense_last(x), dense_last(weight), scale, _vector(bias, x), _NONE, _splits(x, weight)
     )
 
 

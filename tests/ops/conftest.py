@@ -32,9 +32,9 @@ def _run(
     if wants:
         if not grads:
             grads.extend(torch.randn(o.shape).to(o.dtype) for o in wants)
-        given = [g.to(o.dtype, copy=True) for g, o in zip(grads, wants)]
+        given = [g.to(o.device, o.dtype, copy=True) for g, o in zip(grads, wants)]
         torch.autograd.backward(wants, given)
-        assert all(torch.equal(g, was.to(g.dtype)) for g, was in zip(given, grads)), (
+        assert all(torch.equal(g, was.to(g)) for g, was in zip(given, grads)), (
             "a gradient was modified on its way in"
         )
     return [o.detach() for o in outs], [getattr(x, "grad", None) for x in leaves]

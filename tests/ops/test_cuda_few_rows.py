@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvlm import ops
+from fastvlm.cuda import mlp
 from fastvlm.ops.dispatch import BackendError
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("emulated")]
@@ -31,17 +32,25 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@pytest.fixture(params=[1, 3], ids=["whole", "split"])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Parts of the depth, of which some may have none."""
+    monkeypatch.setattr(mlp, "_splits", lambda *args: request.param)
+    return request.param
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 1) -> Tensor:
     """What no op calls alone in float16."""
-    return torch.ops.fastvlm_cuda.few_rows_linear(x, weight, None, bias, 0)
+    return torch.ops.fastvlm_cuda.few_rows_linear(x, weight, None, bias, 0, splits)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize(("hidden", "depth"), SIZES[1::2])
 def test_geglu_mlp(
-    hidden: int, depth: int, approximate: str, rows: int, randn: Any, follows_the_error_rule: Any
-) -> None:
+    hidden: int, depth: int, approximate: str, rows: int, splits: int, randn: Any,
+    follows_the_error_rule: Any,
+) -> None:  # fmt: skip
     scale = depth**-0.5
     follows_the_error_rule(
         lambda *x: ops.geglu_mlp(*x, approximate=approximate),
@@ -59,7 +68,7 @@ def test_geglu_mlp(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_mlp(
-    approximate: str, bias: bool, rows: int, randn: Any, follows_the_error_rule: Any
+    approximate: str, bias: bool, rows: int, splits: int, randn: Any, follows_the_error_rule: Any
 ) -> None:
     follows_the_error_rule(
         lambda *x: ops.gelu_mlp(*x, approximate=approximate),
@@ -77,10 +86,10 @@ def test_gelu_mlp(
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("columns", "depth"), SIZES)
 def test_a_weight_as_it_is(
-    columns: int, depth: int, rows: int, randn: Any, follows_the_error_rule: Any
+    columns: int, depth: int, rows: int, splits: int, randn: Any, follows_the_error_rule: Any
 ) -> None:
     follows_the_error_rule(
-        lambda x, w, b: linear(x, w, b),
+        lambda x, w, b: linear(x, w, b, splits),
         lambda x, w, b: torch.nn.functional.linear(x, w, b),
         [randn(rows, depth), randn(columns, depth, scale=depth**-0.5), randn(columns)],
     )
@@ -89,7 +98,7 @@ def test_a_weight_as_it_is(
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("columns", "depth"), SIZES[1:])
 def test_a_weight_of_int8(
-    columns: int, depth: int, rows: int, randn: Any, follows_the_error_rule: Any
+    columns: int, depth: int, rows: int, splits: int, randn: Any, follows_the_error_rule: Any
 ) -> None:
     weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
     scale = torch.rand(columns) * depth**-0.5 / 64
@@ -100,6 +109,46 @@ def test_a_weight_of_int8(
         ),
         [randn(rows, depth), randn(columns)],
     )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_gate_and_up_of_int8(
+    rows: int, splits: int, randn: Any, follows_the_error_rule: Any
+) -> None:
+    gate, up = (torch.randint(-128, 128, (37, 304), dtype=torch.int8) for _ in range(2))
+    scale, up_scale = (torch.rand(37) * 304**-0.5 / 64 for _ in range(2))
+
+    def plainly(x: Tensor) -> Tensor:
+        parts = ((gate, scale), (up, up_scale))
+        wide = [(w.double() * s.double()[:, None]).to(x.dtype) for w, s in parts]
+        return torch.nn.functional.gelu(x @ wide[0].t()) * (x @ wide[1].t())
+
+    follows_the_error_rule(
+        lambda x: torch.ops.fastvlm_cuda.few_rows_gated(x, gate, up, scale, up_scale, 1, splits),
+        plainly,
+        [randn(rows, 304)],
+    )
+
+
+def test_splits_fill_the_chip() -> None:
+    """Where a weight has few rows, and none where it has many or where there is no depth to split.
+
+    Columns, depth and splits for the 128 multiprocessors that stand for a GPU here.
+    """
+    x = torch.empty(4, 8, dtype=torch.bfloat16)
+    for columns, depth, expected in (
+        (768, 768, 3), (768, 3072, 3), (1024, 4096, 2), (2304, 9216, 1), (9216, 2304, 1),
+        (64, 4096, 16), (64, 256, 1), (8, 0, 1), (0, 64, 1),
+    ):  # fmt: skip
+        assert mlp._splits(x, torch.empty(columns, depth, dtype=torch.bfloat16)) == expected
+
+
+@pytest.mark.usefixtures("splits")
+def test_the_same_bits_each_time(randn: Any) -> None:
+    x, weight = randn(4, 304), randn(64, 304)
+    first = ops.gelu_mlp(x, weight, None, weight.t().contiguous(), None)
+    for _ in range(3):
+        assert torch.equal(first, ops.gelu_mlp(x, weight, None, weight.t().contiguous(), None))
 
 
 def test_every_int8_is_exact(dtype: torch.dtype) -> None:
