@@ -1,4 +1,4 @@
-"""The bindings of the CUDA kernels as they are compiled for a GPU, which the emulator leaves out."""
+"""The bindings of the CUDA kernels as they are compiled for a GPU: the emulator has others."""
 
 from __future__ import annotations
 
