@@ -53,7 +53,7 @@ class BuildPy(build_py):
     def build_cuda(self, package):
         builder = _builder("cuda/library.py")
         (package / builder.LIBRARY).unlink(missing_ok=True)
-        if importlib.util.find_spec("torch") is None or builder.missing():
+        if not cuda_wanted():
             return  # `python -m fastvlm env` says why
         try:
             library = builder.build(Path(self.build_temp_dir()) / "cuda")
@@ -65,11 +65,17 @@ class BuildPy(build_py):
         return self.get_finalized_command("build").build_temp
 
 
+def cuda_wanted():
+    return (
+        importlib.util.find_spec("torch") is not None and not _builder("cuda/library.py").missing()
+    )
+
+
 class MaybeBinary(Distribution):
     """A wheel with a compiled library belongs to a platform, one without belongs to all."""
 
     def has_ext_modules(self):
-        return WANTED
+        return WANTED or cuda_wanted()
 
 
 setup(cmdclass={"build_py": BuildPy}, distclass=MaybeBinary)

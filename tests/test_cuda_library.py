@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvlm import cuda
-from fastvlm.cuda import choice, library
+from fastvlm.cuda import choice, compiling, library
 from fastvlm.ops import dispatch
 
 
@@ -73,6 +73,33 @@ def test_architectures_of_the_list(cuda_torch: Path, monkeypatch: pytest.MonkeyP
     for code in ("86,code=sm_86", "90a,code=sm_90a", "120,code=sm_120", "120,code=compute_120"):
         assert f"-gencode=arch=compute_{code}" in call
     assert "sm_80" not in call
+
+
+@pytest.mark.parametrize(
+    ("listed", "codes"),
+    [
+        ("7.0 7.5 8.0 8.6 9.0+PTX", ["sm_80", "sm_86", "sm_90", "compute_90"]),
+        ("Turing;Ampere", ["sm_80", "sm_86", "compute_86"]),
+        ("Hopper,9.0", ["sm_90", "compute_90"]),
+        (library.ARCHITECTURES, ["sm_80", "compute_80", "sm_90a", "sm_100a"]),
+    ],
+)
+def test_architectures_that_lists_have(listed: str, codes: list[str]) -> None:
+    assert [option.rpartition("=")[2] for option in library._code(listed)] == codes
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [("7.5", "8.0 or newer"), ("Volta", "8.0 or newer"), ("9.0;Hoper", "'Hoper' is no compute")],
+)
+def test_lists_that_name_nothing(listed: str, words: str) -> None:
+    with pytest.raises(library.CudaBuildError, match=f"TORCH_CUDA_ARCH_LIST={listed}.*{words}"):
+        library._code(listed)
+
+
+def test_what_is_built_is_what_is_counted() -> None:
+    built = {option.rpartition("=")[2] for option in library._code(library.ARCHITECTURES)}
+    assert set(compiling.ARCHS) == {code for code in built if code.startswith("sm_")}
 
 
 def test_a_compiler_that_fails(cuda_torch: Path) -> None:

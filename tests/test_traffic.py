@@ -183,8 +183,8 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 
 def _preloaded(code: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", code], env=no_device.preloaded(), capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-c", f"{code}\nfrom benchmarks.traffic import no_device\nno_device.leave()"],
+        env=no_device.preloaded(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,20 @@ import tempfile
 from pathlib import Path
 
 LIBRARY = "_C_cuda.so"
+VARIABLE = "TORCH_CUDA_ARCH_LIST"
 # compute capabilities that the kernels are compiled for, unless TORCH_CUDA_ARCH_LIST says others:
-# A100, Hopper and Blackwell data centre GPUs, and PTX of the last for what comes after
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# A100, Hopper and Blackwell data centre GPUs; PTX of the first for all that come after it
+ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
 OLDEST_CAPABILITY = (8, 0)
+# names that PyTorch knows in such a list; "" for what is older than ours
+_NAMES = {
+    **dict.fromkeys(("Kepler", "Maxwell", "Pascal", "Volta", "Turing"), ""),
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;12.0+PTX",
+}  # fmt: skip
+_ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 
 
 class CudaBuildError(RuntimeError):
@@ -53,15 +64,31 @@ def source_dir() -> Path:
 
 
 def _code(architectures: str) -> list[str]:
-    """nvcc's options for a list such as "8.0;9.0a;10.0+PTX"."""
-    options = []
-    for wanted in architectures.replace(" ", ";").split(";"):
-        if not wanted:
+    """nvcc's options for a list such as "8.0;9.0a;10.0+PTX" or "Ampere;Hopper".
+
+    What is older than our kernels is left out: such lists are often those of PyTorch itself.
+    """
+    wanted = architectures.replace(" ", ";").replace(",", ";").split(";")
+    entries = [entry for word in wanted for entry in _NAMES.get(word, word).split(";") if entry]
+    options: list[str] = []
+    for entry in entries:
+        found = _ENTRY.fullmatch(entry)
+        if found is None:
+            raise CudaBuildError(
+                f"{VARIABLE}={architectures}: {entry!r} is no compute capability such as 8.0, 9.0a "
+                f"or 10.0+PTX, and none of {', '.join(_NAMES)}"
+            )
+        major, minor, kind, also = found.groups()
+        if (int(major), int(minor)) < OLDEST_CAPABILITY:
             continue
-        name, _, also = wanted.partition("+")
-        number = name.replace(".", "")
-        kinds = ["sm", "compute"] if also == "PTX" else ["sm"]
-        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+        number = f"{major}{minor}{kind}"
+        for code in ("sm", "compute") if also else ("sm",):
+            option = f"-gencode=arch=compute_{number},code={code}_{number}"
+            options += [] if option in options else [option]
+    if not options:
+        raise CudaBuildError(
+            f"{VARIABLE}={architectures}: nothing in it is of compute capability 8.0 or newer"
+        )
     return options
 
 
@@ -73,7 +100,7 @@ def commands(work: Path) -> list[list[str]]:
     # torch's alone: nvcc knows its own
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     common = ["-std=c++17", "-O3", *defines, *includes]
-    code = _code(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    code = _code(os.environ.get(VARIABLE) or ARCHITECTURES)
     nvcc, objects, steps = shutil.which("nvcc") or "nvcc", [], []
     bindings = [sources / "bind_cuda.cpp", *sorted((sources / "bind_cuda").glob("*.cpp"))]
     for file in [*bindings, *sorted((sources / "cuda").glob("*.cu"))]:
