@@ -182,8 +182,9 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 
 
 def _preloaded(code: str) -> Any:
+    code += "from benchmarks.traffic import no_device\nno_device.leave()"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nfrom benchmarks.traffic import no_device\nno_device.leave()"],
+        [sys.executable, "-c", code],
         env=no_device.preloaded(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
