@@ -12,7 +12,7 @@ import plain
 import torch
 
 from fastvlm import Layout, ops
-from fastvlm.cuda import attention, mlp, norm
+from fastvlm.cuda import attention, loss, mlp, norm
 from fastvlm.ops import norm as public
 from fastvlm.ops.attention import arguments_of
 from fastvlm.reference import attention as reference
@@ -235,7 +235,18 @@ def int8(rule: Rule) -> None:
 
 
 def topk(rule: Rule) -> None:
-    """Three blocks of the vocabulary, the last with a tail; scores of either sign; ties."""
+    """Three tiles of tokens, the last with a tail, in three blocks, two (of which the second has a
+    tile less) and one; scores of either sign; ties."""
+    before = loss._tiles
+    try:
+        for tiles in (1, 2, 3):
+            loss._tiles = lambda *args, tiles=tiles: tiles
+            _topk(rule)
+    finally:
+        loss._tiles = before
+
+
+def _topk(rule: Rule) -> None:
 
     def plainly(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits = torch.nn.functional.linear(h, w, b)
@@ -254,8 +265,21 @@ def topk(rule: Rule) -> None:
             rule(ours, plainly, [randn(rows, 40), randn(150, 40), randn(150)])
         h, weight = randn(2, 40), randn(150, 40)
         weight[140] = weight[70] = weight[3]
-        _, indices, _ = ops.linear_topk(h, weight, 60)
+        # more than a lane of a warp each
+        values, indices, lse = ops.linear_topk(h, weight, 60)
         assert all(row.unique().numel() == 60 for row in indices)
+        exact = (h.double() @ weight.double().t()).topk(60).values
+        assert (values + lse.unsqueeze(1) - exact).abs().max() < 1e-4
+        for place in (3, 40, 70, 104, 130, 149):
+            # nothing else there is as good as the first tile
+            first = torch.full((150,), -100.0)
+            first[:64] = 0
+            first[place] = 100
+            assert (ops.linear_topk(h, weight, 5, bias=first.bfloat16())[1][:, 0] == place).all()
+        # better than some of the second half of what is held, and than none of the first
+        falling = torch.cat([torch.arange(64.0).flip(0), torch.full((86,), 10.5)])
+        found = ops.linear_topk(h, weight * 0, 60, bias=falling.bfloat16())[1]
+        assert (found == torch.cat([torch.arange(53), torch.arange(64, 71)])).all()
         _, indices, _ = ops.linear_topk(weight[3:4] * 4, weight, 5)
         places = [int((indices[0] == i).nonzero()) for i in (3, 70, 140)]
         assert places == sorted(places)
@@ -265,3 +289,39 @@ def topk(rule: Rule) -> None:
         assert (ops.linear_topk(h, weight, 5, bias=bias.bfloat16())[1] >= 128).all()
         bias[:64] = float("-inf")
         assert ops.linear_topk(h, weight, 5, bias=bias.bfloat16())[0].isfinite().all()
+
+
+def other_kinds(rule: Rule) -> None:
+    """float16, and heads of 128 and 256: what a planted bug's kernels are compiled without."""
+    lengths, filled = ([3, 2], [70, 33], [1, 0]), [70, 33, 31, 1, 0]
+    layout = Layout.from_lengths(*lengths)
+    half = torch.float16
+    for splits in (1, 2):
+        with splits_of(attention, splits):
+            for d, dtype in ((128, half), (256, half), (256, torch.bfloat16), (64, half)):
+                q, cache = randn(5, 4, d, dtype=dtype), randn(5, 70, 2, d, dtype=dtype)
+                keys = randn(103, 2, d, dtype=dtype)
+                rule(
+                    lambda *x: ops.cross_attention(*x, layout, softcap=5.0),
+                    lambda *x: plain.attention(*x, *lengths, softcap=5.0),
+                    [q, keys, keys.flip(0)],
+                )
+                rule(
+                    lambda *x: ops.cached_attention(*x, torch.tensor(filled)),
+                    lambda *x: plain.cached_attention(*x, filled),
+                    [q, cache, cache.flip(0)],
+                )
+    with torch.no_grad(), splits_of(mlp, 2):
+        shapes = (3, 304), (40, 304), (40, 304), (13, 40)
+        rule(
+            lambda *x: ops.geglu_mlp(*x),
+            lambda *x: plain.geglu_mlp(*x, "tanh"),
+            [randn(*shape, dtype=half) / 4 for shape in shapes],
+        )
+        h, weight = randn(17, 40, dtype=half), randn(150, 40, dtype=half)
+        values, _, lse = ops.linear_topk(h, weight, 5)
+        exact = h.double() @ weight.double().t()
+        assert (exact.logsumexp(-1) - lse).abs().max() < 1e-4
+        assert (exact.topk(5).values - lse.unsqueeze(1) - values).abs().max() < 1e-4
+    norms = [randn(*s, dtype=half, grad=True) for s in ((5, 600), (5, 600), (600,), (1,), (600,))]
+    rule(gated, plain.residual_rms_norm, norms)

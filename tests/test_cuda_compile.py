@@ -106,7 +106,7 @@ def _attention(d: int) -> Callable[[], Any]:
 
 
 def _topk(rows: int) -> Callable[[], Any]:
-    return lambda: ops.linear_topk(torch.randn(rows, 16).half(), torch.randn(64, 16).half(), 1)
+    return lambda: ops.linear_topk(torch.randn(rows, 16).half(), torch.randn(64, 16).half(), 64)
 
 
 def _norm(n: int) -> Callable[[], Any]:

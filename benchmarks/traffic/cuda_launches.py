@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-# kVocabularyBlock of csrc/cuda/loss.h
-VOCABULARY_BLOCK = 64
+# kTileTokens of csrc/cuda/loss.h
+TILE_TOKENS = 64
 
 
 def _wide(like: Tensor, *shape: int) -> Tensor:
@@ -84,10 +84,10 @@ class CudaLaunches:
         return out
 
     def linear_topk(
-        self, h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
+        self, h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float, tiles: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, blocks = h.shape[0], -(-weight.shape[0] // VOCABULARY_BLOCK)
-        kept = min(k, VOCABULARY_BLOCK)
+        rows, blocks = h.shape[0], -(-weight.shape[0] // (TILE_TOKENS * tiles))
+        kept = min(k, TILE_TOKENS)
         keys = h.new_empty((rows, blocks, kept), dtype=torch.int64)
         parts = _wide(h, rows, blocks), _wide(h, rows, blocks), keys
         indices = h.new_empty((rows, k), dtype=torch.int64)

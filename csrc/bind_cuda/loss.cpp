@@ -10,7 +10,8 @@ namespace cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_topk(const Tensor& h, const Tensor& weight, int64_t k,
-                                               const Optional& bias, double softcap) {
+                                               const Optional& bias, double softcap,
+                                               int64_t tiles) {
   const Call call(h);
   TopkArgs args{};
   STD_TORCH_CHECK(h.dim() == 2 && weight.dim() == 2, "h, weight: expected 2 dimensions");
@@ -27,8 +28,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_topk(const Tensor& h, const Tensor& we
   args.h = short_rows(h, "h", args.dtype, args.rows, args.depth);
   args.weight = short_rows(weight, "weight", args.dtype, args.vocabulary, args.depth);
   if (bias.has_value()) args.bias = vector_of(*bias, "bias", args.dtype, args.vocabulary);
-  args.blocks = (args.vocabulary + kVocabularyBlock - 1) / kVocabularyBlock;
-  args.kept = std::min<int64_t>(k, kVocabularyBlock);
+  STD_TORCH_CHECK(tiles >= 1, "tiles: expected 1 or more");
+  const int64_t tokens = kTileTokens * tiles;
+  args.tiles = tiles;
+  args.blocks = (args.vocabulary + tokens - 1) / tokens;
+  args.kept = std::min<int64_t>(k, kTileTokens);
   const int64_t rows = args.rows, blocks = args.blocks;
   Tensor largest = result(h, "largest", true, {rows, blocks}, ScalarType::Float, &args.largest);
   Tensor sums = result(h, "sums", true, {rows, blocks}, ScalarType::Float, &args.sums);
@@ -46,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_topk(const Tensor& h, const Tensor& we
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cuda, m) {
   m.def(
-      "linear_topk(Tensor h, Tensor weight, int k, Tensor? bias, float softcap) "
+      "linear_topk(Tensor h, Tensor weight, int k, Tensor? bias, float softcap, int tiles) "
       "-> (Tensor, Tensor, Tensor)");
 }
 

@@ -20,7 +20,7 @@ void with_dim(int64_t dim, const Body& body) {
 template <class Keys>
 void run(const char* name, const AttentionArgs& args, int64_t blocks, void* stream) {
   if (args.rows == 0 || blocks == 0) return;
-  give_counters("arrivals", counters, kArrivalSlots * kArrivals);
+  give_counters("counters", counters, kArrivalSlots * kArrivals);
   with_short_type(args.dtype, [&](auto type) {
     with_dim(args.dim, [&](auto dim) {
       using T = decltype(type);

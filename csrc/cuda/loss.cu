@@ -9,7 +9,7 @@ namespace {
 template <class T, int kTiles>
 void tiles(const TopkArgs& args, void* stream) {
   launch("topk_tiles", &topk_tiles_kernel<T, kTiles>, dim3(static_cast<unsigned>(args.blocks)),
-         TopkBlock::kThreads, TopkBlock::bytes(kTiles), stream, args);
+         TopkBlock::kThreads, TopkBlock::bytes(kTiles, args.kept), stream, args);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace {
 
 template <class T, class W, int kWeights>
 void run(const MlpArgs& args, void* stream) {
-  give_counters("arrivals", counters, kArrivalSlots * kArrivals);
+  give_counters("counters", counters, kArrivalSlots * kArrivals);
   const dim3 grid(static_cast<unsigned>((args.columns + kColumns - 1) / kColumns),
                   static_cast<unsigned>(args.splits));
   launch("few_rows_linear", &few_rows_linear_kernel<T, W, kWeights>, grid, MlpBlock::kThreads,

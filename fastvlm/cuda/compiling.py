@@ -58,9 +58,9 @@ def launch_of(kernel: str) -> tuple[int, int]:
     if kernel.startswith("few_rows_linear"):
         return 256, numbers[-1] * 4096
     if kernel.startswith("topk_tiles"):
-        return 256, numbers[-1] * 4160
+        return 256, numbers[-1] * 16 * (8 * 64 + 4 * (2 + 65))  # of 64 ranks
     if kernel.startswith("topk_merge"):
-        return 256, 128 + 2 * 4000  # of a vocabulary of 256,000
+        return 256, 128 + 2 * 8192  # of as many blocks as there are tiles in the largest vocabulary
     if "norm" in kernel:
         return (256 if numbers[-1] == 8 else 384), 384
     raise CompileError(f"what does a launch of {kernel} ask for? launch_of does not know")

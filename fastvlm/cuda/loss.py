@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from fastvlm.cuda.mlp import misfit
-from fastvlm.triton.common import Launcher, dense_last
+from fastvlm.triton.common import Launcher, cdiv, dense_last, multiprocessors
 
 # kMostRankedRows and kLargestVocabulary of csrc/cuda/loss.h
 MOST_ROWS, LARGEST_VOCABULARY = 64, 2**19
 # each costs a round of the merge
 MOST_K = 64
+# tokens of a tile (kTileTokens there), and blocks that a multiprocessor works on at once
+TILE, RESIDENT = 64, 4
+
+
+def _tiles(h: Tensor, vocabulary: int) -> int:
+    """Tiles of tokens that a block goes through: as few blocks as the chip holds at once, so that
+    little is left to merge."""
+    return max(1, cdiv(cdiv(vocabulary, TILE), RESIDENT * multiprocessors(h)))
 
 
 def _linear_topk(
@@ -20,8 +28,9 @@ def _linear_topk(
     if bias is not None and bias.dtype not in (torch.float32, h.dtype):
         bias = bias.float()
     return torch.ops.fastvlm_cuda.linear_topk(
-        dense_last(h), dense_last(weight), k, None if bias is None else dense_last(bias), softcap
-    )
+        dense_last(h), dense_last(weight), k, None if bias is None else dense_last(bias), softcap,
+        _tiles(h, weight.shape[0]),
+    )  # fmt: skip
 
 
 def _unsupported(

@@ -18,7 +18,7 @@ from fastvlm.reference import attention as reference
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("emulated")]
 # keys of a tile are 64 (32 where a head has 256): none, one, around a tile, around two
-KV = [0, 1, 15, 16, 63, 64, 65, 128, 131, 200]
+KV = [0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 131, 200]
 
 
 @pytest.fixture
@@ -53,6 +53,21 @@ def test_cross_attention(
         lambda *x: plain.attention(*x, *lengths, softcap=softcap),
         [randn(len(KV), 4, d), randn(sum(KV), 2, d), randn(sum(KV), 2, d)],
     )
+
+
+def test_keys_are_read_once_for_all_beams_and_heads_of_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 bytes a copy: those of a tile of queries, and those of each key and value once."""
+    splits_are(monkeypatch, 1)
+    keys, d = 130, 64
+    k, v = torch.randn(2, keys, 1, d).bfloat16()
+    for beams, group in ((1, 1), (4, 2), (4, 4), (16, 1)):
+        q = torch.randn(beams, group, d).bfloat16()
+        cuda_emulator.reset_counts()
+        ops.cross_attention(q, k, v, Layout.from_lengths([beams], [keys], [0]))
+        whole_tiles = -(-keys // 64) * 64
+        assert cuda_emulator.counts()["copies"] == (16 + 2 * whole_tiles) * d // 8
 
 
 # one row and one head; a full tile; a tile and a row; an image nobody reads; rows out of order

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvlm import ops
-from fastvlm.cuda import mlp
+from fastvlm.cuda import loss, mlp
 from fastvlm.ops.dispatch import BackendError
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("emulated")]
@@ -186,13 +186,15 @@ def topk_scores(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+@pytest.mark.parametrize("tiles", [1, 2, 5])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "vocabulary", "depth", "k"), TOPK)
 def test_linear_topk(
-    rows: int, vocabulary: int, depth: int, k: int, bias: bool, softcap: float | None, randn: Any,
-    follows_the_error_rule: Any,
+    rows: int, vocabulary: int, depth: int, k: int, bias: bool, softcap: float | None, tiles: int,
+    randn: Any, follows_the_error_rule: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(loss, "_tiles", lambda *args: tiles)
     inputs = [
         randn(rows, depth),
         randn(vocabulary, depth, scale=depth**-0.5),
@@ -215,7 +217,30 @@ def test_linear_topk(
     follows_the_error_rule(ours, plainly, inputs)
 
 
-def test_equal_scores_in_ascending_order() -> None:
+@pytest.mark.parametrize(("rows", "k"), [(4, 8), (2, 64)])
+def test_a_vocabulary_of_the_models(rows: int, k: int, dtype: torch.dtype) -> None:
+    """256,000 tokens in as many blocks as a GPU would have, against what is exact."""
+    h, weight = torch.randn(rows, 8).to(dtype), torch.randn(256_000, 8).to(dtype)
+    assert loss._tiles(h, 256_000) == 8
+    values, indices, lse = ops.linear_topk(h, weight, k)
+    exact = h.double() @ weight.double().t()
+    assert (exact.logsumexp(-1) - lse).abs().max() < 1e-5
+    best = exact.topk(k)
+    assert (best.values - lse.double().unsqueeze(1) - values).abs().max() < 1e-5
+    # where scores differ by more than float32 rounds, the order is exact as well
+    assert (exact.gather(1, indices) - best.values).abs().max() < 1e-5
+    assert all(row.unique().numel() == k for row in indices)
+
+
+def test_a_row_that_a_bias_rules_out() -> None:
+    h, weight = torch.randn(2, 16).half(), torch.randn(130, 16).half()
+    lse = ops.linear_topk(h, weight, 3, bias=torch.full((130,), float("-inf")).half())[2]
+    assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+def test_equal_scores_in_ascending_order(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_tiles", lambda *args: tiles)
     weight = torch.randn(200, 16).bfloat16()
     weight[150] = weight[70] = weight[3]
     h = weight[3:4] * 4

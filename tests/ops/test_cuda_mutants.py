@@ -25,9 +25,11 @@ def emulated(seed: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_the_kernels_pass(name: str, follows_the_error_rule: Any) -> None:
-    getattr(cuda_checks, name)(follows_the_error_rule)
+@pytest.mark.parametrize("schedule", cuda_emulator.SCHEDULES)
+@pytest.mark.parametrize("name", [*CHECKS, "other_kinds"])
+def test_the_kernels_pass(name: str, schedule: str, seed: int, follows_the_error_rule: Any) -> None:
+    with cuda_emulator.emulated(schedule, seed):
+        getattr(cuda_checks, name)(follows_the_error_rule)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.floor}-{m.name}")

@@ -101,8 +101,8 @@ PLANTED = {
 }
 # one kernel, which nvcc has soon done
 ONE = """#include "cuda/attention.cuh"
-template __global__ void fastvlm::cuda::attention_kernel<gpu::bf16, 64, true,
-    fastvlm::cuda::ImageKeys>(const fastvlm::cuda::AttentionArgs);
+template __global__ void fastvlm::cuda::attention_kernel<gpu::{}, {}, {},
+    fastvlm::cuda::{}>(const fastvlm::cuda::AttentionArgs);
 """
 
 
@@ -123,8 +123,11 @@ def two_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_checks.attention, "_splits", lambda *args: 2)
 
 
-def one(csrc: Path, to: Path) -> dict[str, Any]:
-    (to / "one.cu").write_text(ONE)
+def one(
+    csrc: Path, to: Path, dtype: str = "bf16", d: int = 64, capped: str = "true",
+    keys: str = "ImageKeys",
+) -> dict[str, Any]:  # fmt: skip
+    (to / "one.cu").write_text(ONE.format(dtype, d, capped, keys))
     return ptx.programs(to / "one.cu", to / "one.ptx", f"-I{csrc}")
 
 
@@ -133,6 +136,28 @@ def test_nothing_planted(tmp_path: Path, follows_the_error_rule: Any) -> None:
     with ptx.executed(one(cuda_emulator.sources(), tmp_path)) as ran:
         decodes(follows_the_error_rule)
     assert len(ran.kernels) == 2
+
+
+@pytest.mark.usefixtures("two_splits")
+@pytest.mark.parametrize(
+    ("name", "d", "capped"), [("half", 64, True), ("half", 128, False), ("bf16", 256, True)]
+)
+def test_other_heads_and_dtypes(
+    name: str, d: int, capped: bool, tmp_path: Path, follows_the_error_rule: Any
+) -> None:
+    """Lengths around a tile, which is 32 keys where a head has 256."""
+    dtype = torch.float16 if name == "half" else torch.bfloat16
+    kv = [1, 31, 33, 63, 65]
+    lengths, softcap = ([1] * 5, kv, [4, 3, 2, 1, 0]), 5.0 if capped else None
+    layout = Layout.from_lengths(*lengths)
+    found = one(cuda_emulator.sources(), tmp_path, name, d, str(capped).lower())
+    with ptx.executed(found) as ran:
+        follows_the_error_rule(
+            lambda *x: ops.cross_attention(*x, layout, softcap=softcap),
+            lambda *x: cuda_checks.plain.attention(*x, *lengths, softcap=softcap),
+            [torch.randn(5, 2, d).to(dtype), *torch.randn(2, sum(kv), 1, d).to(dtype)],
+        )
+    assert len(ran.kernels) == 1
 
 
 @pytest.mark.usefixtures("two_splits")

@@ -34,8 +34,11 @@ def constant(text: str, bits: int) -> Array:
     return np.array([int(text, 0) % 2**bits], UNSIGNED[bits])
 
 
-def getter(operand: str, kind: str) -> Get:
-    """The operand as an array of this type; constants are arrays of one."""
+def getter(operand: str, kind: str, wider: bool = False) -> Get:
+    """The operand as an array of this type; constants are arrays of one.
+
+    wider: of a wider register its lowest bits count, as the PTX manual has it for cvt of integers.
+    """
     bits, dtype = BITS[kind], dtype_of(kind)
     if operand.startswith(("%tid", "%ntid", "%ctaid", "%nctaid")):
         return lambda block: block.special[operand]
@@ -45,6 +48,8 @@ def getter(operand: str, kind: str) -> Get:
             value = block.registers[operand]
             if value.dtype == dtype:
                 return value
+            if wider and value.itemsize > np.dtype(dtype).itemsize:
+                return value.astype(UNSIGNED[bits]).view(dtype)
             if value.itemsize != np.dtype(dtype).itemsize:
                 raise PtxError(f"{operand} is not {kind}")
             return value.view(dtype)
@@ -193,7 +198,8 @@ def _parts(instruction: Instruction) -> Run | None:
 
 def _apply(instruction: Instruction, function: Callable[..., Array], *kinds: str) -> Run:
     put = putter(instruction.operands[0].partition("|")[0])
-    gets = [getter(o, kind) for o, kind in zip(instruction.operands[1:], kinds, strict=True)]
+    wider = instruction.name == "cvt" and kinds[0][0] in "su"
+    gets = [getter(o, kind, wider) for o, kind in zip(instruction.operands[1:], kinds, strict=True)]
     if len(gets) == 1:
         (only,) = gets
         return lambda block, on: put(block, function(only(block)), on)
