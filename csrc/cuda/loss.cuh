@@ -33,6 +33,8 @@ struct TopkBlock {
   static constexpr int kWarps = kTileTokens / 8, kThreads = 32 * kWarps;
   // of a row of logits in shared memory: neighbours in other banks
   static constexpr int kRow = kTileTokens + 1;
+  // that a multiprocessor is to hold: left alone, ptxas aims at more of 32 rows and spills
+  static constexpr int blocks(int tiles) { return tiles == 1 ? 4 : tiles == 2 ? 3 : 2; }
   // keys, then of each row its largest logit and sum, then the logits of a tile of tokens
   static int bytes(int tiles, int64_t kept) {
     return static_cast<int>(16 * tiles * (8 * kept + 4 * (2 + kRow)));
@@ -90,7 +92,7 @@ GPU_FN void choose(uint64_t (&keys)[4], int kept, uint64_t (&best)[2]) {
 
 // kTiles: of 16 rows.
 template <class T, int kTiles>
-GPU_KERNEL(TopkBlock::kThreads)
+GPU_KERNEL(TopkBlock::kThreads, TopkBlock::blocks(kTiles))
 topk_tiles_kernel(const TopkArgs args) {
   GPU_SHARED(shared);
   uint64_t* const held = reinterpret_cast<uint64_t*>(shared);

@@ -64,9 +64,12 @@ GPU_FN void stream(const Rows& x, int64_t rows, const Rows (&weights)[kWeights],
                    float (&sums)[kWeights][kTiles][4]) {
   constexpr int kElements = Pairs<T, W>::kElements, kStep = 4 * kElements;
   const int lane = gpu::thread_index() % 32, g = lane / 4, t = lane % 4;
+  const int64_t begin = int64_t{first_step} * kStep, stride = int64_t{every} * kStep;
+  // a number, so that the loads of two steps are under way together
+  const int64_t steps = begin < depth ? (depth - begin + stride - 1) / stride : 0;
 #pragma unroll 2
-  for (int64_t k = int64_t{first_step} * kStep; k < depth; k += int64_t{every} * kStep) {
-    const int64_t element = k + t * kElements;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t element = begin + step * stride + t * kElements;
     gpu::Chunk raw[kWeights];
 #pragma unroll
     for (int m = 0; m < kWeights; ++m) {

@@ -50,6 +50,21 @@ def _low_precision_linear(x: Tensor, weight: Tensor, scale: Any, bias: Any) -> T
     )
 
 
+def _low_precision_hidden(
+    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Any, up_scale: Any, tanh: bool
+) -> Tensor:
+    pre = _low_precision_linear(x, weight, scale, bias)
+    gate = None if up is None else _low_precision_linear(x, up, up_scale, None)
+    return torch.ops.fastvlm_cpu.activate(pre, gate, None, tanh, 0.0)
+
+
+def _low_precision_hidden_unsupported(
+    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Any, up_scale: Any, tanh: bool
+) -> str | None:
+    why = _low_precision_unsupported(x, weight, scale, bias)
+    return why or (None if up is None else _low_precision_unsupported(x, up, up_scale, None))
+
+
 def _gelu_mlp(
     x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, seed: Any, tanh: bool, p: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +149,9 @@ KERNELS = {
     "linear": _kernel(_linear),
     "low_precision_linear": Kernel(
         "cpu", _low_precision_linear, unavailable, _low_precision_unsupported
+    ),
+    "low_precision_hidden": Kernel(
+        "cpu", _low_precision_hidden, unavailable, _low_precision_hidden_unsupported
     ),
     "gelu_mlp": _kernel(_gelu_mlp),
     "gelu_mlp_backward": _kernel(_gelu_mlp_backward),

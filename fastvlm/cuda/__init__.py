@@ -21,7 +21,7 @@ from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
 # the file under fastvlm/cuda/ that launches each op
 FLOORS = {
     "attention": ("cross_attention", "cached_attention"),
-    "mlp": ("geglu_mlp", "gelu_mlp", "low_precision_linear"),
+    "mlp": ("geglu_mlp", "gelu_mlp", "low_precision_linear", "low_precision_hidden"),
     "loss": ("linear_topk",),
     "norm": (
         "rms_norm",

@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
             "geglu_mlp",
             "gelu_mlp",
             "low_precision_linear",
+            "low_precision_hidden",
             "linear_topk",
         ),
         ALWAYS,

@@ -2,7 +2,7 @@
 
 act(x w_gate^T) * (x w_up^T)    both weights by one launch, then the down projection
 act(x w1^T + b1)                then the second product with its bias
-x w^T, w in x's dtype or int8   with a scale for each row
+x w^T, w in x's dtype or int8   with a scale for each row, and with both of the activations
 """
 
 from __future__ import annotations
@@ -81,6 +81,27 @@ def _low_precision_linear(
     )
 
 
+def _low_precision_hidden(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    tanh: bool,
+) -> Tensor:
+    x, weight, activation = dense_last(x), dense_last(weight), _TANH if tanh else _ERF
+    scale, up_scale = (None if s is None else dense_last(s.float()) for s in (scale, up_scale))
+    splits = _splits(x, weight)
+    if up is None:
+        return torch.ops.fastvlm_cuda.few_rows_linear(
+            x, weight, scale, _vector(bias, x), activation, splits
+        )
+    return torch.ops.fastvlm_cuda.few_rows_gated(
+        x, weight, dense_last(up), scale, up_scale, activation, splits
+    )
+
+
 def misfit(x: Tensor, most_rows: int, **weights: Tensor) -> str | None:
     """Why the kernels cannot multiply x by these weights."""
     if x.dtype not in DTYPES:
@@ -116,6 +137,18 @@ def _unsupported_gelu(
     return misfit(x, MOST_ROWS, w1=w1, w2=w2)
 
 
+def _unsupported_hidden(
+    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Tensor | None, *rest: Any
+) -> str | None:
+    if up is None:
+        return misfit(x, MOST_ROWS, weight=weight)
+    if bias is not None:
+        return "a bias of the gate"
+    if up.dtype != weight.dtype:
+        return f"up in {up.dtype} where the gate is in {weight.dtype}"
+    return misfit(x, MOST_ROWS, weight=weight, up=up)
+
+
 def _unsupported_linear(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     return misfit(x, MOST_ROWS, weight=weight)
 
@@ -124,4 +157,5 @@ LAUNCHERS = {
     "geglu_mlp": Launcher(_geglu_mlp, _unsupported_geglu),
     "gelu_mlp": Launcher(_gelu_mlp, _unsupported_gelu),
     "low_precision_linear": Launcher(_low_precision_linear, _unsupported_linear),
+    "low_precision_hidden": Launcher(_low_precision_hidden, _unsupported_hidden),
 }

@@ -37,6 +37,14 @@ _LOW_PRECISION_LINEAR = define(
     reference.low_precision_linear,
     lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]),
 )
+# a planned decoding step calls it; a module of low precision is one linear layer
+define(
+    "low_precision_hidden",
+    "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? up, Tensor? up_scale, "
+    "bool tanh) -> Tensor",
+    reference.low_precision_hidden,
+    lambda x, weight, scale, bias, up, up_scale, tanh: x.new_empty(x.shape[0], weight.shape[0]),
+)
 _GELU_MLP = define(
     "gelu_mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, bool tanh, "

@@ -54,6 +54,24 @@ def low_precision_linear(
     return out
 
 
+def low_precision_hidden(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    tanh: bool,
+) -> Tensor:
+    """gelu(x weight^T + bias) [M, F], times x up^T where there is an up.
+
+    By the ops that serve its parts, whatever the backend, where no kernel does all of it.
+    """
+    product = torch.ops.fastvlm.low_precision_linear
+    hidden = _gelu(product(x, weight, scale, bias), tanh)
+    return hidden if up is None else hidden * product(x, up, up_scale, None)
+
+
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> int8 [N, K] and the float32 factor [N] of each row, max |w| / 127."""
     stored = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvlm.ops.dispatch import CANDIDATES, Kernel, register
+from fastvlm.reference.mlp import low_precision_hidden
 
 OLDEST = (3, 4)
 
@@ -47,8 +48,9 @@ FLOORS = {
     "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 
-# what has no kernel here on purpose: plain products are the library's
-LIBRARY = {"linear": F.linear}
+# what has no kernel here on purpose: plain products are the library's, and what stands for several
+# ops is run by those
+LIBRARY = {"linear": F.linear, "low_precision_hidden": low_precision_hidden}
 OLDEST_CAPABILITY = (8, 0)
 
 _on_cpu_tensors = False

@@ -112,9 +112,8 @@ def test_a_weight_of_int8(
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_gate_and_up_of_int8(
-    rows: int, splits: int, randn: Any, follows_the_error_rule: Any
-) -> None:
+@pytest.mark.usefixtures("splits")
+def test_activations_of_int8(rows: int, randn: Any, follows_the_error_rule: Any) -> None:
     gate, up = (torch.randint(-128, 128, (37, 304), dtype=torch.int8) for _ in range(2))
     scale, up_scale = (torch.rand(37) * 304**-0.5 / 64 for _ in range(2))
 
@@ -123,11 +122,20 @@ def test_gate_and_up_of_int8(
         wide = [(w.double() * s.double()[:, None]).to(x.dtype) for w, s in parts]
         return torch.nn.functional.gelu(x @ wide[0].t()) * (x @ wide[1].t())
 
+    hidden = torch.ops.fastvlm.low_precision_hidden
     follows_the_error_rule(
-        lambda x: torch.ops.fastvlm_cuda.few_rows_gated(x, gate, up, scale, up_scale, 1, splits),
-        plainly,
-        [randn(rows, 304)],
+        lambda x: hidden(x, gate, scale, None, up, up_scale, False), plainly, [randn(rows, 304)]
     )
+    wide = gate.double() * scale.double()[:, None]
+    follows_the_error_rule(
+        lambda x, b: hidden(x, gate, scale, b, None, None, True),
+        lambda x, b: torch.nn.functional.gelu(
+            torch.nn.functional.linear(x, wide.to(x.dtype), b), approximate="tanh"
+        ),
+        [randn(rows, 304), randn(37)],
+    )
+    with pytest.raises(BackendError, match="a bias of the gate"):
+        hidden(randn(rows, 304), gate, scale, randn(37), up, up_scale, True)
 
 
 def test_splits_fill_the_chip() -> None:

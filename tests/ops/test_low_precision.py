@@ -70,6 +70,39 @@ def test_product(
     )
 
 
+def low_precision_hidden(x: Tensor, *rest: Any) -> Tensor:
+    """What a planned step calls: there is no public function."""
+    return torch.ops.fastvlm.low_precision_hidden(x, *rest)
+
+
+# of few numbers, each a product of two sums, it is luck how far plain PyTorch is off
+ENOUGH = [name for name in SHAPES if name not in ("one", "three")]
+
+
+@pytest.mark.parametrize("tanh", [True, False], ids=["tanh", "erf"])
+@pytest.mark.parametrize("shape", ENOUGH)
+def test_activated_products(
+    shape: str, tanh: bool, stored: Any, on: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    """With a bias, as in BART; with a second weight, as in Gemma."""
+    m, k, n = SHAPES[shape]
+    (weight, scale), (up, up_scale) = stored(n, k), stored(n, k)
+    approximate = "tanh" if tanh else "none"
+    follows_the_error_rule(
+        lambda x, b: on(low_precision_hidden, x, weight, scale, b, None, None, tanh),
+        lambda x, b: F.gelu(plain(weight, scale)(x, b), approximate=approximate),
+        [randn(m, k), randn(n)],
+    )
+    follows_the_error_rule(
+        lambda x: on(low_precision_hidden, x, weight, scale, None, up, up_scale, tanh),
+        lambda x: (
+            F.gelu(plain(weight, scale)(x, None), approximate=approximate)
+            * plain(up, up_scale)(x, None)
+        ),
+        [randn(m, k)],
+    )
+
+
 def test_strides_and_leading_dimensions(
     stored: Any, on: Any, randn: Any, follows_the_error_rule: Any
 ) -> None:

@@ -54,6 +54,9 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "linear": (mlp[0], mlp[1], mlp[2]),
         "low_precision_linear": (mlp[0], *ops.quantize_rows(mlp[1]), mlp[2]),
+        "low_precision_hidden": (
+            *(mlp[0], *ops.quantize_rows(mlp[1]), None, *ops.quantize_rows(mlp[1]), True),
+        ),
         "gelu_mlp": (*mlp, None, False, 0.0, True),
         "gelu_mlp_backward": (
             *(t(3, 4), mlp[0], t(3, 6), mlp[1], mlp[3], None, False, 0.0),

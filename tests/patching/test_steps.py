@@ -99,17 +99,38 @@ def test_planned_and_called_steps_ask_for_the_same(name: str, planned: list[int]
     assert ours.seen == called.seen
 
 
-class Norms(TorchDispatchMode):
-    """How often each norm op is called."""
+class Called(TorchDispatchMode):
+    """How often each op of a name is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, word: str) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.word, self.calls = word, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "norm" in func._schema.name:
+        if self.word in func._schema.name:
             self.calls[func._schema.name.removeprefix("fastvlm::")] += 1
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_int8_products_take_their_activation_along(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One op for the first half of each layer's MLP, called op by op as on a GPU."""
+    seen: list[Counter[str]] = []
+    run = Plan.__call__
+
+    def counted(self: Plan, *args: Any) -> Any:
+        with Called("low_precision_hidden") as called:
+            result = run(self, *args)
+        seen.append(called.calls)
+        return result
+
+    monkeypatch.setattr(Plan, "__call__", counted)
+    model, inputs = patched(name, weights="int8")
+    generate(model, inputs, num_beams=2)
+    layers = len(decoder_stack(model).layers)
+    assert seen == [Counter(low_precision_hidden=layers)] * 11
 
 
 @pytest.mark.parametrize(("name", "tails"), [("gemma2", 2), ("florenz", 3), ("t5gemma", 3)])
@@ -121,7 +142,7 @@ def test_a_norm_is_also_the_one_after_it(
     run = Plan.__call__
 
     def counted(self: Plan, *args: Any) -> Any:
-        with Norms() as norms:
+        with Called("norm") as norms:
             result = run(self, *args)
         seen.append(norms.calls)
         return result
