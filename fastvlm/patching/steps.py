@@ -110,13 +110,13 @@ def _fused(instructions: list[Instruction]) -> list[Instruction]:
     for instruction in instructions:
         before = found[-1] if found else None
         if before is not None and _activates(instruction, before):
-            weight, scale, bias, *up = before.tensors
-            up, up_scale = up[:2] if up else (None, None)
+            # of a second product its bias, which is none, is left out
+            tensors = (*before.tensors[:5], None, None)[:5]
             found[-1] = Instruction(
                 "low_precision_hidden",
                 instruction.results,
                 before.rows,
-                (weight, scale, bias, up, up_scale),
+                tensors,
                 instruction.settings,
             )
         else:

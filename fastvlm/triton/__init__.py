@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +50,10 @@ FLOORS = {
 
 # what has no kernel here on purpose: plain products are the library's, and what stands for several
 # ops is run by those
-LIBRARY = {"linear": F.linear, "low_precision_hidden": low_precision_hidden}
+LIBRARY: dict[str, Callable[..., Any]] = {
+    "linear": F.linear,
+    "low_precision_hidden": low_precision_hidden,
+}
 OLDEST_CAPABILITY = (8, 0)
 
 _on_cpu_tensors = False
