@@ -1,7 +1,7 @@
 """The CUDA library beside a CUDA build of PyTorch, on a machine that may have no GPU.
 
-It is built, loaded, and its ops are traced and exported on tensors without memory. CONTRIBUTING says
-how to get such a PyTorch; with its CPU build there is nothing to load the library into.
+It is built, loaded, and its ops are traced and exported on tensors without memory. CONTRIBUTING
+says how to get such a PyTorch; with its CPU build there is nothing to load the library into.
 """
 
 from __future__ import annotations
