@@ -148,9 +148,7 @@ class LossModel(StaticMasks, RankedGeneration):
     def _without_tail(self, kwargs: dict[str, Any], labels: Tensor) -> None:
         """A mask of the decoder's rows that reach the loss, where the caller gives none."""
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
-        mask, ids, embeds = (
-            kwargs.get(prefix + name) for name in ("attention_mask", "input_ids", "inputs_embeds")
-        )
+        mask, embeds = (kwargs.get(prefix + name) for name in ("attention_mask", "inputs_embeds"))
         decoder = _decoder_of(self)
         if decoder is None or mask is not None or labels.dim() != 2:
             return
@@ -160,21 +158,31 @@ class LossModel(StaticMasks, RankedGeneration):
             return
         if kwargs.get("past_key_values") is not None:
             return
-        if ids is None and embeds is None and hasattr(self, _SHIFT):
-            ids = getattr(self, _SHIFT)(labels)
+        ids = self._target_ids(kwargs, labels)
         given = ids if ids is not None else embeds
         if given is not None and given.shape[:2] != labels.shape:
             return
         mask, default = last_label(labels), decoder.default_mask(ids)
         kwargs[prefix + "attention_mask"] = mask if default is None else mask & default
 
+    def _target_ids(self, kwargs: dict[str, Any], labels: Tensor) -> Tensor | None:
+        """The token ids that the decoder will be given, as far as they are known up front."""
+        prefix = "decoder_" if self.config.is_encoder_decoder else ""
+        ids: Tensor | None = kwargs.get(prefix + "input_ids")
+        if ids is None and kwargs.get(prefix + "inputs_embeds") is None and hasattr(self, _SHIFT):
+            ids = getattr(self, _SHIFT)(labels)
+        return ids
+
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
-        """Whether a label counts in a row that the caller's mask hides.
+        """Whether a label counts in a row that the caller's mask, or the decoder's own, hides.
 
         A causal model predicts it one row before: with padding on the left, from the last pad.
         """
         encodes = self.config.is_encoder_decoder
         mask = kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
+        decoder = _decoder_of(self)
+        if mask is None and decoder is not None:
+            mask = decoder.default_mask(self._target_ids(kwargs, labels))
         if not isinstance(mask, Tensor) or mask.shape != labels.shape or labels.dim() != 2:
             return False
         counted = labels != -100
