@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastvlm import ops
 
@@ -46,8 +47,9 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
     kinds: the exact classes that qualify (default: the linear layers). False for an adapter
-    (PEFT), a quantized or parametrized layer, a hook, a forward set on the instance, a DTensor, or
-    where the module computes with a copy of its weight in fewer bits: then it must be called.
+    (PEFT), a quantized or parametrized layer, a hook (of all modules, too), a forward set on the
+    instance, a DTensor, or where the module computes with a copy of its weight in fewer bits: then
+    it must be called.
     """
     cls = type(module)
     if getattr(cls, "storage", None) is not None:
@@ -56,4 +58,6 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
         return False
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
         return False  # an offloader sets a forward of its own on the instance
+    if _has_any_global_hook():
+        return False
     return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]

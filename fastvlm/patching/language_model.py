@@ -21,11 +21,13 @@ from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
 from fastvlm.patching.ranked import RankedLogits
 from fastvlm.patching.rules import Host, Swap, takes
-from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
+from fastvlm.patching.shared_states import SharedEncoderStates
+from fastvlm.patching.stacks import DecoderStack
 from fastvlm.patching.static import StaticMasks
 from fastvlm.patching.tied import tapped
 
 IMAGES = "image_of_prompt"
+_ENCODE = "_maybe_prepare_encoder_kwargs_for_generation"
 _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
@@ -189,6 +191,28 @@ class LossModel(StaticMasks, RankedGeneration):
         if not encodes:
             counted, mask = counted[:, 1:], mask[:, :-1]
         return bool((counted & (mask == 0)).any())
+
+    def _encodes_here(self) -> bool:
+        """Whether generate() hands the prompts and images to a method of the model to encode."""
+        return hasattr(super(), _ENCODE) and not takes(self, IMAGES)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        if self._encodes_here():
+            model_kwargs.pop(IMAGES, None)  # of a copy: the signature is the model's own
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if model_kwargs.get(IMAGES) is not None and self._encodes_here():
+            names = (IMAGES, "pixel_values", "encoder_outputs")
+            placed = {"input_ids": inputs_tensor, **{n: model_kwargs.get(n) for n in names}}
+            self._place_images(placed)
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in names[:2]}
+            if (embeds := placed.get("inputs_embeds")) is not None:
+                model_kwargs["inputs_embeds"] = embeds
+        encode: Any = getattr(super(), _ENCODE)
+        return encode(inputs_tensor, model_kwargs, *args, **kwargs)
 
     def _place_images(self, kwargs: dict[str, Any]) -> None:
         """Token embeddings with each row's image in place, as the model would make them."""

@@ -229,6 +229,11 @@ class DecoderStack(_Stack):
             return known[key]
         images, tokens = call.encoder_states.shape[:2]
         kv_mask = call.encoder_mask
+        if kv_mask is not None and filled == 0 and kv_mask.shape != (images, tokens):
+            raise ValueError(
+                f"fastvlm: attention_mask must be [{images}, {tokens}], as the encoder's states "
+                f"are; got {list(kv_mask.shape)}"
+            )
         if kv_mask is None:
             kv_mask = ones(images, tokens, device)
             if filled == 0:
@@ -354,29 +359,3 @@ class DecoderStack(_Stack):
             if isinstance(mask, Tensor):
                 mask = mask.repeat_interleave(readers, 0)
         return states, mask
-
-
-class SharedEncoderStates(static.StaticMasks):
-    """generate() without a copy of the encoder's states for each beam or returned sequence."""
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
-        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
-        states = model_kwargs.get("encoder_outputs")
-        if not is_encoder_decoder or expand_size == 1 or states is None:
-            return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        kept = {
-            name: model_kwargs.pop(name)
-            for name in ("encoder_outputs", "attention_mask")
-            if name in model_kwargs
-        }
-        input_ids, expanded = expand(
-            expand_size, True, input_ids, encoder_outputs={}, **model_kwargs
-        )
-        expanded.update(kept)
-        return input_ids, expanded

@@ -129,3 +129,21 @@ def test_a_row_whose_prompt_is_all_padding(name: str) -> None:
     assert torch.equal(got[same], expected[same])
     inputs["input_ids"][1, -4:] = torch.tensor([20, 30, 40, 50])
     assert torch.equal(generate(model, inputs), got)
+
+
+@pytest.mark.parametrize("wish", [*WISHES, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_images_of_different_token_counts(name: str, wish: dict[str, Any]) -> None:
+    """Masks with nothing, with a middle and with a front left out; one copy of what is left."""
+    model = FAMILIES[name].build()
+    inputs = dict(FAMILIES[name].inputs(model))
+    mask = inputs["attention_mask"] = inputs["attention_mask"].clone()
+    mask[1, 1:3] = mask[2, :2] = 0
+    assert len({*mask.sum(1).tolist()}) == 3
+    expected = generate(model, inputs, **wish)
+    fastvlm.patch(model)
+    got = generate(model, inputs, **wish, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, expected)
+    if got.past_key_values is not None and wish.get("use_cache") is not False:
+        layer = got.past_key_values.cross_attention_cache.layers[0]
+        assert layer.packed[0].shape[0] == int(mask.sum())
