@@ -20,6 +20,7 @@ from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_fo
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
 from fastvlm.patching.ranked import RankedLogits
+from fastvlm.patching.room import RoomForAll
 from fastvlm.patching.rules import Host, Swap, takes
 from fastvlm.patching.shared_states import SharedEncoderStates
 from fastvlm.patching.stacks import DecoderStack
@@ -82,7 +83,7 @@ def _indices(name: str, value: Any, rows: int | None) -> None:
         raise _fail(name, f"of one entry for each of the {rows} rows", value)
 
 
-class LossModel(StaticMasks, RankedGeneration):
+class LossModel(StaticMasks, RoomForAll, RankedGeneration):
     """A model whose call with labels has no logits, unless somebody looks at them.
 
     Besides what the model itself takes, its forward takes

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvlm.patching import static
+from fastvlm.patching.room import RoomForAll
+from fastvlm.patching.static import StaticMasks
 
 # options of generate() that call the model with what one copy of an image cannot serve -> what
 # they may be, and why
@@ -19,7 +20,7 @@ _REFUSED = {
 }
 
 
-class SharedEncoderStates(static.StaticMasks):
+class SharedEncoderStates(StaticMasks, RoomForAll):
     """generate() without a copy of the encoder's states for each beam or returned sequence."""
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
