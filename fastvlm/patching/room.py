@@ -14,20 +14,13 @@ class RoomForAll(Host):
     """A model whose generate() tells its self-attention cache the length that is asked for."""
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-        *args: Any,
-        **kwargs: Any,
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-        given = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        result = prepare(*given, *args, **kwargs)
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         cache = getattr(cache, "self_attention_cache", cache)
-        if isinstance(cache, Cache):
-            rows.make_room(cache, max_cache_length)
+        length = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
+        if isinstance(cache, Cache) and length is not None:
+            rows.make_room(cache, length)
         return result
