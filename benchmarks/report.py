@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoding_engines, limits, targets
+from benchmarks import decoding_engines, decoding_targets, limits, targets
 from benchmarks.traffic import tables as traffic
 from fastvlm.tables import markdown_table
 
@@ -170,7 +170,7 @@ def decoding(figures: Figures) -> str:
         f"{step['case']}: transformers {step['ms']['transformers']:.1f} ms, fastvlm "
         f"{step['ms']['fastvlm']:.1f} ms ({step['ratio']:.2f}x). Its weights are "
         f"{step['weight_bytes'] / 1e6:.0f} MB, which at {step['stream_gb_per_s']} GB/s take "
-        f"{step['floor_ms']:.1f} ms: {step['floor_share']:.0%} of the floor (target 65 %).",
+        f"{step['floor_ms']:.1f} ms: {decoding_targets.of_the_floor(step['floor_share'])}.",
         markdown_table(("part of a step", "ms"), parts),
     ]
     rows = []
@@ -181,7 +181,13 @@ def decoding(figures: Figures) -> str:
         faster = "; ".join(f"{side} {value:.2f}x".strip() for side, value in ratio.items())
         rows.append((call["case"], seconds, faster, "yes" if call["identical_tokens"] else "NO"))
     headers = ("work", "seconds", "fastvlm is faster", "identical tokens")
-    return "\n\n".join([*lines, markdown_table(headers, rows)])
+    lines.append(markdown_table(headers, rows))
+    for call in calls:
+        if (held := call.get("cross_cache_bytes")) is not None:
+            each = "; ".join(f"{side} {size / 2**20:.2f} MiB" for side, size in held.items())
+            theirs, ours = held.values()
+            lines.append(f"Cross-attention's keys and values: {each}: 1/{theirs / ours:.1f}.")
+    return "\n\n".join(lines)
 
 
 def engines(figures: Figures) -> str:
@@ -246,6 +252,12 @@ SINGLE = {
 }
 
 
+def _of_decoding(folder: Path) -> dict[str, Figures]:
+    names = (decoding_targets.END_TO_END, decoding_targets.DECODING, decoding_targets.ENGINES)
+    paths = [path for name in names if (path := folder / f"{name}.json").is_file()]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
 def write(folder: Path) -> Path:
     """The page for all results in a folder; FileNotFoundError where there are none."""
     parts = ["# Benchmark results"]
@@ -273,6 +285,8 @@ def write(folder: Path) -> Path:
             parts += ["## Where the time goes", limits.tables(figures)]
         else:
             parts += [f"## Whole models: {path.stem}", end_to_end(figures)]
+    if files := _of_decoding(folder):
+        parts += ["## Targets of decoding", markdown_table(*decoding_targets.table(files))]
     if len(parts) == 1:
         raise FileNotFoundError(f"no micro-*.json or end_to_end-*.json in {folder}: run make bench")
     page = folder / "report.md"

@@ -1,4 +1,4 @@
-"""The benchmarks of training and decoding compare the same work, and count it right."""
+"""The benchmarks of training compare the same work, and count it right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decoding
 from benchmarks.training import __main__ as training
 from benchmarks.training import counted, drift, workload
 
@@ -62,15 +61,3 @@ def test_a_micro_batch_is_counted() -> None:
     assert ours["flops"] < 0.6 * plain["flops"]
     assert ours["bytes"] < 0.4 * plain["bytes"]
     assert ours["peak_activation_bytes"] < 0.2 * plain["peak_activation_bytes"]
-
-
-@pytest.mark.slow
-def test_the_decoding_benchmark(tmp_path: Path) -> None:
-    path = tmp_path / "decoding.json"
-    assert decoding.main(["--small", "--rounds", "1", "--out", str(path)]) == 0
-    step, languages, florenz = json.loads(path.read_text())["cases"]
-    assert languages["identical_tokens"]
-    assert florenz["identical_tokens"]
-    assert florenz["distinct_tokens"] > 5
-    assert {"fastvlm_cpu::linear", "fastvlm_cpu::attention"} <= step["parts_ms"].keys()
-    assert step["weight_bytes"] > 0

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastvlm.layout import Layout
+from fastvlm.nn.linear import original
 
 try:
     from transformers.cache_utils import DynamicLayer
 except ImportError:
     # transformers 4: no stack is patched there (patching/rules.py), so no layer is ever made
     DynamicLayer = object
+
+
+# the module that filled a layer; beside the layers, not in them: a cache is copied, saved and kept
+_FILLED_BY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class SharedCrossLayer(DynamicLayer):
@@ -29,7 +36,8 @@ class SharedCrossLayer(DynamicLayer):
         self.packed: tuple[Tensor, Tensor] | None = None
         self.layout: Layout | None = None
 
-    def fill(self, k: Tensor, v: Tensor, layout: Layout) -> None:
+    def fill(self, k: Tensor, v: Tensor, layout: Layout, module: torch.nn.Module) -> None:
+        _FILLED_BY[self] = weakref.ref(module)
         self.packed, self.layout = (k, v), layout
         self.dtype, self.device = k.dtype, k.device
         self.is_initialized = True
@@ -37,6 +45,14 @@ class SharedCrossLayer(DynamicLayer):
     def _padded(self, which: int) -> Tensor | None:
         if self.packed is None or self.layout is None:
             return None
+        module = _FILLED_BY[self]() if self in _FILLED_BY else None
+        shared = self.layout.num_segments != self.layout.num_images
+        if shared and module is not None and original(type(module)) is type(module):
+            raise RuntimeError(
+                "fastvlm: fastvlm.unpatch(model) came while this cache was in use: it holds the "
+                "keys and values of an image once for all beams, which only a patched model reads; "
+                "unpatch when generate() has returned"
+            )
         return self.layout.unpack_kv(self.packed[which]).transpose(1, 2)
 
     @property

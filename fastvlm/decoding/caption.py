@@ -40,7 +40,8 @@ class Caption:
     text: without special tokens, its first letter upper-cased; with the prefix where that was
         asked for.
     score: the summed log-probability of tokens over len(tokens) ** length_penalty (1 unless set:
-        the mean), after logits processors: what beam search ranks by, higher is better.
+        the mean), after logits processors: what beam search ranks by, higher is better. 0 for
+        greedy and sampled captions of no tokens.
     language: its code. image: index of the image. tokens: the generated ids, the end token with
         them where one was generated, without the prefix and padding.
     """

@@ -21,17 +21,21 @@ except ImportError:
 
 # positions that a cache has room for at first, beyond those of the prefill; then it doubles
 ROOM = 64
+# the same where generate() says how many it may need: rows mostly end before a limit in thousands
+MOST_ROOM = 512
 
 
 class Rows:
     """What all layers of one cache share.
 
     table: int32 [rows, capacity], the cache row of each position; a row writes to itself. lengths:
-    int32 [rows], positions so far. moved: whether the table says anything.
+    int32 [rows], positions so far. moved: whether the table says anything. needed: the positions
+    that generate() may come to, where that is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needed: int | None = None) -> None:
         self.layers = 0
+        self.needed = needed
         self.before: Tensor | None = None  # the table, while rows are selected layer by layer
         self.forget()
 
@@ -145,11 +149,14 @@ class RowLayer(DynamicLayer):
         return self.k[:, : self.filled], self.v[:, : self.filled]
 
     def _grow(self, k: Tensor, stop: int) -> None:
-        if self.k is None:
-            capacity = stop + ROOM
+        now = 0 if self.k is None else self.k.shape[1]
+        needed = self.rows.needed
+        if stop <= now:
+            capacity = now
+        elif needed is not None and needed >= stop:
+            capacity = min(needed, max(stop + MOST_ROOM, 2 * now))
         else:
-            now = self.k.shape[1]
-            capacity = now if stop <= now else max(stop, 2 * now)
+            capacity = max(stop, 2 * now) if now else stop + ROOM
         room = (k.shape[0], capacity, *k.shape[2:])
         for name in ("k", "v"):
             old, new = getattr(self, name), k.new_empty(room)
@@ -254,9 +261,18 @@ def keep_rows(cache: Cache) -> None:
     """Turn a still empty self-attention cache into one whose rows stay in place."""
     count = len(cache.layers)
     cache.layers = []
-    cache.layer_class_to_replicate = partial(RowLayer, Rows())
+    rows = Rows(cache.__dict__.get("fastvlm_needed"))
+    cache.layer_class_to_replicate = partial(RowLayer, rows)
     for index in range(count):
         layer_of(cache, index)
+
+
+def make_room(cache: Cache, positions: int) -> None:
+    """Say how many positions a cache may come to, be it one of ours already or turned into one."""
+    if keeps_rows(cache):
+        cache.layer_class_to_replicate.args[0].needed = positions
+    else:
+        cache.__dict__["fastvlm_needed"] = positions
 
 
 def keeps_rows(cache: Any) -> bool:

@@ -40,7 +40,9 @@ class TokenScores(StoppingCriteria):
 
     def of(self, row: int, tokens: int, length_penalty: float) -> float:
         """The summed log-probability of a row's first tokens, over tokens ** length_penalty, which
-        is how beam search ranks."""
+        is how beam search ranks; 0 for a caption without tokens, whatever the penalty."""
+        if tokens == 0:
+            return 0.0  # not 0 ** penalty: a row that the caller's criterion ended among padding
         total = sum(float(step[row]) for step in self.steps[:tokens])
         return total / tokens**length_penalty
 

@@ -14,6 +14,8 @@ from fastvlm.checks import fail
 from fastvlm.florenz.config import FlorenzConfig
 from fastvlm.florenz.readers import OP
 
+_IMAGES = ("pixel_values", "image_of_prompt")
+
 
 class FlorenzGeneration(GenerationMixin):
     """generate(input_ids, pixel_values, attention_mask, image_of_prompt, ...) with a KV cache."""
@@ -33,8 +35,9 @@ class FlorenzGeneration(GenerationMixin):
             raise fail(OP, "prompt_of_target", wanted, index)
         if model_kwargs.get("encoder_outputs") is not None:
             return model_kwargs
-        names = ("pixel_values", "image_of_prompt", "inputs_embeds")
-        inputs = {name: model_kwargs.pop(name, None) for name in names}
+        # the images stay, for an assistant_model to encode them as well
+        inputs = {name: model_kwargs.get(name) for name in _IMAGES}
+        inputs["inputs_embeds"] = model_kwargs.pop("inputs_embeds", None)
         inputs[model_input_name or "input_ids"] = inputs_tensor
         model_kwargs["encoder_outputs"], _ = self.model.encode(
             **inputs,
@@ -43,6 +46,14 @@ class FlorenzGeneration(GenerationMixin):
             output_hidden_states=generation_config.output_hidden_states,
         )
         return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        if expand_size > 1:  # nobody asks for the images of beams, which are encoded by now
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in _IMAGES}
+        expanded: Any = super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
+        return expanded
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as every
+from torch.utils.module_tracker import ModuleTracker
 
 from fastvlm import ops
 
@@ -42,12 +44,22 @@ def original(cls: type) -> Any:
     return cls._fastvlm_base
 
 
+def hooks_of_all() -> bool:
+    """Whether there are hooks of all modules, but for those with which a counter of FLOPs notes the
+    names of what is called (`torch.utils.module_tracker`)."""
+    if not every._has_any_global_hook():
+        return False
+    hooks = [h for kind in _HOOKS for h in getattr(every, f"_global{kind}").values()]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
 def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
     kinds: the exact classes that qualify (default: the linear layers). False for an adapter
-    (PEFT), a quantized or parametrized layer, a hook, a forward set on the instance, a DTensor, or
-    where the module computes with a copy of its weight in fewer bits: then it must be called.
+    (PEFT), a quantized or parametrized layer, a hook (of all modules, too), a forward set on the
+    instance, a DTensor, or where the module computes with a copy of its weight in fewer bits: then
+    it must be called.
     """
     cls = type(module)
     if getattr(cls, "storage", None) is not None:
@@ -56,4 +68,6 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
         return False
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
         return False  # an offloader sets a forward of its own on the instance
+    if hooks_of_all():
+        return False
     return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]

@@ -108,7 +108,7 @@ def cross_attend(
         k = heads(module.k_proj(states), module.head_dim)
         v = heads(module.v_proj(states), module.head_dim)
         if isinstance(cache, EncoderDecoderCache):
-            layer.fill(k, v, layout)
+            layer.fill(k, v, layout, module)
             cache.is_updated[index] = True
     out = ops.cross_attention(
         layouts.pack(q),

@@ -20,12 +20,15 @@ from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_fo
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
 from fastvlm.patching.ranked import RankedLogits
+from fastvlm.patching.room import RoomForAll
 from fastvlm.patching.rules import Host, Swap, takes
-from fastvlm.patching.stacks import DecoderStack, SharedEncoderStates
+from fastvlm.patching.shared_states import SharedEncoderStates
+from fastvlm.patching.stacks import DecoderStack
 from fastvlm.patching.static import StaticMasks
 from fastvlm.patching.tied import tapped
 
 IMAGES = "image_of_prompt"
+_ENCODE = "_maybe_prepare_encoder_kwargs_for_generation"
 _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
@@ -80,7 +83,7 @@ def _indices(name: str, value: Any, rows: int | None) -> None:
         raise _fail(name, f"of one entry for each of the {rows} rows", value)
 
 
-class LossModel(StaticMasks, RankedGeneration):
+class LossModel(StaticMasks, RoomForAll, RankedGeneration):
     """A model whose call with labels has no logits, unless somebody looks at them.
 
     Besides what the model itself takes, its forward takes
@@ -148,9 +151,7 @@ class LossModel(StaticMasks, RankedGeneration):
     def _without_tail(self, kwargs: dict[str, Any], labels: Tensor) -> None:
         """A mask of the decoder's rows that reach the loss, where the caller gives none."""
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
-        mask, ids, embeds = (
-            kwargs.get(prefix + name) for name in ("attention_mask", "input_ids", "inputs_embeds")
-        )
+        mask, embeds = (kwargs.get(prefix + name) for name in ("attention_mask", "inputs_embeds"))
         decoder = _decoder_of(self)
         if decoder is None or mask is not None or labels.dim() != 2:
             return
@@ -160,27 +161,59 @@ class LossModel(StaticMasks, RankedGeneration):
             return
         if kwargs.get("past_key_values") is not None:
             return
-        if ids is None and embeds is None and hasattr(self, _SHIFT):
-            ids = getattr(self, _SHIFT)(labels)
+        ids = self._target_ids(kwargs, labels)
         given = ids if ids is not None else embeds
         if given is not None and given.shape[:2] != labels.shape:
             return
         mask, default = last_label(labels), decoder.default_mask(ids)
         kwargs[prefix + "attention_mask"] = mask if default is None else mask & default
 
+    def _target_ids(self, kwargs: dict[str, Any], labels: Tensor) -> Tensor | None:
+        """The token ids that the decoder will be given, as far as they are known up front."""
+        prefix = "decoder_" if self.config.is_encoder_decoder else ""
+        ids: Tensor | None = kwargs.get(prefix + "input_ids")
+        if ids is None and kwargs.get(prefix + "inputs_embeds") is None and hasattr(self, _SHIFT):
+            ids = getattr(self, _SHIFT)(labels)
+        return ids
+
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
-        """Whether a label counts in a row that the caller's mask hides.
+        """Whether a label counts in a row that the caller's mask, or the decoder's own, hides.
 
         A causal model predicts it one row before: with padding on the left, from the last pad.
         """
         encodes = self.config.is_encoder_decoder
         mask = kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
+        decoder = _decoder_of(self)
+        if mask is None and decoder is not None:
+            mask = decoder.default_mask(self._target_ids(kwargs, labels))
         if not isinstance(mask, Tensor) or mask.shape != labels.shape or labels.dim() != 2:
             return False
         counted = labels != -100
         if not encodes:
             counted, mask = counted[:, 1:], mask[:, :-1]
         return bool((counted & (mask == 0)).any())
+
+    def _encodes_here(self) -> bool:
+        """Whether generate() hands the prompts and images to a method of the model to encode."""
+        return hasattr(super(), _ENCODE) and not takes(self, IMAGES)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        if self._encodes_here():
+            model_kwargs.pop(IMAGES, None)  # of a copy: the signature is the model's own
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if model_kwargs.get(IMAGES) is not None and self._encodes_here():
+            names = (IMAGES, "pixel_values", "encoder_outputs")
+            placed = {"input_ids": inputs_tensor, **{n: model_kwargs.get(n) for n in names}}
+            self._place_images(placed)
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in names[:2]}
+            if (embeds := placed.get("inputs_embeds")) is not None:
+                model_kwargs["inputs_embeds"] = embeds
+        encode: Any = getattr(super(), _ENCODE)
+        return encode(inputs_tensor, model_kwargs, *args, **kwargs)
 
     def _place_images(self, kwargs: dict[str, Any]) -> None:
         """Token embeddings with each row's image in place, as the model would make them."""

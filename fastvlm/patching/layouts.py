@@ -7,6 +7,7 @@ ambient state: a block that is recomputed in backward gets the same layouts agai
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from fastvlm.patching.static import Static
 KEYWORD = "fastvlm_layouts"
 # keyword argument of a patched model: int64 [B], the encoder row that each decoder row reads
 READERS = "prompt_of_target"
+_warned = False  # of zeros that no mask hides
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,29 @@ def is_2d(mask: object) -> bool:
 
 def ones(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=device)
+
+
+def hides(mask: Tensor | None) -> bool:
+    """Whether a mask leaves anything out."""
+    return mask is not None and not bool((mask != 0).all())
+
+
+def warn_of_zeros(states: Tensor) -> None:
+    """Say once that a decoder reads the zeros of padding, for want of the mask they were made with.
+
+    states: of an encoder, [I, S, d]. Looks at one number of each row where that suffices.
+    """
+    global _warned
+    if _warned or torch.compiler.is_compiling() or not bool((states[..., 0] == 0).any()):
+        return
+    if bool((states == 0).all(-1).any()):
+        _warned = True
+        warnings.warn(
+            "fastvlm: encoder_outputs hold the zeros that a patched encoder gives for padding, and "
+            "no mask hides them, so the decoder reads them; pass the attention_mask that the "
+            "encoder was given",
+            stacklevel=2,
+        )
 
 
 def window_needs_columns(module: Any, mask: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import is_plain
+from fastvlm.nn.linear import hooks_of_all, is_plain
 from fastvlm.patching.weights import is_low_precision
 
 
@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 def quiet(*modules: Any) -> bool:
     """Whether calling these would run nothing but their forward."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return not any(
+    return not hooks_of_all() and not any(
         "forward" in vars(module) or any(getattr(module, name) for name in hooks)
         for module in modules
     )

@@ -30,6 +30,7 @@ from fastvlm.patching.layouts import (
     KEYWORD,
     READERS,
     Layouts,
+    hides,
     is_2d,
     ones,
     packed_positions,
@@ -37,6 +38,7 @@ from fastvlm.patching.layouts import (
     visible_positions,
     wants_attentions,
     wants_hidden_states,
+    warn_of_zeros,
     window_needs_columns,
     zero_padding,
 )
@@ -106,7 +108,9 @@ class EncoderStack(_Stack):
                 input_ids, attention_mask, *args, inputs_embeds=inputs_embeds, **kwargs
             )
         mask = self.default_mask(input_ids) if attention_mask is None else attention_mask
-        if window_needs_columns(self, mask):
+        # who was given no mask, cross-attention too, reads the states of padding as well
+        unhidden = attention_mask is None and hides(mask)
+        if unhidden or window_needs_columns(self, mask):
             return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
         layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs))
@@ -159,7 +163,8 @@ class DecoderStack(_Stack):
                 return None
             filled = call.past.get_seq_length()
         mask = call.attention_mask
-        if mask is None and call.past is None:
+        inferred = mask is None and call.past is None
+        if inferred:
             mask = self.default_mask(call.input_ids)
         if mask is not None and mask.shape != (batch, filled + length):
             return None
@@ -168,8 +173,15 @@ class DecoderStack(_Stack):
         wants = None if torch.compiler.is_compiling() else wanted()
         if wants is not None and wants.hidden_labels:
             return None  # rows that nobody should see, and that count in the loss
+        if inferred and wants is None and hides(mask):
+            return None  # the caller never called these rows padding, and may read them
         if mask is None and call.past is None and restarts(kwargs.get("position_ids")):
             return None  # several texts in a row, which transformers tells by their positions
+        infers = filled == 0 and wants is None and not torch.is_grad_enabled()
+        if infers and mask is not None and hides(mask[:, -1]):
+            # generate() goes on from the last column, be it padding or not
+            cross = self._cross(call, None, batch, length, filled, device)
+            return Layouts(cross=cross, fused_self=False)
         cross = self._cross(call, mask, batch, length, filled, device)
         if filled == 0:
             rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
@@ -217,7 +229,15 @@ class DecoderStack(_Stack):
             return known[key]
         images, tokens = call.encoder_states.shape[:2]
         kv_mask = call.encoder_mask
-        kv_mask = ones(images, tokens, device) if kv_mask is None else kv_mask
+        if kv_mask is not None and filled == 0 and kv_mask.shape != (images, tokens):
+            raise ValueError(
+                f"fastvlm: attention_mask must be [{images}, {tokens}], as the encoder's states "
+                f"are; got {list(kv_mask.shape)}"
+            )
+        if kv_mask is None:
+            kv_mask = ones(images, tokens, device)
+            if filled == 0:
+                warn_of_zeros(call.encoder_states)
         layout = Layout.from_padded(mask, kv_mask, call.readers)
         if filled > 0:
             known[key] = layout
@@ -339,29 +359,3 @@ class DecoderStack(_Stack):
             if isinstance(mask, Tensor):
                 mask = mask.repeat_interleave(readers, 0)
         return states, mask
-
-
-class SharedEncoderStates(static.StaticMasks):
-    """generate() without a copy of the encoder's states for each beam or returned sequence."""
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
-        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
-        states = model_kwargs.get("encoder_outputs")
-        if not is_encoder_decoder or expand_size == 1 or states is None:
-            return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        kept = {
-            name: model_kwargs.pop(name)
-            for name in ("encoder_outputs", "attention_mask")
-            if name in model_kwargs
-        }
-        input_ids, expanded = expand(
-            expand_size, True, input_ids, encoder_outputs={}, **model_kwargs
-        )
-        expanded.update(kept)
-        return input_ids, expanded

@@ -2,8 +2,8 @@
 
 On the CPU one call runs all of it; elsewhere, and where a backend is forced or a dispatch mode
 watches the ops, they are called one by one, or replayed (`fastvlm.patching.graphs`). What the plan
-is of is looked at when it is made: a hook or an adapter that comes while a cache is being filled is
-seen by the next.
+is of is looked at when it is made: a hook, an adapter or another parameter that comes while a cache
+is being filled is seen by the next. What is written into a parameter is seen at once.
 """
 
 from __future__ import annotations

@@ -279,6 +279,22 @@ def test_stop_strings_end_a_row_alone(told: Speaker) -> None:
     assert stopped[0].tokens == free[0].tokens[: first + 1]
 
 
+@pytest.mark.parametrize("penalty", [None, 0.0, 1.5, -1.0])
+def test_a_caption_of_no_tokens_has_the_score_0(told: Speaker, penalty: float | None) -> None:
+    """Padding that the caller's own rule wrote, and stopped."""
+
+    class Silent(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return (ids[:, -2:] == pad).all(1)
+
+    pad = told.model.generation_config.pad_token_id
+    wish = {"prefix_allowed_tokens_fn": lambda row, ids: [pad], "forced_bos_token_id": None}
+    if penalty is not None:
+        wish["length_penalty"] = penalty
+    found = caption(told, pixels(1), stopping_criteria=[Silent()], **wish)
+    assert [(c.tokens, c.score) for c in found] == [((), 0.0)] * len(found)
+
+
 def test_no_padding_where_prefixes_are_equally_long(
     told: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

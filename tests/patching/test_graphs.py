@@ -69,6 +69,7 @@ def test_a_cache_that_grows_is_captured_again(
     name: str, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "ROOM", 5)
+    monkeypatch.setattr(rows, "make_room", lambda cache, positions: None)
     model = FAMILIES[name].build()
     inputs = FAMILIES[name].inputs(model)
     wish = {"num_beams": 3, "max_new_tokens": 40, "min_new_tokens": 40}
@@ -283,6 +284,7 @@ def test_on_a_gpu(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(graphs.CudaGraph, "capture", counted)
     monkeypatch.setattr(rows, "ROOM", 16)
+    monkeypatch.setattr(rows, "make_room", lambda cache, positions: None)
     model, inputs = patched(name)
     model.cuda()
     inputs = {key: value.cuda() for key, value in inputs.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, VOCAB
+from test_families import generate
 from test_loss_without_logits import Calls, assert_same
 from torch import Tensor, nn
 
@@ -124,6 +125,34 @@ def test_losses_of_groups(name: str) -> None:
     out = ours.train()(**batch, groups=groups, num_groups=5)
     out.loss.backward()
     assert not out.group_losses.requires_grad
+
+
+@pytest.mark.parametrize("wish", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("name", ["florence2", "florenz"])
+def test_generate_sees_an_image_once(name: str, wish: dict[str, Any]) -> None:
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    which = torch.tensor([1, 0, 1])
+    pixels = inputs.pop("pixel_values")[:2]
+    expected = generate(model, {**inputs, "pixel_values": pixels[which]}, **wish)
+    fastvlm.patch(model)
+    seen: list[int] = []
+    see = model.model.vision_tower.register_forward_pre_hook
+    handle = see(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
+    got = generate(model, {**inputs, "pixel_values": pixels, "image_of_prompt": which}, **wish)
+    handle.remove()
+    assert torch.equal(got, expected)
+    assert seen == [2]
+
+
+def test_generate_where_no_image_is_placed() -> None:
+    model = FAMILIES["bart"].build()
+    inputs = FAMILIES["bart"].inputs(model)
+    fastvlm.patch(model)
+    with pytest.raises(ValueError, match="image_of_prompt must be left out: the model places no"):
+        generate(model, inputs, image_of_prompt=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"not used by the model: \['image_of_promt'\]"):
+        generate(model, inputs, image_of_promt=torch.tensor([0, 1, 2]))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from models import FAMILIES
 from test_families import generate
 from torch import nn
@@ -167,6 +168,34 @@ def test_adapters_and_hooks_are_called(name: str, planned: list[int]) -> None:
     assert planned == []
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_hooks_of_all_modules_are_called(name: str, kind: str, planned: list[int]) -> None:
+    """Of the decoder's layers and of what has parameters in them, in every step."""
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    inner = decoder_stack(model).layers.named_modules()
+    names = {module: at for at, module in inner if list(module.parameters())}
+    seen: Counter[str] = Counter()
+
+    def note(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            seen[names[module]] += 1
+
+    found = []
+    for patch in (fastvlm.unpatch, fastvlm.patch):
+        patch(model)
+        seen.clear()
+        handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(note)
+        try:
+            found.append((generate(model, inputs, num_beams=2).tolist(), dict(seen)))
+        finally:
+            handle.remove()
+    assert found[0] == found[1]
+    assert found[0][1]["1.self_attn.q_proj"] == 12
+    assert planned == []
+
+
 def test_weights_that_change_between_calls_are_seen(planned: list[int]) -> None:
     model, inputs = patched("bart")
     before = generate(model, inputs)
@@ -177,6 +206,39 @@ def test_weights_that_change_between_calls_are_seen(planned: list[int]) -> None:
     assert not torch.equal(before, after)
     fastvlm.unpatch(model)
     assert torch.equal(generate(model, inputs), after)
+
+
+class Negate(tf.LogitsProcessor):
+    """At its fourth step a weight of the first layer is written to, or another takes its place."""
+
+    def __init__(self, linear: nn.Linear, replaces: bool) -> None:
+        self.steps, self.linear, self.replaces = 0, linear, replaces
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        if self.steps == 4 and self.replaces:
+            self.linear.weight = nn.Parameter(-self.linear.weight.detach())
+        elif self.steps == 4:
+            self.linear.weight.data.neg_()
+        return scores
+
+
+def test_weights_that_change_in_the_middle() -> None:
+    """Written to: seen at once. Replaced: by the next call, as the README says."""
+    found: dict[tuple[bool, bool], torch.Tensor] = {}
+    for replaces in (False, True):
+        for ours in (False, True):
+            model = FAMILIES["bart"].build()
+            inputs = FAMILIES["bart"].inputs(model)
+            if ours:
+                fastvlm.patch(model)
+            before = generate(model, inputs)
+            change = Negate(model.model.decoder.layers[0].fc1, replaces)
+            found[replaces, ours] = generate(model, inputs, logits_processor=[change])
+            after = generate(model, inputs)
+            assert not torch.equal(after, before)
+    assert torch.equal(found[False, True], found[False, False])
+    assert torch.equal(found[True, True], before)
 
 
 @pytest.mark.parametrize("name", ["bart", "florenz", "t5gemma", "gemma2"])

@@ -1,0 +1,26 @@
+"""generate() knows how long its rows may get: their cache is allocated once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from fastvlm.decoding import rows
+from fastvlm.patching.rules import Host
+
+
+class RoomForAll(Host):
+    """A model whose generate() tells its self-attention cache the length that is asked for."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        cache = getattr(cache, "self_attention_cache", cache)
+        length = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
+        if isinstance(cache, Cache) and length is not None:
+            rows.make_room(cache, length)
+        return result

@@ -1,0 +1,56 @@
+"""generate() of a patched encoder-decoder: one copy of the encoder's states for all readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastvlm.patching.room import RoomForAll
+from fastvlm.patching.static import StaticMasks
+
+# options of generate() that call the model with what one copy of an image cannot serve -> what
+# they may be, and why
+_REFUSED = {
+    "guidance_scale": (
+        (None, 1),
+        "its second pass gives the encoder what the decoder wrote, and other keys to each step",
+    ),
+    "prefill_chunk_size": ((None,), "it cuts the encoder's mask to the length of each chunk"),
+}
+
+
+class SharedEncoderStates(StaticMasks, RoomForAll):
+    """generate() without a copy of the encoder's states for each beam or returned sequence."""
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, (allowed, why) in _REFUSED.items():
+            if (given := getattr(generation_config, name, None)) not in allowed:
+                raise ValueError(
+                    f"fastvlm: {name} must be left out in generate() of a patched encoder-decoder: "
+                    f"{why}; got {given}. fastvlm.unpatch(model) generates with it"
+                )
+        prefill: Any = super()._prefill  # type: ignore[misc]
+        return prefill(input_ids, generation_config, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        states = model_kwargs.get("encoder_outputs")
+        if not is_encoder_decoder or expand_size == 1 or states is None:
+            return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        kept = {
+            name: model_kwargs.pop(name)
+            for name in ("encoder_outputs", "attention_mask")
+            if name in model_kwargs
+        }
+        input_ids, expanded = expand(
+            expand_size, True, input_ids, encoder_outputs={}, **model_kwargs
+        )
+        expanded.update(kept)
+        return input_ids, expanded
