@@ -158,6 +158,43 @@ def test_calls_fit_the_schemas_of_their_ops() -> None:
                 getattr(torch.ops.fastvlm, op).default(*build(torch.bfloat16))
 
 
+def test_every_config_that_a_table_may_choose_is_reached_by_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from fastvlm.triton.compiling import jobs
+
+    keys, launch = [], configs.launch
+
+    def noted(kernel: str, x: torch.Tensor, run: Any, **key: int) -> None:
+        keys.append((kernel, key))
+        launch(kernel, x, run, **key)
+
+    monkeypatch.setattr(configs, "launch", noted)
+    # what a case is chosen by does not depend on the architecture
+    assert jobs.record(["sm_90"], first_only=True).faults == []
+    for family in configs.FAMILIES:
+        assert _unreached(family, keys) == []
+    fewer = [(kernel, key) for kernel, key in keys if kernel != "geglu_backward"]
+    assert len(_unreached("sm90", fewer)) == 10
+
+
+def _unreached(family: str, keys: list[tuple[str, dict[str, int]]]) -> list[str]:
+    """The configs of a family that no launch with these keys may get."""
+    table = configs.table(family)
+    reached = {
+        (kernel, next(i for i, case in enumerate(table[kernel]) if case.when(**key)))
+        for kernel, key in keys
+    }
+    return [
+        f"{kernel}, case {i}: {config}"
+        for kernel, cases in table.items()
+        for i, case in enumerate(cases)
+        if (kernel, i) not in reached
+        for config in case.configs
+    ]
+
+
 def _planted(name: str) -> Any:
     pytest.importorskip("triton", reason="triton is not installed (make test-triton installs it)")
     return getattr(importlib.import_module("planted"), name)
@@ -313,6 +350,28 @@ def test_each_option_of_a_table_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(blocks) == sorted(f"BLOCK={b}" for b in (16, 32, 64) for dtype in range(3))
 
 
+def test_a_digest_is_of_code_alone() -> None:
+    _planted("copy")
+    from triton.runtime.jit import JITFunction
+
+    from fastvlm.triton.compiling.sources import digest
+    from fastvlm.triton.kernels import mlp
+
+    def changed(old: str, new: str) -> str:
+        """Of a caller whose callee has another line."""
+        kernel = JITFunction(mlp._tile.fn)
+        assert old in kernel.src
+        kernel._unsafe_update_src(kernel.src.replace(old, new))
+        caller = JITFunction(mlp.geglu_forward.fn)
+        caller.__globals__ = {**caller.__globals__, "_tile": kernel}
+        return digest(caller)
+
+    now = digest(mlp.geglu_forward)
+    assert changed("across = GROUP", "across = GROUP") == now
+    assert changed("across = GROUP", "# a comment\n    across = GROUP") == now
+    assert changed("across = GROUP", "across = 2 * GROUP") != now
+
+
 def test_a_changed_number_is_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,7 +389,28 @@ def test_a_changed_number_is_a_difference(
     assert "rms_norm  sm_90  bf16" in out
     assert main([*command, "--check", str(kept)]) == 0
 
+    # nothing is compiled again, and what the file has of other architectures stays
     found = json.loads(kept.read_text())
+    found["kernels"].append({**found["kernels"][0], "arch": "sm_80"})
+    kept.write_text(json.dumps(found))
+    renew = ["compile", "--arch", "sm_90", "--renew", str(kept)]
+    assert main(renew) == 0
+    assert "0 compiled, 0 wrong" in capsys.readouterr().out
+    assert sorted(json.loads(kept.read_text())["kernels"], key=str) == sorted(
+        found["kernels"], key=str
+    )
+    # counts of another code are not those of this one
+    true = found["kernels"].pop(0)
+    other = found["kernels"].pop(0)
+    kept.write_text(
+        json.dumps({**found, "kernels": [{**true, "source": "?", "registers": 1}, other]})
+    )
+    assert main(renew) == 0
+    assert "1 compiled, 0 wrong" in capsys.readouterr().out
+    found = json.loads(kept.read_text())
+    assert sorted(found["kernels"], key=str) == sorted([true, other], key=str)
+    found["kernels"] = [true]
+
     found["kernels"][0]["registers"] += 1
     found["kernels"].append({**found["kernels"][0], "kernel": "gone"})
     kept.write_text(json.dumps(found))
@@ -345,4 +425,7 @@ def test_a_changed_number_is_a_difference(
     kept.write_text(json.dumps({**found, "triton": "3.0.0"}))
     assert main([*command, "--check", str(kept)]) == 2
     assert "of triton 3.0.0" in capsys.readouterr().err
+    assert main(renew) == 2
+    assert "of triton 3.0.0" in capsys.readouterr().err
+    assert main([*renew, "--out", str(kept)]) == 2
     assert main([*command, "--check", str(tmp_path / "none.json")]) == 2
