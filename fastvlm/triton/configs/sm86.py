@@ -28,9 +28,21 @@ ATTENTION: Table = attention(
 # the A100's tables of products were made for as much shared memory as there is here
 MLP: Table = sm80.MLP
 
-# ranking takes registers: of the A100's tiles these do without memory on compute capability 12
+# of the A100's tiles these do without local memory on compute capability 12: ranking takes
+# registers, and so do a bias beside a softcap and the gradients of logits in float32
+_SIXTEEN_BITS = sm80.LOSS["linear_cross_entropy"][:4]
 LOSS: Table = {
     **sm80.LOSS,
+    "linear_cross_entropy": [
+        *_SIXTEEN_BITS,
+        Case([tile(16, 128, 32, 4, 4), tile(16, 64, 64, 4, 4)], lambda rows, wide: rows <= 16),
+        Case([tile(64, 64, 16, 4, 4)]),
+    ],
+    "linear_cross_entropy_dlogits": [
+        *_SIXTEEN_BITS,
+        Case([tile(16, 64, 64, 4, 4)], lambda rows, wide: rows <= 16),
+        Case([tile(64, 64, 16, 4, 4), tile(64, 128, 32, 8, 3)]),
+    ],
     "linear_topk": [
         Case([tile(16, 128, 64, 4, 4)], lambda rows, wide: rows <= 16 and not wide),
         Case([tile(32, 64, 128, 4, 3)], lambda rows, wide: rows <= 32 and not wide),
