@@ -47,7 +47,7 @@ FLOORS = {
     "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 
-# what has no kernel here on purpose: plain products are the library's
+# what has no kernel here on purpose: plain products are the library's (`mlp.library_serves`)
 LIBRARY = {"linear": F.linear}
 OLDEST_CAPABILITY = (8, 0)
 

@@ -1,5 +1,7 @@
 """Consumer GPUs: compute capability 8.6, 8.9 and 12, 99 KiB of shared memory a block."""
 
+from dataclasses import replace
+
 from fastvlm.triton.configs import Case, Table, sm80
 from fastvlm.triton.configs.heads import attention, block, keys
 from fastvlm.triton.configs.products import tile
@@ -25,8 +27,13 @@ ATTENTION: Table = attention(
     cached=([keys(32, 4, 2), keys(64, 4, 2)], [keys(64, 4, 2), keys(32, 4, 2)]),
 )
 
-# the A100's tables of products were made for as much shared memory as there is here
-MLP: Table = sm80.MLP
+# The A100's tables of products were made for as much shared memory as there is here. No grid is
+# persistent here: on compute capability 12 the walk takes registers, so that a multiprocessor holds
+# one program of gelu_forward instead of two, or spills.
+MLP: Table = {
+    kernel: [Case([replace(config, resident=0) for config in c.configs], c.when) for c in cases]
+    for kernel, cases in sm80.MLP.items()
+}
 
 # of the A100's tiles these do without local memory on compute capability 12: ranking takes
 # registers, and so do a bias beside a softcap and the gradients of logits in float32

@@ -14,16 +14,21 @@ from fastvlm.triton.kernels.random import kept
 
 
 @triton.jit
-def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The row block and column block of this program.
+def _end(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr):
+    """Where a program's walk over the tiles ends; after its first one, if there is one for each."""
+    return tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N) if PERSISTENT else tl.program_id(0) + 1
+
+
+@triton.jit
+def _tile(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The row block and column block of a tile.
 
     Neighbours in time are GROUP row blocks by all columns: what they read stays in the L2 cache.
     """
-    program = tl.program_id(0)
     across = GROUP * tl.cdiv(n, BLOCK_N)
-    first = program // across * GROUP
+    first = tile // across * GROUP
     rows = tl.minimum(tl.cdiv(m, BLOCK_M) - first, GROUP)
-    return first + program % across % rows, program % across // rows
+    return first + tile % across % rows, tile % across // rows
 
 
 @triton.jit
@@ -105,35 +110,37 @@ def geglu_forward(
     X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
     TANH: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """hidden = gelu(x w_gate^T) * x w_up^T [M, F] by one reading of x; KEEP stores both factors."""
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
-    from_column = _wrapped(block_n, f, BLOCK_N)[None, :]
-    along = tl.arange(0, BLOCK_K)
-    at_x = X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :]
-    at_gate = W_GATE + from_column * stride_g + along[:, None]
-    at_up = W_UP + from_column * stride_u + along[:, None]
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for done in range(0, k, BLOCK_K):
-        x = _step(at_x, k - done, 1, BLOCK_K, EVEN_K)
-        w_gate = _step(at_gate, k - done, 0, BLOCK_K, EVEN_K)
-        w_up = _step(at_up, k - done, 0, BLOCK_K, EVEN_K)
-        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-        up = tl.dot(x, w_up, up, input_precision=PRECISION)
-        at_x += BLOCK_K
-        at_gate += BLOCK_K
-        at_up += BLOCK_K
-    gates = _slices(gate, BLOCK_M, BLOCK_N, SLICES)
-    ups = _slices(up, BLOCK_M, BLOCK_N, SLICES)
-    kind = HIDDEN.dtype.element_ty
-    for i in tl.static_range(SLICES):
-        _, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
-        if KEEP:
-            tl.store(GATE + to, gates[i].to(kind), mask=mask)
-            tl.store(UP + to, ups[i].to(kind), mask=mask)
-        tl.store(HIDDEN + to, (gelu(gates[i], TANH) * ups[i]).to(kind), mask=mask)
+    end = _end(m, f, BLOCK_M, BLOCK_N, PERSISTENT)
+    for tile in range(tl.program_id(0), end, tl.num_programs(0) if PERSISTENT else 1):
+        block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
+        from_column = _wrapped(block_n, f, BLOCK_N)[None, :]
+        along = tl.arange(0, BLOCK_K)
+        at_x = X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :]
+        at_gate = W_GATE + from_column * stride_g + along[:, None]
+        at_up = W_UP + from_column * stride_u + along[:, None]
+        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for done in range(0, k, BLOCK_K):
+            x = _step(at_x, k - done, 1, BLOCK_K, EVEN_K)
+            w_gate = _step(at_gate, k - done, 0, BLOCK_K, EVEN_K)
+            w_up = _step(at_up, k - done, 0, BLOCK_K, EVEN_K)
+            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+            at_x += BLOCK_K
+            at_gate += BLOCK_K
+            at_up += BLOCK_K
+        gates = _slices(gate, BLOCK_M, BLOCK_N, SLICES)
+        ups = _slices(up, BLOCK_M, BLOCK_N, SLICES)
+        kind = HIDDEN.dtype.element_ty
+        for i in tl.static_range(SLICES):
+            _, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
+            if KEEP:
+                tl.store(GATE + to, gates[i].to(kind), mask=mask)
+                tl.store(UP + to, ups[i].to(kind), mask=mask)
+            tl.store(HIDDEN + to, (gelu(gates[i], TANH) * ups[i]).to(kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -148,7 +155,7 @@ def geglu_backward(
 
     grad [M, N], w_down [N, F]; what is [M, F] is contiguous.
     """
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tl.program_id(0), m, f, BLOCK_M, BLOCK_N, GROUP)
     dhidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if NEED_GATE or NEED_UP:
         dhidden = _product_down(
@@ -183,29 +190,31 @@ def gelu_forward(
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """hidden = dropout(gelu(x w^T + bias)) [M, F]; KEEP stores what the activation is taken of."""
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
-    along = tl.arange(0, BLOCK_K)
-    product = _product(
-        X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :],
-        W + _wrapped(block_n, f, BLOCK_N)[None, :] * stride_w + along[:, None],
-        k, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-    )  # fmt: skip
-    products = _slices(product, BLOCK_M, BLOCK_N, SLICES)
-    kind = HIDDEN.dtype.element_ty
-    for i in tl.static_range(SLICES):
-        column, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
-        pre = products[i]
-        if HAS_BIAS:
-            pre += tl.load(BIAS + column, mask=column < f, other=0.0).to(tl.float32)[None, :]
-        if KEEP:
-            tl.store(PRE + to, pre.to(kind), mask=mask)
-        hidden = gelu(pre, TANH)
-        if DROPOUT:
-            hidden *= _dropout(SEED, to, threshold, factor)
-        tl.store(HIDDEN + to, hidden.to(kind), mask=mask)
+    end = _end(m, f, BLOCK_M, BLOCK_N, PERSISTENT)
+    for tile in range(tl.program_id(0), end, tl.num_programs(0) if PERSISTENT else 1):
+        block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
+        along = tl.arange(0, BLOCK_K)
+        product = _product(
+            X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :],
+            W + _wrapped(block_n, f, BLOCK_N)[None, :] * stride_w + along[:, None],
+            k, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+        products = _slices(product, BLOCK_M, BLOCK_N, SLICES)
+        kind = HIDDEN.dtype.element_ty
+        for i in tl.static_range(SLICES):
+            column, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
+            pre = products[i]
+            if HAS_BIAS:
+                pre += tl.load(BIAS + column, mask=column < f, other=0.0).to(tl.float32)[None, :]
+            if KEEP:
+                tl.store(PRE + to, pre.to(kind), mask=mask)
+            hidden = gelu(pre, TANH)
+            if DROPOUT:
+                hidden *= _dropout(SEED, to, threshold, factor)
+            tl.store(HIDDEN + to, hidden.to(kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=["m", "threshold"])
@@ -220,7 +229,7 @@ def gelu_backward(
 
     DBIAS float32 [row blocks, F] takes the sums over each block of rows, to be added in order.
     """
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tl.program_id(0), m, f, BLOCK_M, BLOCK_N, GROUP)
     dhidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if NEED_PRE or NEED_BIAS:
         dhidden = _product_down(
@@ -266,7 +275,7 @@ def low_precision_linear(
     from. It is exact in 16 bits, and x is the sum of TERMS of 16 bits: the products lose nothing
     and run on tensor cores even where x is float32.
     """
-    block_m, block_n = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     along = tl.arange(0, BLOCK_K)
     at_x = X + _wrapped(block_m, m, BLOCK_M)[None, :] * stride_x + along[:, None]
     at_w = W + _wrapped(block_n, n, BLOCK_N)[:, None] * stride_w + along[None, :]
