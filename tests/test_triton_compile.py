@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -79,6 +80,7 @@ def test_sass_is_read() -> None:
     # .L_x_2 is reached by a jump backwards from behind the exit, which is no loop
     assert sorted(len(loop) for loop in code.loops(parsed)) == [2, 8]
     assert counts.loop == 2
+    assert counts.loop_loads == {"128": 1, "32": 1, "16": 1}
 
 
 def test_resource_usage_is_read() -> None:
@@ -103,6 +105,7 @@ def test_amdgcn_is_read() -> None:
     assert (counts.loads, counts.stores) == ({"128": 1, "16": 1}, {"64": 1})
     assert counts.tensor == {"MFMA": 1}
     assert (counts.loop, counts.instructions) == (4, 8)
+    assert counts.loop_loads == {"128": 1, "16": 1}
 
 
 @pytest.mark.parametrize(
@@ -256,8 +259,12 @@ def test_planted_faults_are_found(compiled: dict[str, work.Result]) -> None:
         "spilling": ["spills"],
         "broken": ["compiles"],
         "product": [],
-        "small product": [],
+        # of which it is said that it has no HGMMA, and why that is no fault
+        "small product": ["tensor cores"],
     }
+    (small,) = judge([compiled["small product"]])
+    assert small.words == "no HGMMA: tiles of 16 rows, by HMMA"
+    assert small.exception.startswith("a warpgroup's product has 64 rows")
     assert "planted" in judge([compiled["broken"]])[0].words
     assert "of 16 bits" in judge([compiled["narrow"]])[0].words
 
@@ -276,6 +283,23 @@ def test_products_use_the_tensor_cores(compiled: dict[str, work.Result]) -> None
         assert "without an instruction" in judge([large])[0].words
     finally:
         large.counts.tensor = kept
+
+
+def test_a_weight_is_streamed_by_128_bits(compiled: dict[str, work.Result]) -> None:
+    """Of a product of few rows, by a kernel that a decoding step waits for."""
+    result = compiled["product"]
+    assert result.counts is not None
+    config = result.job.config
+    few = dataclasses.replace(result.job, kernel="low_precision_linear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(few), "config", f"{config} BLOCK_M=16")
+        for width, words in (("64", "narrow loads in the loop: 4 of 64 bits"), ("128", "")):
+            counts = dataclasses.replace(result.counts, loop_loads={width: 4})
+            found = judge([dataclasses.replace(result, job=few, counts=counts)])
+            assert [v.words for v in found] == ([words] if words else [])
+        patch.setattr(type(few), "config", f"{config} BLOCK_M=128")
+        counts = dataclasses.replace(result.counts, loop_loads={"64": 4})
+        assert judge([dataclasses.replace(result, job=few, counts=counts)]) == []
 
 
 def test_too_much_shared_memory_is_found(compiled: dict[str, work.Result]) -> None:

@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     results = work.compile_all(todo, log=_log)
     rows = [report.row(result, recorded.jobs[result.job]) for result in results]
     print(report.text(rows))
-    found = verdicts.judge(results)
+    found = verdicts.judge([*(report.result(*pair) for pair in had.items()), *results])
     wrong = sum(not verdict.exception for verdict in found)
     if recorded.faults:
         print("\nfaults of launchers:\n" + "\n".join(recorded.faults))

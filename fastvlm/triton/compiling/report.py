@@ -12,10 +12,11 @@ from typing import Any
 from fastvlm import env
 from fastvlm.tables import text_table
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from fastvlm.triton.compiling.code import Counts
 from fastvlm.triton.compiling.driver import Job, function
 from fastvlm.triton.compiling.jobs import Origin, chosen
 from fastvlm.triton.compiling.sources import digest
-from fastvlm.triton.compiling.verdicts import Verdict
+from fastvlm.triton.compiling.verdicts import Verdict, streams
 from fastvlm.triton.compiling.work import Result
 
 Row = dict[str, Any]
@@ -43,7 +44,20 @@ def row(result: Result, origin: Origin) -> Row:
     if counts is None:
         return {**found, "failure": result.failure.splitlines()[0]}
     programs, limit = ARCHITECTURES[job.arch].occupancy(counts.registers, counts.shared, job.warps)
-    return {**found, **dataclasses.asdict(counts), "programs": programs, "limit": limit}
+    counted = dataclasses.asdict(counts)
+    if not streams(job):
+        del counted["loop_loads"]  # which no rule asks for
+    found = {**found, **counted, "programs": programs, "limit": limit}
+    found |= {"scalar_loads": result.scalar_loads, "dots": [list(dot) for dot in result.dots]}
+    return found | ({"tensor_memory": result.tensor_memory} if result.tensor_memory else {})
+
+
+def result(job: Job, row: Row) -> Result:
+    """What a row was made of, so that kept counts are judged by the rules of now."""
+    names = [field.name for field in dataclasses.fields(Counts) if field.name != "loop_loads"]
+    dots = tuple((rows, bits) for rows, bits in row["dots"])
+    counts = Counts(loop_loads=row.get("loop_loads", {}), **{name: row[name] for name in names})
+    return Result(job, 0.0, counts, "", row["scalar_loads"], dots, row.get("tensor_memory", 0))
 
 
 def key(row: Row) -> tuple[str, ...]:
@@ -141,11 +155,12 @@ def still_true(rows: Iterable[Row], jobs: Mapping[Job, Origin]) -> dict[Job, Row
     The same code compiled twice by one Triton gives the same counts, so they need no compiler. The
     dtypes and ops that lead to a job are those of now.
     """
-    known = {_code(row): row for row in rows if "failure" not in row}
+    known = {_code(row): row for row in rows if "failure" not in row and "dots" in row}
     found = {}
     for job, origin in jobs.items():
         head = _head(job, origin)
-        if (row := known.get(_code(head))) is not None:
+        row = known.get(_code(head))
+        if row is not None and ("loop_loads" in row or not streams(job)):
             found[job] = {**row, **head}
     return found
 
