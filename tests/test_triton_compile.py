@@ -21,6 +21,7 @@ from fastvlm.triton.compiling import amd, code, nvidia, work
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
 from fastvlm.triton.compiling.verdicts import Excepted, judge
 
+ROOT = Path(__file__).resolve().parent.parent
 SASS = """
 .text.kernel:
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -180,6 +181,23 @@ def test_every_config_that_a_table_may_choose_is_reached_by_a_call(
         assert _unreached(family, keys) == []
     fewer = [(kernel, key) for kernel, key in keys if kernel != "geglu_backward"]
     assert len(_unreached("sm90", fewer)) == 10
+
+
+def test_a_persistent_grid_is_as_large_as_the_device_holds() -> None:
+    """The tables say how many programs share a multiprocessor, and the kept counts agree."""
+    kept = json.loads((ROOT / "benchmarks/results/triton-compiled.json").read_text())["kernels"]
+    rows = [row for row in kept if "PERSISTENT=1" in row["config"]]
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for row in rows:
+        said = dict(part.split("=") for part in row["config"].split())
+        (config,) = {
+            (tuple(c.blocks.items()), c.resident)
+            for case in configs.table(ARCHITECTURES[row["arch"]].family)[row["kernel"]]
+            for c in case.configs
+            if all(said[name] == str(value) for name, value in c.blocks.items())
+            and (said["warps"], said["stages"]) == (str(c.num_warps), str(c.num_stages))
+        }
+        assert 0 < config[1] <= row["programs"], row
 
 
 def _unreached(family: str, keys: list[tuple[str, dict[str, int]]]) -> list[str]:

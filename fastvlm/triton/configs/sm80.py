@@ -9,7 +9,7 @@ ATTENTION: Table = attention(
     some=([block(32, 32, 4, 1)], [block(32, 64, 4, 2)]),
     forward=(
         [block(64, 32, 8, 1), block(32, 32, 4, 1)],
-        [block(64, 64, 8, 2), block(32, 32, 4, 1)],
+        [block(64, 32, 8, 1), block(32, 32, 4, 1)],
         [block(128, 64, 8, 2), block(64, 64, 4, 2)],
     ),
     backward_q=(

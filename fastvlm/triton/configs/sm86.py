@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fastvlm.triton.configs import Case, Table, sm80
+from fastvlm.triton.configs import Case, Config, Table, sm80
 from fastvlm.triton.configs.heads import attention, block, keys
 from fastvlm.triton.configs.products import tile
 
@@ -29,9 +29,22 @@ ATTENTION: Table = attention(
 
 # The A100's tables of products were made for as much shared memory as there is here. No grid is
 # persistent here: on compute capability 12 the walk takes registers, so that a multiprocessor holds
-# one program of gelu_forward instead of two, or spills.
+# one program of gelu_forward instead of two, or spills. Tiles that spill there anyway are left out.
+_SPILLING = (
+    ("geglu_forward", 64, 32, 32),
+    ("low_precision_linear", 128, 128, 32),
+)
+
+
+def _fitting(kernel: str, configs: list[Config]) -> list[Config]:
+    sizes = [
+        (kernel, *(c.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))) for c in configs
+    ]
+    return [replace(c, resident=0) for c, size in zip(configs, sizes) if size not in _SPILLING]
+
+
 MLP: Table = {
-    kernel: [Case([replace(config, resident=0) for config in c.configs], c.when) for c in cases]
+    kernel: [Case(_fitting(kernel, case.configs), case.when) for case in cases]
     for kernel, cases in sm80.MLP.items()
 }
 

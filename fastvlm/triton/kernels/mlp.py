@@ -14,9 +14,8 @@ from fastvlm.triton.kernels.random import kept
 
 
 @triton.jit
-def _end(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr):
-    """Where a program's walk over the tiles ends; after its first one, if there is one for each."""
-    return tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N) if PERSISTENT else tl.program_id(0) + 1
+def _tiles(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
 
 
 @triton.jit
@@ -105,6 +104,41 @@ def _place(
     return column, at, (row < m)[:, None] & (column < f)[None, :]
 
 
+@triton.jit
+def _geglu_forward_tile(
+    tile, X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
+    TANH: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
+    from_column = _wrapped(block_n, f, BLOCK_N)[None, :]
+    along = tl.arange(0, BLOCK_K)
+    at_x = X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :]
+    at_gate = W_GATE + from_column * stride_g + along[:, None]
+    at_up = W_UP + from_column * stride_u + along[:, None]
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for done in range(0, k, BLOCK_K):
+        x = _step(at_x, k - done, 1, BLOCK_K, EVEN_K)
+        w_gate = _step(at_gate, k - done, 0, BLOCK_K, EVEN_K)
+        w_up = _step(at_up, k - done, 0, BLOCK_K, EVEN_K)
+        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+        up = tl.dot(x, w_up, up, input_precision=PRECISION)
+        at_x += BLOCK_K
+        at_gate += BLOCK_K
+        at_up += BLOCK_K
+    gates = _slices(gate, BLOCK_M, BLOCK_N, SLICES)
+    ups = _slices(up, BLOCK_M, BLOCK_N, SLICES)
+    kind = HIDDEN.dtype.element_ty
+    for i in tl.static_range(SLICES):
+        _, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
+        if KEEP:
+            tl.store(GATE + to, gates[i].to(kind), mask=mask)
+            tl.store(UP + to, ups[i].to(kind), mask=mask)
+        tl.store(HIDDEN + to, (gelu(gates[i], TANH) * ups[i]).to(kind), mask=mask)
+
+
 @triton.jit(do_not_specialize=["m"])
 def geglu_forward(
     X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
@@ -113,34 +147,17 @@ def geglu_forward(
     SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """hidden = gelu(x w_gate^T) * x w_up^T [M, F] by one reading of x; KEEP stores both factors."""
-    end = _end(m, f, BLOCK_M, BLOCK_N, PERSISTENT)
-    for tile in range(tl.program_id(0), end, tl.num_programs(0) if PERSISTENT else 1):
-        block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
-        from_column = _wrapped(block_n, f, BLOCK_N)[None, :]
-        along = tl.arange(0, BLOCK_K)
-        at_x = X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :]
-        at_gate = W_GATE + from_column * stride_g + along[:, None]
-        at_up = W_UP + from_column * stride_u + along[:, None]
-        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for done in range(0, k, BLOCK_K):
-            x = _step(at_x, k - done, 1, BLOCK_K, EVEN_K)
-            w_gate = _step(at_gate, k - done, 0, BLOCK_K, EVEN_K)
-            w_up = _step(at_up, k - done, 0, BLOCK_K, EVEN_K)
-            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-            up = tl.dot(x, w_up, up, input_precision=PRECISION)
-            at_x += BLOCK_K
-            at_gate += BLOCK_K
-            at_up += BLOCK_K
-        gates = _slices(gate, BLOCK_M, BLOCK_N, SLICES)
-        ups = _slices(up, BLOCK_M, BLOCK_N, SLICES)
-        kind = HIDDEN.dtype.element_ty
-        for i in tl.static_range(SLICES):
-            _, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
-            if KEEP:
-                tl.store(GATE + to, gates[i].to(kind), mask=mask)
-                tl.store(UP + to, ups[i].to(kind), mask=mask)
-            tl.store(HIDDEN + to, (gelu(gates[i], TANH) * ups[i]).to(kind), mask=mask)
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), _tiles(m, f, BLOCK_M, BLOCK_N), tl.num_programs(0)):
+            _geglu_forward_tile(
+                tile, X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
+                TANH, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SLICES,
+            )  # fmt: skip
+    else:
+        _geglu_forward_tile(
+            tl.program_id(0), X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u,
+            m, f, k, TANH, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SLICES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -184,6 +201,36 @@ def _dropout(SEED, at, threshold, factor):
     return tl.where(kept(tl.load(SEED), at, threshold), factor, 0.0)
 
 
+@triton.jit
+def _gelu_forward_tile(
+    tile, X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
+    along = tl.arange(0, BLOCK_K)
+    product = _product(
+        X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :],
+        W + _wrapped(block_n, f, BLOCK_N)[None, :] * stride_w + along[:, None],
+        k, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    products = _slices(product, BLOCK_M, BLOCK_N, SLICES)
+    kind = HIDDEN.dtype.element_ty
+    for i in tl.static_range(SLICES):
+        column, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
+        pre = products[i]
+        if HAS_BIAS:
+            pre += tl.load(BIAS + column, mask=column < f, other=0.0).to(tl.float32)[None, :]
+        if KEEP:
+            tl.store(PRE + to, pre.to(kind), mask=mask)
+        hidden = gelu(pre, TANH)
+        if DROPOUT:
+            hidden *= _dropout(SEED, to, threshold, factor)
+        tl.store(HIDDEN + to, hidden.to(kind), mask=mask)
+
+
 @triton.jit(do_not_specialize=["m", "threshold"])
 def gelu_forward(
     X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
@@ -193,28 +240,19 @@ def gelu_forward(
     SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """hidden = dropout(gelu(x w^T + bias)) [M, F]; KEEP stores what the activation is taken of."""
-    end = _end(m, f, BLOCK_M, BLOCK_N, PERSISTENT)
-    for tile in range(tl.program_id(0), end, tl.num_programs(0) if PERSISTENT else 1):
-        block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
-        along = tl.arange(0, BLOCK_K)
-        product = _product(
-            X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :],
-            W + _wrapped(block_n, f, BLOCK_N)[None, :] * stride_w + along[:, None],
-            k, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), _tiles(m, f, BLOCK_M, BLOCK_N), tl.num_programs(0)):
+            _gelu_forward_tile(
+                tile, X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
+                TANH, HAS_BIAS, DROPOUT, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                SLICES,
+            )  # fmt: skip
+    else:
+        _gelu_forward_tile(
+            tl.program_id(0), X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k,
+            threshold, factor, TANH, HAS_BIAS, DROPOUT, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N,
+            BLOCK_K, GROUP, SLICES,
         )  # fmt: skip
-        products = _slices(product, BLOCK_M, BLOCK_N, SLICES)
-        kind = HIDDEN.dtype.element_ty
-        for i in tl.static_range(SLICES):
-            column, to, mask = _place(block_m, block_n, i, m, f, BLOCK_M, BLOCK_N, SLICES)
-            pre = products[i]
-            if HAS_BIAS:
-                pre += tl.load(BIAS + column, mask=column < f, other=0.0).to(tl.float32)[None, :]
-            if KEEP:
-                tl.store(PRE + to, pre.to(kind), mask=mask)
-            hidden = gelu(pre, TANH)
-            if DROPOUT:
-                hidden *= _dropout(SEED, to, threshold, factor)
-            tl.store(HIDDEN + to, hidden.to(kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=["m", "threshold"])
