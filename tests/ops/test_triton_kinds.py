@@ -61,7 +61,7 @@ KINDS = {
         Mutant("label-not-stored", check_loss, "loss", "kernels",
                "mask=mine & (place < count)", "mask=mine & (place < 0)"),
         Mutant("tile-left-out", check_geglu, "mlp", "kernels",
-               "_tiles(m, f, BLOCK_M, BLOCK_N), tl.num", "_tiles(m, f, BLOCK_M, BLOCK_N) - 1, tl.num"),
+               "BLOCK_M, BLOCK_N), tl.num", "BLOCK_M, BLOCK_N) - 1, tl.num"),
     ],
     "number": [
         Mutant("no-cap", check_cross, "attention", "forward",
