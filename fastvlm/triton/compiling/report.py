@@ -159,8 +159,12 @@ def still_true(rows: Iterable[Row], jobs: Mapping[Job, Origin]) -> dict[Job, Row
     found = {}
     for job, origin in jobs.items():
         head = _head(job, origin)
-        row = known.get(_code(head))
-        if row is not None and ("loop_loads" in row or not streams(job)):
+        row = dict(known.get(_code(head), {}))
+        if not streams(job):
+            row.pop("loop_loads", None)
+        elif "loop_loads" not in row:
+            continue
+        if row:
             found[job] = {**row, **head}
     return found
 

@@ -56,6 +56,13 @@ EXCEPTIONS = (
     Excepted("wide loads", "live_steps", "*", "one number of each tile"),
     Excepted("wide loads", "topk_merge", "*", "a few candidates of each block of a row"),
     Excepted(
+        "wide loads",
+        "*",
+        "gfx*",
+        "the smallest factor of a step, rows of x or int8, is 8 bytes for each lane of wider waves",
+        "narrow loads in the loop: 1 of 64 bits",
+    ),
+    Excepted(
         "tensor cores",
         "*",
         "sm_90",
@@ -94,9 +101,11 @@ def _spills(result: Result, counts: Counts) -> str:
 
 
 def streams(job: Job) -> bool:
-    """Whether it is a product of a decoding step."""
+    """Whether it is a product of a decoding step. In float32 a tile of more than 16 rows serves any
+    number of them, but for a stored weight."""
     rows = int(job.constants.get("BLOCK_M", STREAMED_ROWS + 1))
-    return job.kernel in STREAMING and rows <= STREAMED_ROWS
+    plain = job.arguments.startswith("*fp32") and job.kernel != "low_precision_linear"
+    return job.kernel in STREAMING and rows <= (16 if plain else STREAMED_ROWS)
 
 
 def _wide_loads(result: Result, counts: Counts) -> str:
