@@ -404,11 +404,11 @@ def test_a_digest_is_of_code_alone() -> None:
         kernel = JITFunction(mlp._tile.fn)
         assert old in kernel.src
         kernel._unsafe_update_src(kernel.src.replace(old, new))
-        caller = JITFunction(mlp.geglu_forward.fn)
+        caller = JITFunction(mlp.geglu_backward.fn)
         caller.__globals__ = {**caller.__globals__, "_tile": kernel}
         return digest(caller)
 
-    now = digest(mlp.geglu_forward)
+    now = digest(mlp.geglu_backward)
     assert changed("across = GROUP", "across = GROUP") == now
     assert changed("across = GROUP", "# a comment\n    across = GROUP") == now
     assert changed("across = GROUP", "across = 2 * GROUP") != now
