@@ -31,6 +31,8 @@ ENGINE_ROWS = (1, 3, 4, 8, 16, 32)
 KEYS = 594
 IMAGES, CAPTIONS, SHORTEST, LONGEST = 4, 12, 10, 128
 TRAINING_ROWS = 2304
+# of a packed batch on a GPU
+MANY = 4096
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,16 @@ def _linear() -> list[LinearCase]:
 
 
 def _mlp() -> list[MlpCase]:
-    return [
+    steps = [
         MlpCase(f"mlp-{d.name}-{rows}", rows, d.width, d.hidden, d.gated, d.engines)
         for d in DECODERS
         for rows in (ENGINE_ROWS if d.engines else ROWS)
     ]
+    training = [
+        MlpCase(f"mlp-train-{d.name}-{MANY}", MANY, d.width, d.hidden, d.gated, trains=True)
+        for d in (FLORENCE_LARGE, GEMMA_2B)
+    ]
+    return [*steps, *training]
 
 
 def _attention() -> list[AttentionCase]:
@@ -137,7 +144,10 @@ CAPTIONS_ATTENTION = _captions()
 NORM = _norm()
 ROPE = _rope()
 # 40 % of the rows count: the others are prompt and padding
-LOSS = [LossCase("loss-256000", 512, 768, 256_000, 30.0, 205)]
+LOSS = [
+    LossCase("loss-256000", 512, 768, 256_000, 30.0, 205),
+    LossCase(f"loss-train-256000-{MANY}", MANY, 2304, 256_000, 30.0, 1638, on_gpu_only=True),
+]
 # PaliGemma 2's vocabulary; a beam search of 4 beams takes 8
 TOPK = [TopkCase("loss-topk-257024-32", 32, 768, 257_024, 30.0, 8)]
 VISION = [

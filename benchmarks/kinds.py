@@ -16,6 +16,7 @@ SINGLE = ("float32",)
 class _Kind:
     """What a kind says of all its cases."""
 
+    # in which it is measured on a CPU
     dtypes: tuple[str, ...] = BOTH
     # weights of a step come from memory; what only reads what the op before has just written is
     # measured as it is found then, in the cache where it fits
@@ -61,15 +62,23 @@ class MlpCase(_Kind):
     hidden: int
     gated: bool
     engines: bool = False
+    trains: bool = False
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """None in training, whose products take seconds on a CPU."""
+        return () if self.trains else BOTH
 
     def bytes_moved(self, size: int) -> int:
         weights = (3 if self.gated else 2) * self.width * self.hidden
         biases = 0 if self.gated else self.hidden + self.width
-        return size * (weights + biases + 2 * self.rows * self.width)
+        # a backward pass reads and writes what it has gradients of
+        return size * (1 + 2 * self.trains) * (weights + biases + 2 * self.rows * self.width)
 
     @property
     def flops(self) -> int:
-        return 2 * self.rows * (3 if self.gated else 2) * self.width * self.hidden
+        one = 2 * self.rows * (3 if self.gated else 2) * self.width * self.hidden
+        return one * (1 + 2 * self.trains)
 
 
 @dataclass(frozen=True)
@@ -203,9 +212,13 @@ class LossCase(_Kind):
     vocabulary: int
     softcap: float
     counted: int
+    on_gpu_only: bool = False
 
-    dtypes = SINGLE
     trains = True
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.on_gpu_only else SINGLE
 
     def bytes_moved(self, size: int) -> int:
         # read by the forward pass and again by the backward pass, which writes the gradients

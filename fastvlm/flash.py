@@ -38,6 +38,12 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def span(x: Tensor) -> int:
+    """Elements from the first that a kernel addresses to the last: more than x has where it is a
+    slice of what holds q, k and v side by side."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+
+
 class Call(NamedTuple):
     """What a call is judged by."""
 
@@ -51,17 +57,21 @@ class Call(NamedTuple):
 
 # a rule that does not hold says why flash-attn does not serve the call
 RULES: list[tuple[Callable[[Call], bool], str]] = [
+    (
+        lambda c: torch.version.hip is None,
+        "on ROCm it is another library, whose results are unknown",
+    ),
     (lambda c: c.q.dtype in (torch.float16, torch.bfloat16), "it has float16 and bfloat16 only"),
     (lambda c: c.dropout_p == 0, "its dropout draws another mask than every other backend's"),
     (lambda c: c.rows_by_image is None, "readers of an image do not stand together"),
     (lambda c: c.v.shape[-1] == c.k.shape[-1], "the head dimension of v is not that of k"),
     (lambda c: c.q.shape[-1] % 8 == 0, "its head dimensions are multiples of 8"),
     (lambda c: c.q.shape[-1] <= 256, "its head dimensions end at 256"),
+    (lambda c: c.q.numel() > 0 and c.k.numel() > 0, "nothing to compute"),
     (
-        lambda c: max(c.q.numel(), c.k.numel()) <= MOST_ELEMENTS,
+        lambda c: max(map(span, (c.q, c.k, c.v))) <= MOST_ELEMENTS,
         "its offsets are 32 bits wide: 2^31 elements and more make it fault",
     ),
-    (lambda c: c.q.numel() > 0 and c.k.numel() > 0, "nothing to compute"),
     (
         lambda c: all(aligned(x) for x in (c.q, c.k, c.v)),
         "rows that do not start at multiples of 16 bytes, as its loads want",

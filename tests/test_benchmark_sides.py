@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,11 @@ def test_tiny_decoding_cases_agree_with_their_baselines() -> None:
     for gated in (False, True):
         tiny_mlp = kinds.MlpCase("mlp-tiny", 3, 17, 33, gated)
         agree(mlp.functions(tiny_mlp), mlp.operands(tiny_mlp, F32, "cpu"))
+        step = dataclasses.replace(tiny_mlp, trains=True)
+        # the result and a gradient for each operand
+        operands = mlp.operands(step, F32, "cpu")
+        agree(mlp.functions(step), operands)
+        assert len(mlp.functions(step)["fastvlm"](*operands)) == len(operands)
     for softcap, heads in ((None, 4), (None, 2), (5.0, 2)):
         tiny = kinds.AttentionCase("attention-tiny", 2, 3, 7, 4, heads, 8, softcap)
         agree(attention.functions(tiny), attention.operands(tiny, F32, "cpu"))

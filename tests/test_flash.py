@@ -199,6 +199,25 @@ def test_offsets_of_32_bits_are_not_trusted_beyond_their_range() -> None:
     assert "2^31" in reason
 
 
+def test_what_counts_is_how_far_a_slice_reaches() -> None:
+    """q, k and v side by side in one tensor, of which each has a third."""
+    parts = torch.empty(2**22, 3, 2, 128, dtype=torch.bfloat16, device="meta").unbind(1)
+    assert max(x.numel() for x in parts) < 2**31 < flash.span(parts[0])
+    assert "2^31" in str(flash._reason(flash.Call(*parts, None, 100, 0.0)))
+    # one of them is enough
+    near = parts[0].contiguous()
+    assert flash._reason(flash.Call(near, near, near, None, 100, 0.0)) is None
+    assert "2^31" in str(flash._reason(flash.Call(near, near, parts[2], None, 100, 0.0)))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_on_rocm_it_is_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    q = torch.zeros(80, 2, 16, dtype=torch.bfloat16)
+    with pytest.raises(dispatch.BackendError, match="on ROCm"):
+        ops.cross_attention(q, q, q, Layout.from_lengths([80], [80], [0]))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", list(SETTINGS))

@@ -68,6 +68,27 @@ def test_rows_of_width_0_have_gradients_too() -> None:
     assert leaves[3].grad.item() == 0
 
 
+def test_rows_that_would_spill_are_refused_with_the_reason() -> None:
+    from fastvlm.triton import norm
+    from fastvlm.triton.calls import shapes
+
+    widest = {
+        "rms_norm": shapes.WIDE_RMS,
+        "residual_rms_norm": shapes.WIDE_RMS,
+        "residual_layer_norm": shapes.WIDE_LAYER,
+        "rms_norm_backward": shapes.WIDE_RMS_BACKWARD,
+        "residual_rms_norm_backward": shapes.WIDE_RMS_BACKWARD,
+        "residual_layer_norm_backward": shapes.WIDE_LAYER_BACKWARD,
+    }
+    assert set(widest) == set(norm.LAUNCHERS)
+    for op, widths in widest.items():
+        # the widest that is served is among those that are compiled
+        n = widths[-1]
+        assert norm.LAUNCHERS[op].unsupported(torch.empty(1, n)) is None
+        why = norm.LAUNCHERS[op].unsupported(torch.empty(1, n + 1))
+        assert why == f"rows of {n + 1} (it has up to {n})"
+
+
 def test_the_best_config_that_fails_gives_way_to_the_first() -> None:
     good, bad = configs.Config({"BLOCK": 1}), configs.Config({"BLOCK": 2})
     ran = []

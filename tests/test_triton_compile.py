@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -20,6 +21,7 @@ from fastvlm.triton.compiling import amd, code, nvidia, work
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
 from fastvlm.triton.compiling.verdicts import Excepted, judge
 
+ROOT = Path(__file__).resolve().parent.parent
 SASS = """
 .text.kernel:
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -79,6 +81,7 @@ def test_sass_is_read() -> None:
     # .L_x_2 is reached by a jump backwards from behind the exit, which is no loop
     assert sorted(len(loop) for loop in code.loops(parsed)) == [2, 8]
     assert counts.loop == 2
+    assert counts.loop_loads == {"128": 1, "32": 1, "16": 1}
 
 
 def test_resource_usage_is_read() -> None:
@@ -103,6 +106,7 @@ def test_amdgcn_is_read() -> None:
     assert (counts.loads, counts.stores) == ({"128": 1, "16": 1}, {"64": 1})
     assert counts.tensor == {"MFMA": 1}
     assert (counts.loop, counts.instructions) == (4, 8)
+    assert counts.loop_loads == {"128": 1, "16": 1}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,60 @@ def test_calls_fit_the_schemas_of_their_ops() -> None:
         for _, build in calls:
             with FakeTensorMode():
                 getattr(torch.ops.fastvlm, op).default(*build(torch.bfloat16))
+
+
+def test_every_config_that_a_table_may_choose_is_reached_by_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from fastvlm.triton.compiling import jobs
+
+    keys, launch = [], configs.launch
+
+    def noted(kernel: str, x: torch.Tensor, run: Any, **key: int) -> None:
+        keys.append((kernel, key))
+        launch(kernel, x, run, **key)
+
+    monkeypatch.setattr(configs, "launch", noted)
+    # what a case is chosen by does not depend on the architecture
+    assert jobs.record(["sm_90"], first_only=True).faults == []
+    for family in configs.FAMILIES:
+        assert _unreached(family, keys) == []
+    fewer = [(kernel, key) for kernel, key in keys if kernel != "geglu_backward"]
+    assert len(_unreached("sm90", fewer)) == 10
+
+
+def test_a_persistent_grid_is_as_large_as_the_device_holds() -> None:
+    """The tables say how many programs share a multiprocessor, and the kept counts agree."""
+    kept = json.loads((ROOT / "benchmarks/results/triton-compiled.json").read_text())["kernels"]
+    rows = [row for row in kept if "PERSISTENT=1" in row["config"]]
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for row in rows:
+        said = dict(part.split("=") for part in row["config"].split())
+        (config,) = {
+            (tuple(c.blocks.items()), c.resident)
+            for case in configs.table(ARCHITECTURES[row["arch"]].family)[row["kernel"]]
+            for c in case.configs
+            if all(said[name] == str(value) for name, value in c.blocks.items())
+            and (said["warps"], said["stages"]) == (str(c.num_warps), str(c.num_stages))
+        }
+        assert 0 < config[1] <= row["programs"], row
+
+
+def _unreached(family: str, keys: list[tuple[str, dict[str, int]]]) -> list[str]:
+    """The configs of a family that no launch with these keys may get."""
+    table = configs.table(family)
+    reached = {
+        (kernel, next(i for i, case in enumerate(table[kernel]) if case.when(**key)))
+        for kernel, key in keys
+    }
+    return [
+        f"{kernel}, case {i}: {config}"
+        for kernel, cases in table.items()
+        for i, case in enumerate(cases)
+        if (kernel, i) not in reached
+        for config in case.configs
+    ]
 
 
 def _planted(name: str) -> Any:
@@ -219,8 +277,12 @@ def test_planted_faults_are_found(compiled: dict[str, work.Result]) -> None:
         "spilling": ["spills"],
         "broken": ["compiles"],
         "product": [],
-        "small product": [],
+        # of which it is said that it has no HGMMA, and why that is no fault
+        "small product": ["tensor cores"],
     }
+    (small,) = judge([compiled["small product"]])
+    assert small.words == "no HGMMA: tiles of 16 rows, by HMMA"
+    assert small.exception.startswith("a warpgroup's product has 64 rows")
     assert "planted" in judge([compiled["broken"]])[0].words
     assert "of 16 bits" in judge([compiled["narrow"]])[0].words
 
@@ -239,6 +301,23 @@ def test_products_use_the_tensor_cores(compiled: dict[str, work.Result]) -> None
         assert "without an instruction" in judge([large])[0].words
     finally:
         large.counts.tensor = kept
+
+
+def test_a_weight_is_streamed_by_128_bits(compiled: dict[str, work.Result]) -> None:
+    """Of a product of few rows, by a kernel that a decoding step waits for."""
+    result = compiled["product"]
+    assert result.counts is not None
+    config = result.job.config
+    few = dataclasses.replace(result.job, kernel="low_precision_linear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(few), "config", f"{config} BLOCK_M=16")
+        for width, words in (("64", "narrow loads in the loop: 4 of 64 bits"), ("128", "")):
+            counts = dataclasses.replace(result.counts, loop_loads={width: 4})
+            found = judge([dataclasses.replace(result, job=few, counts=counts)])
+            assert [v.words for v in found] == ([words] if words else [])
+        patch.setattr(type(few), "config", f"{config} BLOCK_M=128")
+        counts = dataclasses.replace(result.counts, loop_loads={"64": 4})
+        assert judge([dataclasses.replace(result, job=few, counts=counts)]) == []
 
 
 def test_too_much_shared_memory_is_found(compiled: dict[str, work.Result]) -> None:
@@ -313,6 +392,28 @@ def test_each_option_of_a_table_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(blocks) == sorted(f"BLOCK={b}" for b in (16, 32, 64) for dtype in range(3))
 
 
+def test_a_digest_is_of_code_alone() -> None:
+    _planted("copy")
+    from triton.runtime.jit import JITFunction
+
+    from fastvlm.triton.compiling.sources import digest
+    from fastvlm.triton.kernels import mlp
+
+    def changed(old: str, new: str) -> str:
+        """Of a caller whose callee has another line."""
+        kernel = JITFunction(mlp._tile.fn)
+        assert old in kernel.src
+        kernel._unsafe_update_src(kernel.src.replace(old, new))
+        caller = JITFunction(mlp.geglu_backward.fn)
+        caller.__globals__ = {**caller.__globals__, "_tile": kernel}
+        return digest(caller)
+
+    now = digest(mlp.geglu_backward)
+    assert changed("across = GROUP", "across = GROUP") == now
+    assert changed("across = GROUP", "# a comment\n    across = GROUP") == now
+    assert changed("across = GROUP", "across = 2 * GROUP") != now
+
+
 def test_a_changed_number_is_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,7 +431,28 @@ def test_a_changed_number_is_a_difference(
     assert "rms_norm  sm_90  bf16" in out
     assert main([*command, "--check", str(kept)]) == 0
 
+    # nothing is compiled again, and what the file has of other architectures stays
     found = json.loads(kept.read_text())
+    found["kernels"].append({**found["kernels"][0], "arch": "sm_80"})
+    kept.write_text(json.dumps(found))
+    renew = ["compile", "--arch", "sm_90", "--renew", str(kept)]
+    assert main(renew) == 0
+    assert "0 compiled, 0 wrong" in capsys.readouterr().out
+    assert sorted(json.loads(kept.read_text())["kernels"], key=str) == sorted(
+        found["kernels"], key=str
+    )
+    # counts of another code are not those of this one
+    true = found["kernels"].pop(0)
+    other = found["kernels"].pop(0)
+    kept.write_text(
+        json.dumps({**found, "kernels": [{**true, "source": "?", "registers": 1}, other]})
+    )
+    assert main(renew) == 0
+    assert "1 compiled, 0 wrong" in capsys.readouterr().out
+    found = json.loads(kept.read_text())
+    assert sorted(found["kernels"], key=str) == sorted([true, other], key=str)
+    found["kernels"] = [true]
+
     found["kernels"][0]["registers"] += 1
     found["kernels"].append({**found["kernels"][0], "kernel": "gone"})
     kept.write_text(json.dumps(found))
@@ -345,4 +467,7 @@ def test_a_changed_number_is_a_difference(
     kept.write_text(json.dumps({**found, "triton": "3.0.0"}))
     assert main([*command, "--check", str(kept)]) == 2
     assert "of triton 3.0.0" in capsys.readouterr().err
+    assert main(renew) == 2
+    assert "of triton 3.0.0" in capsys.readouterr().err
+    assert main([*renew, "--out", str(kept)]) == 2
     assert main([*command, "--check", str(tmp_path / "none.json")]) == 2

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_baselines
+from benchmarks import engines, gpu_baselines
 from benchmarks.cases import CAPTIONS_ATTENTION
 from benchmarks.kinds import CaptionsCase
 from benchmarks.measure import Function, Operands, trained
@@ -92,9 +92,9 @@ def functions(case: CaptionsCase, device: str = "cpu") -> dict[str, Function]:
 
     ours = trained(packed, (Q, K, V))
     name, padded = ("sdpa", sdpa) if case.softcap is None else ("eager", by_hand)
-    theirs = trained(padded, (Q, K, V))
+    padded_sides = {name: padded, **(engines.compiled(padded) if device == "cuda" else {})}
     return {
-        name: lambda mine, other: theirs(*other),
+        **{n: _of_other(trained(side, (Q, K, V))) for n, side in padded_sides.items()},
         **{n: _of_mine(trained(side, (Q, K, V))) for n, side in _on_gpu(case, device).items()},
         "fastvlm": lambda mine, other: ours(*mine),
     }
@@ -102,6 +102,10 @@ def functions(case: CaptionsCase, device: str = "cpu") -> dict[str, Function]:
 
 def _of_mine(side: Function) -> Function:
     return lambda mine, other: side(*mine)
+
+
+def _of_other(side: Function) -> Function:
+    return lambda mine, other: side(*other)
 
 
 def _on_gpu(case: CaptionsCase, device: str) -> dict[str, Function]:
@@ -132,5 +136,6 @@ def test_attention_training(
     run_case: Callable[..., None], case: CaptionsCase, dtype: torch.dtype, device: str
 ) -> None:
     sides = functions(case, device)
-    comparable = {name: packed_results(case) for name in sides if name in ("sdpa", "eager")}
+    padded = ("sdpa", "eager", "torch.compile")
+    comparable = {name: packed_results(case) for name in sides if name in padded}
     run_case(case, dtype, lambda: operands(case, dtype, device), sides, comparable)

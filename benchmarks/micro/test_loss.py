@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_baselines, memory
+from benchmarks import engines, gpu_baselines, memory
 from benchmarks.cases import LOSS, TOPK
 from benchmarks.kinds import LossCase, TopkCase
 from benchmarks.measure import Function, Operands, trained
@@ -44,6 +44,8 @@ def loss_functions(case: LossCase, device: str = "cpu") -> dict[str, Function]:
         return loss
 
     libraries = gpu_baselines.cross_entropy(case.softcap, IGNORED) if device == "cuda" else {}
+    if device == "cuda":
+        libraries |= engines.compiled(eager)
     sides = {"eager": eager, **libraries, "fastvlm": ours}
     return {name: trained(side, (0, 1)) for name, side in sides.items()}
 

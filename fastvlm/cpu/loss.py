@@ -81,9 +81,11 @@ def _linear_cross_entropy(
             logits, b, softcap, columns.start, largest, total, target, picked, None, None
         )
     parts = torch.stack((largest, total.log().float()), 1)
+    outside = (target < 0) | (target >= weight.shape[0])
+    parts.masked_fill_(outside.unsqueeze(1), float("nan"))  # and with them the gradients
     nll = h.new_zeros(h.shape[0], dtype=torch.float32)
     lse = h.new_zeros(h.shape[0], 2, dtype=torch.float32)
-    nll[rows] = parts[:, 1] - (picked - largest)
+    nll[rows] = parts[:, 1] - (picked - parts[:, 0])
     lse[rows] = parts
     return nll, lse
 

@@ -138,7 +138,8 @@ def linear_cross_entropy(
     tiny. Not for the first steps of training, nor where weight has to learn of rare tokens.
 
     Raises TypeError or ValueError; the message names the argument. Values of labels and groups are
-    trusted (checking them would wait for the device).
+    not checked, which would wait for the device: a label that is neither in [0, V) nor ignore_index
+    makes the loss of its row NaN, and the gradients that this row has a part in.
     """
     op = "linear_cross_entropy"
     _check(op, h, weight, bias)

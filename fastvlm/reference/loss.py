@@ -73,7 +73,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Loss [T] and the two parts of logsumexp [T, 2] (`_Normalizer`), float32, of each row.
 
-    h [T, d], weight [V, d], labels int64 [T]. 0 in both where the label is ignore_index.
+    h [T, d], weight [V, d], labels int64 [T]. 0 in both where the label is ignore_index, NaN where
+    it is another number outside of [0, V).
     """
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     nll = h.new_zeros(h.shape[0], dtype=dtype)
@@ -89,6 +90,8 @@ def linear_cross_entropy(
         mine = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
         picked = torch.where(inside, mine, picked)
     parts = running.parts()
+    outside = (target < 0) | (target >= weight.shape[0])
+    parts.masked_fill_(outside.unsqueeze(1), float("nan"))  # and with them the gradients
     nll[rows] = -_log_probabilities(picked.unsqueeze(1), parts).squeeze(1)
     lse[rows] = parts
     return nll, lse

@@ -108,8 +108,9 @@ def _cross_entropy(
             **_logits(h, bias, softcap, config), **config.arguments,
         )  # fmt: skip
         kernels.cross_entropy_combine[(cdiv(rows, 16),)](
-            largest, sums, picked, order, count, nll, lse, rows, blocks, BLOCK_M=16, BLOCK_N=64
-        )
+            largest, sums, picked, labels, order, count, nll, lse, rows, blocks, vocabulary,
+            BLOCK_M=16, BLOCK_N=64,
+        )  # fmt: skip
 
     with device_of(h):
         order, count, _ = _order(labels, ignore_index, None, nll, lse)

@@ -8,16 +8,15 @@ Whose product is whose. Ours are those that something is fused to, all [rows, F]
     x w^T, w stored in      widened in registers, so that a decoding step reads the stored bytes
     bfloat16 or int8
 
-The library's (`_product`: cuBLAS, or hipBLASLt) are those that only multiply, in which nothing is
-saved by fusing and its hand-scheduled kernels are the ones to beat: the down projections, the
-gradients of x and of every weight, a bfloat16 weight at more rows than a decoding step has if x is
-bfloat16 too, and `linear`, which is PyTorch's own for that reason.
+`library_serves` says which products are cuBLAS's instead, and why.
 
 No product is split over K: with few rows the tiles are narrow instead, which fills the device with
 programs and needs no second launch to add up parts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from fastvlm.triton.common import (
     device_of,
     dot_precision,
     keep_threshold,
+    multiprocessors,
     next_power_of_2,
 )
 from fastvlm.triton.configs import Config
@@ -39,9 +39,38 @@ from fastvlm.triton.kernels import mlp as kernels
 STREAMED = 64
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] b [K, N] + bias [N] by the library."""
+def library_serves(x: Tensor, weight: Tensor, *, fused: bool, stored: bool = False) -> bool:
+    """Whether the library (cuBLAS, hipBLASLt on ROCm) computes a product, and not a kernel of ours.
+
+    fused: an activation, its derivative or a second product is in it. Ours: the library would write
+    the product to memory for another launch to read.
+    Neither fused nor stored: the down projections, the gradients of x and of every weight, and
+    `linear`, which is PyTorch's own. The library's: nothing is saved by fusing, and its
+    hand-scheduled kernels are the ones to beat.
+    stored: the weight of `low_precision_linear`. Ours where it is of another dtype than x, since
+    the library would need it widened in memory, and up to STREAMED rows, where the time is that of
+    reading the weight once; a bfloat16 weight at more rows of bfloat16 is a plain product.
+    """
+    if fused:
+        return False
+    return not stored or (weight.dtype == x.dtype and x.shape[0] > STREAMED)
+
+
+def _product(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, *, plus: Tensor | None = None
+) -> Tensor:
+    """a [M, K] b [K, N] + bias [N], or + plus [M, N], which is overwritten; by the library."""
+    assert library_serves(a, b, fused=False)
+    if plus is not None:
+        return plus.addmm_(a, b)
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _launch(kernel: str, x: Tensor, w: Tensor, run: Callable[[Config], None], *size: int) -> None:
+    """A product with something fused to it. size: its columns and its depth."""
+    assert not library_serves(x, w, fused=True)
+    with device_of(x):
+        configs.launch(kernel, x, run, **_key(x, *size))
 
 
 def _key(x: Tensor, columns: int, depth: int) -> dict[str, int]:
@@ -50,8 +79,21 @@ def _key(x: Tensor, columns: int, depth: int) -> dict[str, int]:
     return {"rows": rows, "columns": columns, "depth": depth, "bits": 8 * x.element_size()}
 
 
-def _grid(m: int, n: int, config: Config) -> tuple[int]:
+def _tiles(m: int, n: int, config: Config) -> tuple[int]:
+    """The grid that has a program for each tile."""
     return (cdiv(m, config.blocks["BLOCK_M"]) * cdiv(n, config.blocks["BLOCK_N"]),)
+
+
+def _grid(x: Tensor, n: int, config: Config) -> tuple[int]:
+    """The grid of a forward kernel: as many programs as the device holds, where it is persistent.
+
+    That it is in training, whose tiles are many more than that: the programs walk over them. With
+    few rows there is a tile for each program, or less. In the backward kernels the walk costs 30 to
+    50 registers, with which a multiprocessor of compute capability 9 holds one program instead of
+    two (128 x 128 tiles), so they, and `low_precision_linear`, made for few rows, have none.
+    """
+    tiles = _tiles(x.shape[0], n, config)[0]
+    return (min(tiles, multiprocessors(x) * config.resident) if config.resident else tiles,)
 
 
 def _even(depth: int, config: Config) -> bool:
@@ -77,15 +119,14 @@ def _geglu_mlp(
     precision = dot_precision(x)
 
     def run(config: Config) -> None:
-        kernels.geglu_forward[_grid(m, f, config)](
+        kernels.geglu_forward[_grid(x, f, config)](
             x, w_gate, w_up, hidden, gate, up, x.stride(0), w_gate.stride(0), w_up.stride(0),
             m, f, k, TANH=tanh, KEEP=keep, PRECISION=precision, EVEN_K=_even(k, config),
-            **config.arguments,
+            PERSISTENT=config.resident > 0, **config.arguments,
         )  # fmt: skip
 
     if hidden.numel():
-        with device_of(x):
-            configs.launch("geglu_forward", x, run, **_key(x, f, k))
+        _launch("geglu_forward", x, w_gate, run, f, k)
     return _product(hidden, w_down.t()), gate, up
 
 
@@ -109,17 +150,16 @@ def _geglu_mlp_backward(
     precision = dot_precision(x)
 
     def run(config: Config) -> None:
-        kernels.geglu_backward[_grid(m, f, config)](
+        kernels.geglu_backward[_tiles(m, f, config)](
             grad, w, gate, up, dgate, dup, hidden, grad.stride(0), w.stride(0), m, f, n,
             TANH=tanh, NEED_GATE=need_gate, NEED_UP=need_up, NEED_HIDDEN=need_hidden,
             PRECISION=precision, EVEN_K=_even(n, config), **config.arguments,
         )  # fmt: skip
 
     if gate.numel() and any(needs):
-        with device_of(grad):
-            configs.launch("geglu_backward", grad, run, **_key(grad, f, n))
+        _launch("geglu_backward", grad, w, run, f, n)
     return (
-        _product(dgate, w_gate).addmm_(dup, w_up) if needs[0] else x.new_empty(0),
+        _product(dup, w_up, plus=_product(dgate, w_gate)) if needs[0] else x.new_empty(0),
         _product(dgate.t(), x) if needs[1] else x.new_empty(0),
         _product(dup.t(), x) if needs[2] else x.new_empty(0),
         _product(grad.t(), hidden) if needs[3] else x.new_empty(0),
@@ -145,15 +185,14 @@ def _gelu_mlp(
     precision = dot_precision(x)
 
     def run(config: Config) -> None:
-        kernels.gelu_forward[_grid(m, f, config)](
+        kernels.gelu_forward[_grid(x, f, config)](
             x, w1, b1, seed, hidden, pre, x.stride(0), w1.stride(0), m, f, k, threshold, factor,
             TANH=tanh, HAS_BIAS=b1 is not None, DROPOUT=on, KEEP=keep, PRECISION=precision,
-            EVEN_K=_even(k, config), **config.arguments,
+            EVEN_K=_even(k, config), PERSISTENT=config.resident > 0, **config.arguments,
         )  # fmt: skip
 
     if hidden.numel():
-        with device_of(x):
-            configs.launch("gelu_forward", x, run, **_key(x, f, k))
+        _launch("gelu_forward", x, w1, run, f, k)
     return _product(hidden, w2.t(), b2), pre
 
 
@@ -180,7 +219,7 @@ def _gelu_mlp_backward(
         nonlocal sums
         if need_bias:
             sums = sums.new_empty(cdiv(m, config.blocks["BLOCK_M"]), f)
-        kernels.gelu_backward[_grid(m, f, config)](
+        kernels.gelu_backward[_tiles(m, f, config)](
             grad, w, pre, seed, dpre, hidden, sums, grad.stride(0), w.stride(0), m, f, n,
             threshold, factor, TANH=tanh, DROPOUT=on, NEED_PRE=need_pre, NEED_HIDDEN=need_hidden,
             NEED_BIAS=need_bias, PRECISION=precision, EVEN_K=_even(n, config),
@@ -188,8 +227,7 @@ def _gelu_mlp_backward(
         )  # fmt: skip
 
     if pre.numel() and any(needs[:4]):
-        with device_of(grad):
-            configs.launch("gelu_backward", grad, run, **_key(grad, f, n))
+        _launch("gelu_backward", grad, w, run, f, n)
     return (
         _product(dpre, w1) if needs[0] else x.new_empty(0),
         _product(dpre.t(), x) if needs[1] else x.new_empty(0),
@@ -204,7 +242,7 @@ def _low_precision_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
-    if weight.dtype == x.dtype and m > STREAMED:
+    if library_serves(x, weight, fused=False, stored=True):
         return _product(x, weight.t(), bias)
     x, weight = dense_last(x), dense_last(weight)
     scale = None if scale is None else dense_last(scale)
@@ -216,7 +254,7 @@ def _low_precision_linear(
         terms = 2 if (x.dtype, weight.dtype) == (torch.float16, torch.bfloat16) else 1
 
     def run(config: Config) -> None:
-        kernels.low_precision_linear[_grid(m, n, config)](
+        kernels.low_precision_linear[_tiles(m, n, config)](
             x, weight, scale, bias, out, x.stride(0), weight.stride(0), m, n, k,
             TERMS=terms, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
             EVEN_K=_even(k, config), **config.arguments,

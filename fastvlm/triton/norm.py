@@ -21,8 +21,12 @@ from fastvlm.triton.common import (
 )
 from fastvlm.triton.kernels import norm as kernels
 
-# a row must fit into the registers of one program
-WIDEST = 16384
+# A row must fit into the registers of a program, in a backward pass with the sums for the weights.
+# By the counts of the compiled kernels wider ones would spill on one architecture or another.
+WIDEST_RMS, WIDEST_RMS_BACKWARD = 16384, 8192
+WIDEST_LAYER, WIDEST_LAYER_BACKWARD = 8192, 4096
+# of wider rows the sums for a second RMSNorm get a launch of their own, which reads the rows again
+TOGETHER = 4096
 
 
 def _block(x: Tensor, each: int = 16) -> dict[str, int]:
@@ -139,19 +143,29 @@ def _residual_rms_norm_backward(
     # rows of width 0 launch nothing
     make = torch.empty if x.numel() else torch.zeros
     dgate = make(programs if need_gate else 0, dtype=torch.float32, device=x.device)
+
+    def run(first: bool, second: bool) -> None:
+        kernels.residual_rms_norm_backward[(programs,)](
+            grad_h, grad_y, x, h, weight, gate, next_weight, dx, dresidual, dw, dgate, dnext,
+            0 if grad_h is None else grad_h.stride(0),
+            0 if grad_y is None else grad_y.stride(0),
+            x.stride(0), h.stride(0), m, n, rows, eps, offset,
+            HAS_GRAD_H=grad_h is not None, HAS_GRAD_Y=grad_y is not None,
+            HAS_GATE=gate is not None, NEED_X=first and needs[0],
+            NEED_RESIDUAL=first and needs[1], NEED_W=first and needs[2],
+            NEED_GATE=first and need_gate, NEED_NEXT=second,
+            # 16 elements a thread of two norms at once spill on sm_120
+            **_block(x, each=8),
+        )  # fmt: skip
+
+    first = any(needs[:3]) or need_gate
     if x.numel():
         with device_of(x):
-            kernels.residual_rms_norm_backward[(programs,)](
-                grad_h, grad_y, x, h, weight, gate, next_weight, dx, dresidual, dw, dgate, dnext,
-                0 if grad_h is None else grad_h.stride(0),
-                0 if grad_y is None else grad_y.stride(0),
-                x.stride(0), h.stride(0), m, n, rows, eps, offset,
-                HAS_GRAD_H=grad_h is not None, HAS_GRAD_Y=grad_y is not None,
-                HAS_GATE=gate is not None, NEED_X=needs[0], NEED_RESIDUAL=needs[1],
-                NEED_W=needs[2], NEED_GATE=need_gate, NEED_NEXT=need_next,
-                # 16 elements a thread of two norms at once spill on sm_120
-                **_block(x, each=8),
-            )  # fmt: skip
+            if n > TOGETHER and first and need_next:
+                run(True, False)
+                run(False, True)
+            else:
+                run(first, need_next)
     # as the fake: what stands for a gradient that nobody wants has the dtype of x
     return (
         dx,
@@ -218,22 +232,21 @@ def _residual_layer_norm_backward(
     return dx, dresidual, _sum(dw, needs[2], weight, x), _sum(db, needs[3], weight, x)
 
 
-def _unsupported(x: Tensor, *rest: Any) -> str | None:
-    first = next(t for t in (x, *rest) if isinstance(t, Tensor))
-    if first.shape[-1] > WIDEST:
-        return f"rows of {first.shape[-1]} (it has up to {WIDEST})"
-    return unsupported_dtype(x, *rest)
+def _launcher(run: Callable[..., Any], widest: int) -> Launcher:
+    def unsupported(x: Tensor, *rest: Any) -> str | None:
+        first = next(t for t in (x, *rest) if isinstance(t, Tensor))
+        if first.shape[-1] > widest:
+            return f"rows of {first.shape[-1]} (it has up to {widest})"
+        return unsupported_dtype(x, *rest)
 
-
-def _launcher(run: Callable[..., Any]) -> Launcher:
-    return Launcher(run, _unsupported)
+    return Launcher(run, unsupported)
 
 
 LAUNCHERS = {
-    "rms_norm": _launcher(_rms_norm),
-    "rms_norm_backward": _launcher(_rms_norm_backward),
-    "residual_rms_norm": _launcher(_residual_rms_norm),
-    "residual_rms_norm_backward": _launcher(_residual_rms_norm_backward),
-    "residual_layer_norm": _launcher(_residual_layer_norm),
-    "residual_layer_norm_backward": _launcher(_residual_layer_norm_backward),
+    "rms_norm": _launcher(_rms_norm, WIDEST_RMS),
+    "rms_norm_backward": _launcher(_rms_norm_backward, WIDEST_RMS_BACKWARD),
+    "residual_rms_norm": _launcher(_residual_rms_norm, WIDEST_RMS),
+    "residual_rms_norm_backward": _launcher(_residual_rms_norm_backward, WIDEST_RMS_BACKWARD),
+    "residual_layer_norm": _launcher(_residual_layer_norm, WIDEST_LAYER),
+    "residual_layer_norm_backward": _launcher(_residual_layer_norm_backward, WIDEST_LAYER_BACKWARD),
 }

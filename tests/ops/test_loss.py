@@ -57,6 +57,24 @@ def test_linear_cross_entropy(
         )
 
 
+@pytest.mark.parametrize("label", [-1, -100, 63, 1 << 32], ids=str)
+def test_a_label_outside_of_the_vocabulary_is_nan(label: int, on: Any) -> None:
+    """Not a plausible number: -1 is ignored by some trainers, and is then no ignore_index here."""
+    h, weight = torch.randn(20, 17, requires_grad=True), torch.randn(63, 17, requires_grad=True)
+    labels = torch.randint(0, 63, (20,))
+    labels[[3, 11]] = torch.tensor([label, -7])
+    settings = {"reduction": "none", "ignore_index": -7}
+    loss = on(ops.linear_cross_entropy, h, weight, labels, softcap=3.0, **settings)
+    good = torch.arange(20) != 3
+    assert loss[3].isnan()
+    assert loss[good].isfinite().all()
+    assert loss[11] == 0
+    dh, dw = torch.autograd.grad(loss.sum(), (h, weight))
+    assert dh[3].isnan().all()
+    assert dh[good].isfinite().all()
+    assert dw.isnan().all()
+
+
 def test_no_row_counts() -> None:
     h, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     labels = torch.full((3,), -100)

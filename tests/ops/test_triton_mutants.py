@@ -1,7 +1,8 @@
 """Planted bugs in the Triton kernels, each of which must be caught by the checks that pass without.
 
 A mutant is a kernel file with one line changed. It is caught where a result breaks the error rule
-or the emulator reports an access outside of a tensor or a race.
+or the emulator reports an access outside of a tensor or a race; test_triton_kinds.py plants some of
+which it is known what they must be caught as.
 """
 
 from __future__ import annotations
@@ -396,6 +397,23 @@ def test_the_kernels_pass(name: str, follows_the_error_rule: Rule) -> None:
 _numbers = itertools.count()
 
 
+def planted(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From here on the launcher has the kernel file with the bug."""
+    launcher = importlib.import_module(f"fastvlm.triton.{mutant.launcher}")
+    source = Path(getattr(launcher, mutant.seen_as).__file__).read_text()
+    assert source.count(mutant.old) >= 1, "the kernel has changed: plant this bug anew"
+    name = f"fastvlm_mutant_{next(_numbers)}"
+    file = folder / f"{name}.py"
+    file.write_text(source.replace(mutant.old, mutant.new))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(launcher, mutant.seen_as, module)
+
+
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.launcher}-{m.seen_as}-{m.name}")
 def test_a_mutant_is_caught(
@@ -406,19 +424,7 @@ def test_a_mutant_is_caught(
 ) -> None:
     from ttsem.sanitize import KernelFault
 
-    launcher = importlib.import_module(f"fastvlm.triton.{mutant.launcher}")
-    source = Path(getattr(launcher, mutant.seen_as).__file__).read_text()
-    assert source.count(mutant.old) >= 1, "the kernel has changed: plant this bug anew"
-    name = f"fastvlm_mutant_{next(_numbers)}"
-    file = tmp_path / f"{name}.py"
-    file.write_text(source.replace(mutant.old, mutant.new))
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(launcher, mutant.seen_as, module)
+    planted(mutant, monkeypatch, tmp_path)
     with pytest.raises((AssertionError, KernelFault)) as caught:
         mutant.check(follows_the_error_rule)
     # an error in the mutant itself would prove nothing

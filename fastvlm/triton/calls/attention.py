@@ -56,7 +56,10 @@ def _models() -> list[Options]:
     ]
     gemma = [Options(heads, TRAINING, softcap=SOFTCAP) for heads in GEMMA.values()]
     # what transformers runs where its sdpa attention leaves the softcap out
-    apart = [Options(FLORENCE[768], TRAINING, dropout=True, apart=True)]
+    apart = [
+        Options(FLORENCE[768], TRAINING, dropout=True, apart=True),
+        *(Options(heads, TRAINING, softcap=SOFTCAP, apart=True) for heads in OTHERS),
+    ]
     others = [Options(heads, TRAINING, softcap=SOFTCAP, dropout=True) for heads in OTHERS]
     return [*florence, *gemma, Options(GEMMA[2304], TRAINING), *apart, *others]
 
@@ -68,13 +71,19 @@ def _steps() -> list[Options]:
         for heads in models.values()
         for rows in (3, 32, 96)
     ]
-    return [*of_models, *(Options(heads, 32) for heads in OTHERS)]
+    # 24 beams of an image
+    longer = [Options(heads, 192) for heads in (FLORENCE[768], OTHERS[0])]
+    return [*of_models, *longer, *(Options(heads, rows) for heads in OTHERS for rows in (32, 64))]
 
 
 def _own(models: list[Options]) -> list[Options]:
     models = [o for o in models if not o.apart]
     causal = [Options(o.heads, o.rows, o.softcap, o.dropout, True) for o in models]
-    windows = [Options(GEMMA[2304], TRAINING, SOFTCAP, False, True, WINDOW)]
+    windows = [
+        Options(GEMMA[2304], TRAINING, SOFTCAP, False, True, WINDOW),
+        # an encoder, as T5Gemma's, has windows that reach both ways
+        Options(GEMMA[2304], TRAINING, SOFTCAP, False, False, WINDOW),
+    ]
     # the encoder of Florence-2 reads both ways
     return [*causal, *windows, *(o for o in models if o.heads in FLORENCE.values())]
 
@@ -119,12 +128,15 @@ def _backward(own: bool, options: list[Options]) -> list[tuple[str, Build]]:
 
         return args
 
-    # of a frozen encoder nobody wants the gradients of k and v
-    return [
-        (f"{o.label}, needs {needs}", build(o, needs))
+    # of a frozen encoder nobody wants the gradients of k and v, of a frozen q its own
+    cases = [
+        (o, needs)
         for o in options
         for needs in ((frozen(3),) if own else (frozen(3), frozen(3, 1, 2)))
     ]
+    if not own:
+        cases += [(Options(FLORENCE[768], TRAINING), frozen(3, 0)), (options[-1], frozen(3, 0))]
+    return [(f"{o.label}, needs {needs}", build(o, needs)) for o, needs in cases]
 
 
 def _cached() -> list[tuple[str, Build]]:

@@ -14,29 +14,36 @@ GEGLU, GELU = (2304, 9216), (768, 3072)
 
 
 def _geglu() -> list[tuple[str, Build]]:
-    def build(m: int, keep: bool) -> Build:
+    def build(m: int, tanh: bool, keep: bool) -> Build:
         def args(dtype: torch.dtype) -> tuple[Any, ...]:
             n, f = GEGLU
             w = empty(f, n, dtype=dtype)
-            return empty(m, n, dtype=dtype), w, w, empty(n, f, dtype=dtype), True, keep
-
-        return args
-
-    return [(f"{m} rows, keep {keep}", build(m, keep)) for m in ROWS for keep in (False, True)]
-
-
-def _geglu_backward() -> list[tuple[str, Build]]:
-    def build(needs: list[bool]) -> Build:
-        def args(dtype: torch.dtype) -> tuple[Any, ...]:
-            n, f = GEGLU
-            x, hidden = empty(TRAINING, n, dtype=dtype), empty(TRAINING, f, dtype=dtype)
-            w = empty(f, n, dtype=dtype)
-            return x, x, hidden, hidden, w, w, empty(n, f, dtype=dtype), True, needs
+            return empty(m, n, dtype=dtype), w, w, empty(n, f, dtype=dtype), tanh, keep
 
         return args
 
     return [
-        (f"needs {needs}", build(needs)) for needs in (frozen(4), frozen(4, 1, 2, 3), frozen(4, 0))
+        (f"{m} rows, tanh {tanh}, keep {keep}", build(m, tanh, keep))
+        for m in ROWS
+        for tanh, keep in ((True, False), (True, True), (False, True))
+    ]
+
+
+def _geglu_backward() -> list[tuple[str, Build]]:
+    def build(m: int, tanh: bool, needs: list[bool]) -> Build:
+        def args(dtype: torch.dtype) -> tuple[Any, ...]:
+            n, f = GEGLU
+            x, hidden = empty(m, n, dtype=dtype), empty(m, f, dtype=dtype)
+            w = empty(f, n, dtype=dtype)
+            return x, x, hidden, hidden, w, w, empty(n, f, dtype=dtype), tanh, needs
+
+        return args
+
+    options = [(m, tanh, frozen(4)) for m in ROWS for tanh in (True, False)]
+    options += [(TRAINING, True, needs) for needs in (frozen(4, 1, 2, 3), frozen(4, 0))]
+    return [
+        (f"{m} rows, tanh {tanh}, needs {needs}", build(m, tanh, needs))
+        for m, tanh, needs in options
     ]
 
 
@@ -61,26 +68,28 @@ def _gelu() -> list[tuple[str, Build]]:
 
 
 def _gelu_backward() -> list[tuple[str, Build]]:
-    def build(dropout: bool, needs: list[bool]) -> Build:
+    def build(m: int, dropout: bool, tanh: bool, needs: list[bool]) -> Build:
         def args(dtype: torch.dtype) -> tuple[Any, ...]:
             n, f = GELU
-            x, pre = empty(TRAINING, n, dtype=dtype), empty(TRAINING, f, dtype=dtype)
+            x, pre = empty(m, n, dtype=dtype), empty(m, f, dtype=dtype)
             w1, w2 = empty(f, n, dtype=dtype), empty(n, f, dtype=dtype)
-            return x, x, pre, w1, w2, seed(dropout), False, DROPOUT if dropout else 0.0, needs
+            return x, x, pre, w1, w2, seed(dropout), tanh, DROPOUT if dropout else 0.0, needs
 
         return args
 
+    options = [(m, dropout, False, frozen(5)) for m in ROWS for dropout in (False, True)]
+    options += [(TRAINING, dropout, False, frozen(5, 1, 2, 3, 4)) for dropout in (False, True)]
+    options += [(TRAINING, True, True, frozen(5))]
     return [
-        (f"dropout {dropout}, needs {needs}", build(dropout, needs))
-        for dropout in (False, True)
-        for needs in (frozen(5), frozen(5, 1, 2, 3, 4))
+        (f"{m} rows, dropout {dropout}, tanh {tanh}, needs {needs}", build(m, dropout, tanh, needs))
+        for m, dropout, tanh, needs in options
     ]
 
 
 def _low_precision() -> list[tuple[str, Build]]:
-    def build(m: int, integers: bool, bias: bool) -> Build:
+    def build(m: int, shape: tuple[int, int], integers: bool, bias: bool) -> Build:
         def args(dtype: torch.dtype) -> tuple[Any, ...]:
-            n, f = GEGLU
+            n, f = shape
             weight = ints(f, n, dtype=torch.int8 if integers else torch.bfloat16)
             scale = torch.empty(f) if integers else None
             b = empty(f, dtype=dtype) if bias else None
@@ -88,10 +97,14 @@ def _low_precision() -> list[tuple[str, Build]]:
 
         return args
 
+    up, down = GEGLU, GEGLU[::-1]
+    # many rows of a 16-bit weight are the library's where x has its dtype
+    options = [(1, up, False), (1, up, True), (1, down, False), (1, down, True)]
+    options += [(32, up, False), (32, up, True), (TRAINING, up, True)]
     return [
-        (f"{m} rows, int8 {integers}, bias {bias}", build(m, integers, bias))
-        for m in (1, 32)
-        for integers, bias in itertools.product((False, True), repeat=2)
+        (f"{m} rows, {shape}, int8 {integers}, bias {bias}", build(m, shape, integers, bias))
+        for m, shape, integers in options
+        for bias in (False, True)
     ]
 
 

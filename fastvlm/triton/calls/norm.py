@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +15,21 @@ from fastvlm.triton.calls.shapes import (
     GEMMA,
     OFFSET,
     ROWS,
+    TRAINING,
+    WIDE_LAYER,
+    WIDE_LAYER_BACKWARD,
+    WIDE_RMS,
+    WIDE_RMS_BACKWARD,
     Build,
     empty,
     frozen,
     seed,
 )
+
+
+def _sizes(models: Iterable[int], wide: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Rows and widths: those of the models, and in training the widest that a kernel takes."""
+    return [*((m, n) for m in ROWS for n in models), *((TRAINING, n) for n in wide)]
 
 
 def _rms_norm() -> list[tuple[str, Build]]:
@@ -28,7 +39,7 @@ def _rms_norm() -> list[tuple[str, Build]]:
 
         return args
 
-    return [(f"{m} x {n}", build(m, n)) for m in ROWS for n in (*FLORENCE, *GEMMA)]
+    return [(f"{m} x {n}", build(m, n)) for m, n in _sizes((*FLORENCE, *GEMMA), WIDE_RMS)]
 
 
 def _rms_norm_backward() -> list[tuple[str, Build]]:
@@ -41,8 +52,7 @@ def _rms_norm_backward() -> list[tuple[str, Build]]:
 
     return [
         (f"{m} x {n}, needs {needs}", build(m, n, needs))
-        for m in ROWS
-        for n in (*FLORENCE, *GEMMA)
+        for m, n in _sizes((*FLORENCE, *GEMMA), WIDE_RMS_BACKWARD)
         for needs in (frozen(2), frozen(2, 1), frozen(2, 0))
     ]
 
@@ -58,8 +68,7 @@ def _residual_rms_norm() -> list[tuple[str, Build]]:
 
     return [
         (f"{m} x {n}, gate {gate}, next {following}", build(m, n, gate, following))
-        for m in ROWS
-        for n in (*FLORENCE, *GEMMA)
+        for m, n in _sizes((*FLORENCE, *GEMMA), WIDE_RMS)
         for gate, following in itertools.product((False, True), repeat=2)
     ]
 
@@ -81,8 +90,7 @@ def _residual_rms_norm_backward() -> list[tuple[str, Build]]:
             f"{m} x {n}, gate {gate}, next {following}, grad_h {grad_h}, needs {needs}",
             build(m, n, gate, following, grad_h, needs),
         )
-        for m in ROWS
-        for n in (*FLORENCE, *GEMMA)
+        for m, n in _sizes((*FLORENCE, *GEMMA), WIDE_RMS_BACKWARD)
         for gate, following in itertools.product((False, True), repeat=2)
         # the last layer's h has no reader beside y; all train, the weights are frozen, and, as in a
         # frozen decoder, only the gate trains
@@ -105,8 +113,7 @@ def _residual_layer_norm() -> list[tuple[str, Build]]:
 
     return [
         (f"{m} x {n}, dropout {dropout}", build(m, n, dropout))
-        for m in ROWS
-        for n in FLORENCE
+        for m, n in _sizes(FLORENCE, WIDE_LAYER)
         for dropout in (False, True)
     ]
 
@@ -121,8 +128,7 @@ def _residual_layer_norm_backward() -> list[tuple[str, Build]]:
 
     return [
         (f"{m} x {n}, dropout {dropout}, needs {needs}", build(m, n, dropout, needs))
-        for m in ROWS
-        for n in FLORENCE
+        for m, n in _sizes(FLORENCE, WIDE_LAYER_BACKWARD)
         for dropout in (False, True)
         # without dropout one gradient serves x and residual
         for needs in (

@@ -3,6 +3,7 @@
 driver.py         records what the launchers launch, and compiles it, without a device
 jobs.py           the calls of fastvlm/triton/calls, recorded for all dtypes and configs
 architectures.py  the GPUs and their limits
+sources.py        the digest of a kernel's code, by which kept counts are known to be true
 code.py           instructions, loops, counts
 nvidia.py amd.py  read a compiled kernel
 work.py           the pool of processes that compiles

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from fastvlm.triton.compiling.code import Code, Counts, Instruction, by_width, innermost
+from fastvlm.triton.compiling.code import Code, Counts, Instruction, by_width, innermost, longest
 
 _LABEL = re.compile(r"(\.LBB\w+):")
 _LINE = re.compile(r"\s+([a-z][a-z0-9_]+)\b([^;]*)")
@@ -55,15 +56,21 @@ def _counted(instruction: Instruction) -> bool:
     return instruction.opcode not in ("s_nop", "s_code_end")
 
 
+def _moved(instructions: Iterable[Instruction], what: str) -> dict[str, int]:
+    found: Counter[int] = Counter()
+    for instruction in instructions:
+        access = _ACCESS.fullmatch(instruction.opcode)
+        if access and access[1] == what:
+            found[width(access[2])] += 1
+    return by_width(found)
+
+
 def counts(text: str, shared: int) -> Counts:
     code = parse(text)
-    moved: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     spills: Counter[str] = Counter()
     tensor: Counter[str] = Counter()
     for instruction in code.instructions:
-        if found := _ACCESS.fullmatch(instruction.opcode):
-            moved[found[1]][width(found[2])] += 1
-        elif found := _SPILL.match(instruction.opcode):
+        if found := _SPILL.match(instruction.opcode):
             spills[found[1]] += 1
         elif _TENSOR.fullmatch(instruction.opcode):
             tensor["MFMA"] += 1
@@ -77,8 +84,9 @@ def counts(text: str, shared: int) -> Counts:
         shared=shared,
         instructions=sum(map(_counted, code.instructions)),
         loop=innermost(code, _counted),
-        loads=by_width(moved["load"]),
-        stores=by_width(moved["store"]),
+        loop_loads=_moved(longest(code), "load"),
+        loads=_moved(code.instructions, "load"),
+        stores=_moved(code.instructions, "store"),
         tensor=dict(tensor),
     )
 

@@ -29,7 +29,11 @@ class Code:
 
 @dataclass
 class Counts:
-    """What is kept of one compiled kernel. Loads and stores of global memory are by their width."""
+    """What is kept of one compiled kernel. Loads and stores of global memory are by their width.
+
+    loop: instructions of the longest innermost loop. loop_loads: of the longest loop of all, which
+    in a product holds loops that wait for its copies.
+    """
 
     registers: int
     local: int
@@ -38,6 +42,7 @@ class Counts:
     shared: int
     instructions: int
     loop: int
+    loop_loads: dict[str, int]
     loads: dict[str, int]
     stores: dict[str, int]
     tensor: dict[str, int]
@@ -72,6 +77,12 @@ def innermost(code: Code, counts: Callable[[Instruction], bool]) -> int:
     found = loops(code)
     inner = (loop for loop in found if not any(other < loop for other in found))
     return max((sum(counts(code.instructions[i]) for i in loop) for loop in inner), default=0)
+
+
+def longest(code: Code) -> list[Instruction]:
+    """The instructions of the longest loop."""
+    body = max(loops(code), key=len, default=frozenset[int]())
+    return [code.instructions[i] for i in sorted(body)]
 
 
 def _blocks(code: Code) -> tuple[list[tuple[int, int]], dict[int, int]]:

@@ -32,6 +32,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts here, as JSON")
     parser.add_argument(
+        "--renew", type=Path, metavar="FILE",
+        help="compile only what this file does not have of the kernels as they are now, add it to "
+        "the file, and leave out what nothing launches any more; counts of another Triton are "
+        "refused",
+    )  # fmt: skip
+    parser.add_argument(
         "--check", type=Path, metavar="FILE",
         help="compare with the counts of this file; any difference is exit code 1",
     )  # fmt: skip
@@ -62,17 +68,17 @@ def _triton() -> str:
     return version
 
 
-def _kept(path: Path, version: str) -> list[dict[str, Any]]:
+def _kept(option: str, path: Path, version: str) -> list[dict[str, Any]]:
     from fastvlm.triton.compiling import report
 
     try:
         kept_version, rows = report.load(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--check {path}: {type(error).__name__}: {error}") from None
+        raise UsageError(f"{option} {path}: {type(error).__name__}: {error}") from None
     if kept_version != version:
         raise UsageError(
-            f"--check {path}: its counts are of triton {kept_version}, this is {version}; nothing "
-            "was compared"
+            f"{option} {path}: its counts are of triton {kept_version}, this is {version}; nothing "
+            "was done"
         )
     return rows
 
@@ -81,20 +87,27 @@ def _run(args: argparse.Namespace) -> int:
     unknown = [arch for arch in args.arch if arch not in ARCHITECTURES]
     if unknown:
         raise UsageError(f"unknown {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
+    if args.renew is not None and (args.out is not None or args.check is not None):
+        raise UsageError("--renew goes without --out and --check")
     version = _triton()
     from fastvlm.triton.compiling import jobs, report, verdicts, work
 
-    kept = None if args.check is None else _kept(args.check, version)
+    kept = None if args.check is None else _kept("--check", args.check, version)
+    renewed = None if args.renew is None else _kept("--renew", args.renew, version)
     archs = list(dict.fromkeys(args.arch))
     recorded = jobs.record(archs, args.only)
     todo = sorted(recorded.jobs)
     if not todo and not recorded.faults:
         raise UsageError(f"no op or kernel has {' or '.join(map(repr, args.only))} in its name")
     print(f"triton {version}: {recorded.launches} launches, {len(todo)} compilations")
+    had = report.still_true(renewed or [], recorded.jobs)
+    todo = [job for job in todo if job not in had]
+    if renewed is not None:
+        print(f"{len(had)} of them are in {args.renew}, of the same code")
     results = work.compile_all(todo, log=_log)
     rows = [report.row(result, recorded.jobs[result.job]) for result in results]
     print(report.text(rows))
-    found = verdicts.judge(results)
+    found = verdicts.judge([*(report.result(*pair) for pair in had.items()), *results])
     wrong = sum(not verdict.exception for verdict in found)
     if recorded.faults:
         print("\nfaults of launchers:\n" + "\n".join(recorded.faults))
@@ -102,6 +115,9 @@ def _run(args: argparse.Namespace) -> int:
         print("\n" + report.verdicts(found))
     if args.out is not None:
         report.save(args.out, version, rows)
+    if renewed is not None:
+        others = report.beside(renewed, archs, args.only)
+        report.save(args.renew, version, [*others, *had.values(), *rows])
     changed = _compare(kept, rows, archs, args.only) if kept is not None else 0
     print(
         f"\n{len(results)} compiled, {wrong + len(recorded.faults)} wrong"

@@ -105,6 +105,11 @@ class Job:
         )
 
     @property
+    def constants(self) -> dict[str, str]:
+        """What config says, by name."""
+        return dict(part.split("=", 1) for part in self.config.split())
+
+    @property
     def arguments(self) -> str:
         """Types of the run-time arguments, with /16 at those that are multiples of 16."""
         said = json.loads(self.data)

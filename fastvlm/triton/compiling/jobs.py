@@ -48,10 +48,13 @@ def chosen(only: Sequence[str], op: str, kernel: str = "") -> bool:
     return not only or any(name in op or name in kernel for name in only)
 
 
-def record(archs: Sequence[str], only: Sequence[str] = ()) -> Recorded:
+def record(
+    archs: Sequence[str], only: Sequence[str] = (), first_only: bool = False
+) -> Recorded:  # fmt: skip
     """The jobs of all calls of all ops that have a launcher, each job once.
 
-    A name in only selects the ops that contain it and the kernels that do.
+    A name in only selects the ops that contain it and the kernels that do. first_only: with the
+    first config of each case, not with each of them.
     """
     found = Recorded()
     ops = [op for names in backend.FLOORS.values() for op in names]
@@ -61,7 +64,7 @@ def record(archs: Sequence[str], only: Sequence[str] = ()) -> Recorded:
     with backend.on_cpu_tensors(), fastvlm.use("triton"):
         for arch in archs:
             family = ARCHITECTURES[arch].family
-            for option in range(options(family)):
+            for option in range(1 if first_only else options(family)):
                 with configs.assumed(family, option):
                     for op in ops:
                         _calls(op, arch, only, found)

@@ -6,10 +6,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastvlm.triton.compiling.code import Code, Counts, Instruction, by_width, innermost
+from fastvlm.triton.compiling.code import Code, Counts, Instruction, by_width, innermost, longest
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _LABEL = re.compile(r"\s*(\.L_\S+):")
@@ -77,21 +78,28 @@ def width(opcode: str) -> int:
     return next((int(part) for part in parts if part in ("64", "128", "256")), 32)
 
 
+def _loads(instructions: Iterable[Instruction]) -> dict[str, int]:
+    found: Counter[int] = Counter()
+    bulk = 0
+    for instruction in instructions:
+        name = instruction.opcode.partition(".")[0]
+        if name in ("LDG", "LDGSTS"):
+            found[width(instruction.opcode)] += 1
+        bulk += name in _BULK
+    return {**by_width(found), **({"TMA": bulk} if bulk else {})}
+
+
 def counts(registers: int, local: int, shared: int, code: Code) -> Counts:
-    loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     names: Counter[str] = Counter()
     tensor: Counter[str] = Counter()
     for instruction in code.instructions:
         name = instruction.opcode.partition(".")[0]
         names[name] += 1
-        if name in ("LDG", "LDGSTS"):
-            loads[width(instruction.opcode)] += 1
-        elif name == "STG":
+        if name == "STG":
             stores[width(instruction.opcode)] += 1
         elif _TENSOR.fullmatch(name):
             tensor[name] += 1
-    bulk = sum(names[name] for name in _BULK)
     return Counts(
         registers=registers,
         local=local,
@@ -100,7 +108,8 @@ def counts(registers: int, local: int, shared: int, code: Code) -> Counts:
         shared=shared,
         instructions=sum(map(counted, code.instructions)),
         loop=innermost(code, counted),
-        loads={**by_width(loads), **({"TMA": bulk} if bulk else {})},
+        loop_loads=_loads(longest(code)),
+        loads=_loads(code.instructions),
         stores=by_width(stores),
         tensor=dict(sorted(tensor.items())),
     )

@@ -5,37 +5,59 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvlm import env
 from fastvlm.tables import text_table
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from fastvlm.triton.compiling.code import Counts
+from fastvlm.triton.compiling.driver import Job, function
 from fastvlm.triton.compiling.jobs import Origin, chosen
-from fastvlm.triton.compiling.verdicts import Verdict
+from fastvlm.triton.compiling.sources import digest
+from fastvlm.triton.compiling.verdicts import Verdict, streams
 from fastvlm.triton.compiling.work import Result
 
 Row = dict[str, Any]
 # what tells rows apart; everything else in a row is compared
 KEY = ("kernel", "arch", "dtype", "config", "arguments")
-_NOT_COMPARED = (*KEY, "ops")
+_NOT_COMPARED = (*KEY, "ops", "source")
 
 
-def row(result: Result, origin: Origin) -> Row:
-    job, counts = result.job, result.counts
-    found: Row = {
+def _head(job: Job, origin: Origin) -> Row:
+    """What is known of a row before anything is compiled."""
+    return {
         "kernel": job.kernel,
         "arch": job.arch,
         "dtype": "/".join(sorted(origin.dtypes)),
         "config": job.config,
         "arguments": job.arguments,
         "ops": sorted(origin.ops),
+        "source": digest(function(job)),
     }
+
+
+def row(result: Result, origin: Origin) -> Row:
+    job, counts = result.job, result.counts
+    found = _head(job, origin)
     if counts is None:
         return {**found, "failure": result.failure.splitlines()[0]}
     programs, limit = ARCHITECTURES[job.arch].occupancy(counts.registers, counts.shared, job.warps)
-    return {**found, **dataclasses.asdict(counts), "programs": programs, "limit": limit}
+    counted = dataclasses.asdict(counts)
+    if not streams(job):
+        del counted["loop_loads"]  # which no rule asks for
+    found = {**found, **counted, "programs": programs, "limit": limit}
+    found |= {"scalar_loads": result.scalar_loads, "dots": [list(dot) for dot in result.dots]}
+    return found | ({"tensor_memory": result.tensor_memory} if result.tensor_memory else {})
+
+
+def result(job: Job, row: Row) -> Result:
+    """What a row was made of, so that kept counts are judged by the rules of now."""
+    names = [field.name for field in dataclasses.fields(Counts) if field.name != "loop_loads"]
+    dots = tuple((rows, bits) for rows, bits in row["dots"])
+    counts = Counts(loop_loads=row.get("loop_loads", {}), **{name: row[name] for name in names})
+    return Result(job, 0.0, counts, "", row["scalar_loads"], dots, row.get("tensor_memory", 0))
 
 
 def key(row: Row) -> tuple[str, ...]:
@@ -119,6 +141,38 @@ def selected(rows: Iterable[Row], archs: Sequence[str], only: Sequence[str]) -> 
         for row in rows
         if row["arch"] in archs and any(chosen(only, op, row["kernel"]) for op in row["ops"])
     ]
+
+
+def beside(rows: Iterable[Row], archs: Sequence[str], only: Sequence[str]) -> list[Row]:
+    """The rows that a run with these arguments says nothing of."""
+    made = {key(row) for row in selected(rows, archs, only)}
+    return [row for row in rows if key(row) not in made]
+
+
+def still_true(rows: Iterable[Row], jobs: Mapping[Job, Origin]) -> dict[Job, Row]:
+    """Of the jobs those whose counts are among the rows, from the very code that there is now.
+
+    The same code compiled twice by one Triton gives the same counts, so they need no compiler. The
+    dtypes and ops that lead to a job are those of now.
+    """
+    known = {_code(row): row for row in rows if "failure" not in row and "dots" in row}
+    found = {}
+    for job, origin in jobs.items():
+        head = _head(job, origin)
+        row = dict(known.get(_code(head), {}))
+        if not streams(job):
+            row.pop("loop_loads", None)
+        elif "loop_loads" not in row:
+            continue
+        if row:
+            found[job] = {**row, **head}
+    return found
+
+
+def _code(row: Row) -> tuple[str, ...]:
+    """What decides the machine code. Rows of before there were digests have none of it."""
+    names = ("kernel", "arch", "config", "arguments", "source")
+    return tuple(row.get(name, "") for name in names)
 
 
 def differences(kept: Sequence[Row], now: Sequence[Row]) -> list[str]:

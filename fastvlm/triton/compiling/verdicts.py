@@ -8,27 +8,40 @@ from fnmatch import fnmatch
 
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
 from fastvlm.triton.compiling.code import Counts
+from fastvlm.triton.compiling.driver import Job
 from fastvlm.triton.compiling.work import Result
 
 TENSOR_MEMORY = 512
+_WIDE = ("128", "256", "TMA")
 # rows of a tile from which Hopper's instruction for four warps at once can be used
 WARPGROUP_ROWS = 64
+# products of a decoding step, up to so many rows, wait for nothing but the weight that they read
+STREAMED_ROWS = 64
+STREAMING = (
+    "geglu_forward",
+    "gelu_forward",
+    "low_precision_linear",
+    "topk_tiles",
+)
 
 
 @dataclass(frozen=True)
 class Excepted:
-    """A rule that does not hold for a kernel, on the architectures that match, and why."""
+    """A rule that does not hold for a kernel, on the architectures that match, and why.
+
+    words: what the finding must say, too, where only some of a kernel's configs are meant.
+    """
 
     rule: str
     kernel: str
     arch: str
     reason: str
+    words: str = "*"
 
-    def covers(self, rule: str, result: Result) -> bool:
+    def covers(self, rule: str, result: Result, words: str) -> bool:
         job = result.job
-        return (
-            rule == self.rule and fnmatch(job.kernel, self.kernel) and fnmatch(job.arch, self.arch)
-        )
+        pairs = (job.kernel, self.kernel), (job.arch, self.arch), (words, self.words)
+        return rule == self.rule and all(fnmatch(*pair) for pair in pairs)
 
 
 EXCEPTIONS = (
@@ -42,6 +55,20 @@ EXCEPTIONS = (
     Excepted("wide loads", "cross_entropy_combine", "*", "two numbers of each block of a row"),
     Excepted("wide loads", "live_steps", "*", "one number of each tile"),
     Excepted("wide loads", "topk_merge", "*", "a few candidates of each block of a row"),
+    Excepted(
+        "wide loads",
+        "*",
+        "gfx*",
+        "the smallest factor of a step, rows of x or int8, is 8 bytes for each lane of wider waves",
+        "narrow loads in the loop: 1 of 64 bits",
+    ),
+    Excepted(
+        "tensor cores",
+        "*",
+        "sm_90",
+        f"a warpgroup's product has {WARPGROUP_ROWS} rows, of which these tiles would fill a part",
+        "no HGMMA: *",
+    ),
 )
 
 
@@ -73,10 +100,23 @@ def _spills(result: Result, counts: Counts) -> str:
     return ""
 
 
+def streams(job: Job) -> bool:
+    """Whether it is a product of a decoding step. In float32 a tile of more than 16 rows serves any
+    number of them, but for a stored weight."""
+    rows = int(job.constants.get("BLOCK_M", STREAMED_ROWS + 1))
+    plain = job.arguments.startswith("*fp32") and job.kernel != "low_precision_linear"
+    return job.kernel in STREAMING and rows <= (16 if plain else STREAMED_ROWS)
+
+
 def _wide_loads(result: Result, counts: Counts) -> str:
-    """Only of kernels without a matrix product, whose loads are all they wait for."""
+    """Of kernels without a matrix product, whose loads are all they wait for, and, of the products
+    of a decoding step, in the loop that reads the weight."""
     if result.dots:
-        return ""
+        if not streams(result.job):
+            return ""
+        narrow = {bits: n for bits, n in counts.loop_loads.items() if bits not in _WIDE}
+        many = ", ".join(f"{n} of {bits} bits" for bits, n in narrow.items())
+        return f"narrow loads in the loop: {many}" if many else ""
     narrow = {bits: n for bits, n in counts.loads.items() if bits.isdigit() and int(bits) < 128}
     if sum(narrow.values()) <= result.scalar_loads:
         return ""
@@ -91,8 +131,11 @@ def _tensor_cores(result: Result, counts: Counts) -> str:
         return ""
     if not counts.tensor:
         return "a product of 16-bit matrices without an instruction of the tensor cores"
-    if result.job.arch == "sm_90" and rows >= WARPGROUP_ROWS and not counts.tensor.get("HGMMA"):
-        return f"tiles of {rows} rows by {' and '.join(counts.tensor)} instead of HGMMA"
+    if result.job.arch == "sm_90" and not counts.tensor.get("HGMMA"):
+        by = " and ".join(counts.tensor)
+        if rows >= WARPGROUP_ROWS:
+            return f"tiles of {rows} rows by {by} instead of HGMMA"
+        return f"no HGMMA: tiles of {rows} rows, by {by}"
     return ""
 
 
@@ -114,6 +157,6 @@ def judge(results: Iterable[Result], exceptions: Iterable[Excepted] = EXCEPTIONS
         for rule, says in RULES.items():
             words = says(result, result.counts)
             if words:
-                reason = next((e.reason for e in exceptions if e.covers(rule, result)), "")
+                reason = next((e.reason for e in exceptions if e.covers(rule, result, words)), "")
                 found.append(Verdict(rule, result, words, reason))
     return found

@@ -30,12 +30,15 @@ class Config:
 
     apart: a kernel with two results is launched for each of them, where the registers of a program
     do not hold both.
+    resident: of a grid that is persistent, the programs that a multiprocessor holds at once; 0: the
+    grid has a program for each tile.
     """
 
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 2
     apart: bool = False
+    resident: int = 0
 
     @functools.cached_property
     def arguments(self) -> dict[str, int]:

@@ -34,14 +34,24 @@ MLP: Table = {
         few=[sliced(16, 32, 128, warps=4, stages=2), sliced(16, 64, 64, warps=4, stages=2)],
         some=[sliced(64, 64, 64, warps=4, stages=2, slices=2)],
         many=[
-            sliced(128, 64, 64, warps=8, stages=2, slices=2),
-            sliced(128, 128, 32, warps=8, stages=2, slices=4),
+            sliced(128, 64, 64, warps=8, stages=2, slices=2, resident=2),
+            sliced(128, 128, 32, warps=8, stages=2, slices=4, resident=1),
+        ],
+        float32_few=[sliced(16, 32, 64, warps=4, stages=2)],
+        float32=[sliced(64, 64, 32, warps=4, stages=2, slices=2)],
+    ),
+    "gelu_forward": cases(
+        few=[sliced(16, 32, 128, warps=4, stages=2), sliced(16, 64, 64, warps=4, stages=2)],
+        some=[sliced(64, 64, 64, warps=4, stages=2, slices=2)],
+        many=[
+            sliced(128, 64, 64, warps=8, stages=2, slices=2, resident=2),
+            sliced(128, 128, 32, warps=8, stages=2, slices=4, resident=1),
         ],
         float32_few=[sliced(16, 32, 64, warps=4, stages=2)],
         float32=[sliced(64, 64, 32, warps=4, stages=2, slices=2)],
     ),
     **dict.fromkeys(
-        ("gelu_forward", "geglu_backward", "gelu_backward"),
+        ("geglu_backward", "gelu_backward"),
         cases(
             few=[sliced(16, 32, 128, warps=4, stages=2), sliced(16, 64, 64, warps=4, stages=2)],
             some=[sliced(64, 64, 64, warps=4, stages=2, slices=2)],

@@ -11,11 +11,12 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
 
 
 def sliced(
-    m: int, n: int, k: int, *, warps: int, stages: int, slices: int = 1, group: int = 8
-) -> Config:
+    m: int, n: int, k: int, *, warps: int, stages: int, slices: int = 1, group: int = 8,
+    resident: int = 0,
+) -> Config:  # fmt: skip
     """A tile whose program takes its epilogue in slices of columns, for the MLP kernels."""
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "SLICES": slices}
-    return Config(blocks, warps, stages)
+    return Config(blocks, warps, stages, resident=resident)
 
 
 def cases(
@@ -44,6 +45,7 @@ def stored_cases(
     few: list[Config],
     some: list[Config],
     many: list[Config],
+    some_int8: list[Config] | None = None,
 ) -> list[Case]:
     """low_precision_linear. split: rows of several terms, which take registers.
 
@@ -54,6 +56,11 @@ def stored_cases(
         Case(split, lambda terms, **_: terms > 1),
         Case(narrow, lambda rows, columns, **_: rows <= 16 and columns <= 4096),
         Case(few, lambda rows, **_: rows <= 16),
+        *(
+            [Case(some_int8, lambda rows, stored, **_: rows <= 64 and stored == 8)]
+            if some_int8
+            else []
+        ),
         Case(some, lambda rows, **_: rows <= 64),
         Case(many),
     ]

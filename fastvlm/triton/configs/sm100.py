@@ -9,7 +9,7 @@ ATTENTION: Table = attention(
     some=([block(32, 32, 4, 1)], [block(32, 64, 4, 2)]),
     forward=(
         [block(64, 32, 8, 2), block(64, 32, 8, 1)],
-        [block(128, 32, 8, 2), block(64, 32, 4, 2)],
+        [block(128, 32, 8, 2), block(64, 32, 8, 2)],
         [block(128, 64, 8, 2), block(64, 64, 4, 2)],
     ),
     backward_q=(
@@ -19,7 +19,7 @@ ATTENTION: Table = attention(
     ),
     backward_kv=(
         [block(64, 32, 8, 2), block(32, 32, 8, 1)],
-        [block(32, 64, 8, 2), block(64, 64, 8, 1)],
+        [block(64, 64, 8, 1), block(32, 32, 4, 2)],
         [block(32, 64, 4, 2), block(64, 64, 4, 2)],
     ),
     cached=([keys(64, 4, 2), keys(32, 4, 2)], [keys(32, 4, 2), keys(32, 2, 2)]),
@@ -37,9 +37,9 @@ MLP: Table = {
             sliced(64, 32, 64, warps=4, stages=4),
         ],
         many=[
-            sliced(128, 128, 64, warps=8, stages=3, slices=4),
-            sliced(128, 128, 64, warps=8, stages=4, slices=4),
-            sliced(128, 64, 64, warps=8, stages=3, slices=4),
+            sliced(128, 128, 64, warps=8, stages=3, slices=4, resident=1),
+            sliced(128, 128, 64, warps=8, stages=4, slices=4, resident=1),
+            sliced(128, 64, 64, warps=8, stages=3, slices=4, resident=2),
         ],
         float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
         float32=[
@@ -54,9 +54,9 @@ MLP: Table = {
             sliced(64, 32, 64, warps=4, stages=4),
         ],
         many=[
-            sliced(128, 128, 64, warps=8, stages=3, slices=8),
-            sliced(128, 256, 64, warps=8, stages=3, slices=8),
-            sliced(128, 128, 64, warps=8, stages=4, slices=8),
+            sliced(128, 128, 64, warps=8, stages=3, slices=8, resident=2),
+            sliced(128, 256, 64, warps=8, stages=3, slices=8, resident=1),
+            sliced(128, 128, 64, warps=8, stages=4, slices=8, resident=1),
         ],
         float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
         float32=[
@@ -89,7 +89,7 @@ MLP: Table = {
         split=[sliced(64, 64, 32, warps=4, stages=4), sliced(64, 128, 32, warps=8, stages=3)],
         narrow=[sliced(16, 16, 256, warps=1, stages=4), sliced(16, 16, 512, warps=2, stages=3)],
         few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 64, 128, warps=4, stages=4)],
-        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=8, stages=4)],
+        some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 128, warps=8, stages=3)],
         many=[sliced(128, 128, 64, warps=8, stages=3), sliced(64, 128, 64, warps=8, stages=3)],
     ),
 }

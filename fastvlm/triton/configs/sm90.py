@@ -39,9 +39,9 @@ MLP: Table = {
             sliced(64, 32, 64, warps=4, stages=4),
         ],
         many=[
-            sliced(128, 128, 64, warps=8, stages=3, slices=4),
-            sliced(128, 128, 64, warps=8, stages=4, slices=4),
-            sliced(128, 64, 64, warps=8, stages=3, slices=4),
+            sliced(128, 128, 64, warps=8, stages=3, slices=4, resident=1),
+            sliced(128, 128, 64, warps=8, stages=4, slices=4, resident=1),
+            sliced(128, 64, 64, warps=8, stages=3, slices=4, resident=2),
         ],
         float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
         float32=[
@@ -56,9 +56,9 @@ MLP: Table = {
             sliced(64, 32, 64, warps=4, stages=4),
         ],
         many=[
-            sliced(128, 128, 64, warps=8, stages=3, slices=8),
-            sliced(128, 256, 64, warps=8, stages=3, slices=8),
-            sliced(128, 128, 64, warps=8, stages=4, slices=8),
+            sliced(128, 128, 64, warps=8, stages=3, slices=8, resident=2),
+            sliced(128, 256, 64, warps=8, stages=3, slices=8, resident=1),
+            sliced(128, 128, 64, warps=8, stages=4, slices=8, resident=1),
         ],
         float32_few=[sliced(16, 32, 64, warps=4, stages=3)],
         float32=[
@@ -90,9 +90,12 @@ MLP: Table = {
         split_few=[sliced(16, 16, 128, warps=1, stages=4), sliced(16, 32, 128, warps=2, stages=4)],
         split=[sliced(64, 64, 32, warps=4, stages=4), sliced(64, 128, 32, warps=8, stages=3)],
         narrow=[sliced(16, 16, 256, warps=1, stages=4), sliced(16, 16, 512, warps=2, stages=3)],
-        few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 64, 128, warps=4, stages=4)],
+        few=[sliced(16, 32, 128, warps=2, stages=4), sliced(16, 32, 256, warps=2, stages=3)],
         some=[sliced(64, 64, 64, warps=4, stages=3), sliced(64, 32, 64, warps=4, stages=4)],
-        many=[sliced(128, 128, 64, warps=8, stages=3), sliced(64, 128, 64, warps=8, stages=3)],
+        # the left factor of a warpgroup's product comes out of shared memory by 8 bytes of a thread
+        # at most where it is int8, and so it is loaded by 64 bits
+        some_int8=[sliced(64, 32, 64, warps=4, stages=4), sliced(64, 32, 128, warps=4, stages=3)],
+        many=[sliced(128, 128, 64, warps=8, stages=3), sliced(128, 64, 64, warps=4, stages=3)],
     ),
 }
 

@@ -150,12 +150,16 @@ def cross_entropy_tiles(
     tl.store(PICKED + place, picked, mask=mine & (place < count))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "vocabulary"])
 def cross_entropy_combine(
-    LARGEST, SUMS, PICKED, ORDER, COUNT, NLL, LSE, rows, blocks,
+    LARGEST, SUMS, PICKED, LABELS, ORDER, COUNT, NLL, LSE, rows, blocks, vocabulary,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """NLL [rows] and the two parts of logsumexp LSE [rows, 2], back in the order of the batch."""
+    """NLL [rows] and the two parts of logsumexp LSE [rows, 2], back in the order of the batch.
+
+    A label outside of the vocabulary, whose PICKED is whatever there was, makes them NaN, and with
+    them the gradients of its row.
+    """
     count = tl.load(COUNT)
     if tl.program_id(0) * BLOCK_M >= count:
         return
@@ -175,7 +179,10 @@ def cross_entropy_combine(
         largest = higher
     rest = tl.log(total)
     row = tl.load(ORDER + place, mask=inside, other=0)
-    picked = tl.load(PICKED + place, mask=inside, other=0.0)
+    label = tl.load(LABELS + row, mask=inside, other=0)
+    known = (label >= 0) & (label < vocabulary)
+    largest = tl.where(known, largest, float("nan"))
+    picked = tl.load(PICKED + place, mask=inside & known, other=0.0)
     tl.store(NLL + row, rest - (picked - largest), mask=inside)
     tl.store(LSE + 2 * row, largest, mask=inside)
     tl.store(LSE + 2 * row + 1, rest, mask=inside)

@@ -14,16 +14,20 @@ from fastvlm.triton.kernels.random import kept
 
 
 @triton.jit
-def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The row block and column block of this program.
+def _tiles(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+
+
+@triton.jit
+def _tile(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The row block and column block of a tile.
 
     Neighbours in time are GROUP row blocks by all columns: what they read stays in the L2 cache.
     """
-    program = tl.program_id(0)
     across = GROUP * tl.cdiv(n, BLOCK_N)
-    first = program // across * GROUP
+    first = tile // across * GROUP
     rows = tl.minimum(tl.cdiv(m, BLOCK_M) - first, GROUP)
-    return first + program % across % rows, program % across // rows
+    return first + tile % across % rows, tile % across // rows
 
 
 @triton.jit
@@ -100,15 +104,14 @@ def _place(
     return column, at, (row < m)[:, None] & (column < f)[None, :]
 
 
-@triton.jit(do_not_specialize=["m"])
-def geglu_forward(
-    X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
+@triton.jit
+def _geglu_forward_tile(
+    tile, X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
     TANH: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
-    """hidden = gelu(x w_gate^T) * x w_up^T [M, F] by one reading of x; KEEP stores both factors."""
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
     from_column = _wrapped(block_n, f, BLOCK_N)[None, :]
     along = tl.arange(0, BLOCK_K)
     at_x = X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :]
@@ -137,6 +140,27 @@ def geglu_forward(
 
 
 @triton.jit(do_not_specialize=["m"])
+def geglu_forward(
+    X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
+    TANH: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """hidden = gelu(x w_gate^T) * x w_up^T [M, F] by one reading of x; KEEP stores both factors."""
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), _tiles(m, f, BLOCK_M, BLOCK_N), tl.num_programs(0)):
+            _geglu_forward_tile(
+                tile, X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u, m, f, k,
+                TANH, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SLICES,
+            )  # fmt: skip
+    else:
+        _geglu_forward_tile(
+            tl.program_id(0), X, W_GATE, W_UP, HIDDEN, GATE, UP, stride_x, stride_g, stride_u,
+            m, f, k, TANH, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SLICES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["m"])
 def geglu_backward(
     GRAD, W_DOWN, GATE, UP, DGATE, DUP, HIDDEN, stride_g, stride_w, m, f, n,
     TANH: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
@@ -148,7 +172,7 @@ def geglu_backward(
 
     grad [M, N], w_down [N, F]; what is [M, F] is contiguous.
     """
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tl.program_id(0), m, f, BLOCK_M, BLOCK_N, GROUP)
     dhidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if NEED_GATE or NEED_UP:
         dhidden = _product_down(
@@ -177,16 +201,15 @@ def _dropout(SEED, at, threshold, factor):
     return tl.where(kept(tl.load(SEED), at, threshold), factor, 0.0)
 
 
-@triton.jit(do_not_specialize=["m", "threshold"])
-def gelu_forward(
-    X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
+@triton.jit
+def _gelu_forward_tile(
+    tile, X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
-    """hidden = dropout(gelu(x w^T + bias)) [M, F]; KEEP stores what the activation is taken of."""
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tile, m, f, BLOCK_M, BLOCK_N, GROUP)
     along = tl.arange(0, BLOCK_K)
     product = _product(
         X + _wrapped(block_m, m, BLOCK_M)[:, None] * stride_x + along[None, :],
@@ -209,6 +232,30 @@ def gelu_forward(
 
 
 @triton.jit(do_not_specialize=["m", "threshold"])
+def gelu_forward(
+    X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """hidden = dropout(gelu(x w^T + bias)) [M, F]; KEEP stores what the activation is taken of."""
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), _tiles(m, f, BLOCK_M, BLOCK_N), tl.num_programs(0)):
+            _gelu_forward_tile(
+                tile, X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k, threshold, factor,
+                TANH, HAS_BIAS, DROPOUT, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                SLICES,
+            )  # fmt: skip
+    else:
+        _gelu_forward_tile(
+            tl.program_id(0), X, W, BIAS, SEED, HIDDEN, PRE, stride_x, stride_w, m, f, k,
+            threshold, factor, TANH, HAS_BIAS, DROPOUT, KEEP, PRECISION, EVEN_K, BLOCK_M, BLOCK_N,
+            BLOCK_K, GROUP, SLICES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["m", "threshold"])
 def gelu_backward(
     GRAD, W, PRE, SEED, DPRE, HIDDEN, DBIAS, stride_g, stride_w, m, f, n, threshold, factor,
     TANH: tl.constexpr, DROPOUT: tl.constexpr, NEED_PRE: tl.constexpr, NEED_HIDDEN: tl.constexpr,
@@ -220,7 +267,7 @@ def gelu_backward(
 
     DBIAS float32 [row blocks, F] takes the sums over each block of rows, to be added in order.
     """
-    block_m, block_n = _tile(m, f, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tl.program_id(0), m, f, BLOCK_M, BLOCK_N, GROUP)
     dhidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if NEED_PRE or NEED_BIAS:
         dhidden = _product_down(
@@ -266,7 +313,7 @@ def low_precision_linear(
     from. It is exact in 16 bits, and x is the sum of TERMS of 16 bits: the products lose nothing
     and run on tensor cores even where x is float32.
     """
-    block_m, block_n = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = _tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     along = tl.arange(0, BLOCK_K)
     at_x = X + _wrapped(block_m, m, BLOCK_M)[None, :] * stride_x + along[:, None]
     at_w = W + _wrapped(block_n, n, BLOCK_N)[:, None] * stride_w + along[None, :]
