@@ -48,8 +48,8 @@ FLOORS = {
     "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 
-# what has no kernel here on purpose: plain products are the library's (`mlp.library_serves`), and what
-# stands for several ops is run by those
+# what has no kernel here on purpose: plain products are the library's (`mlp.library_serves`), and
+# what stands for several ops is run by those
 LIBRARY: dict[str, Callable[..., Any]] = {
     "linear": F.linear,
     "low_precision_hidden": low_precision_hidden,
