@@ -224,6 +224,29 @@ class VisionMLP(Host):
         return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate, 0.0)
 
 
+def channels_together(x: Tensor) -> Tensor:
+    """x [B, C, H, W], with strides that say so where the channels of its one image lie together.
+
+    The stride of a dimension of length 1 is arbitrary, and PyTorch takes some that transformers'
+    views leave there for those of a map that lies channel after channel.
+    """
+    if x.dim() == 4 and x.shape[0] == 1 and x.stride(1) == 1:
+        return x[0].permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
+    return x
+
+
+class DepthwiseConv(Host):
+    """The convolution of a map whose channels lie together, to one that lies in the same way.
+
+    Else its block adds it to its input, and normalizes it, across the memory of the two.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, H, W] -> the same shape."""
+        out: Tensor = super().forward(channels_together(input))
+        return out
+
+
 _OTHER_ARGUMENTS = "its forward has other arguments than hidden_states, or x and size"
 
 
@@ -260,6 +283,11 @@ _ATTENTION = (
         _choose("channel_attention", ChannelAttention, SizedChannelAttention),
     ),
 )
+_CONV = Rule(
+    ("linear",),
+    lambda m: type(m) is nn.Conv2d and m.groups == m.in_channels == m.out_channels,
+    lambda m: Swap(DepthwiseConv, ("depthwise_conv",)),
+)
 _BLOCK = ("window_attn", "channel_attn")
 _FFN = Rule(("mlp",), has("fc1", "fc2", "activation_fn"), _mlp)
 
@@ -270,6 +298,6 @@ def tower_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule]]:
         if not any(isinstance(getattr(block, attention, None), nn.Module) for attention in _BLOCK):
             continue
         for inner, module in block.named_modules(prefix=name):
-            rule = next((r for r in (*_ATTENTION, _FFN) if r.matches(module)), None)
+            rule = next((r for r in (*_ATTENTION, _FFN, _CONV) if r.matches(module)), None)
             if rule is not None:
                 yield inner, module, rule
