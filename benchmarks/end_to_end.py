@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import measure
 from fastvlm import env
 from fastvlm.demo.compare import SIDES, compare
 from fastvlm.demo.workload import load_photo, random_workload
@@ -76,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         if result.change is not None:
             print(f"\n{result.change}")
         facts = {**workload.facts, "image": name, "beams": beams, "new_tokens": args.new_tokens}
-        cases.append({"workload": facts, **result.figures()})
+        # a step is as fast as the memory, and that of a virtual machine changes with its neighbours
+        bandwidth = round(measure.stream_bandwidth(args.device) / 1e9, 2)
+        measure.release_stream()
+        cases.append({"workload": facts, "stream_gb_per_s": bandwidth, **result.figures()})
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"end_to_end-{args.device}{'-small' if args.small else ''}.json"
     head = {

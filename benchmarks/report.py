@@ -120,13 +120,14 @@ def end_to_end(figures: Figures) -> str:
             f"{case['ratio']['decoding']:.2f}x",
             f"{case['ratio']['total']:.2f}x",
             f"{theirs['peak_memory_mib']:.0f} / {ours['peak_memory_mib']:.0f}",
+            str(case.get("stream_gb_per_s", "")),
             _change(case),
         ))  # fmt: skip
     headers = (
         "model", "beams", "weights", "identical tokens", "transformers, ms per step",
         "fastvlm, ms per step",
         "decoding faster", "whole call faster", "memory after vision, MiB",
-        "log-probability, mean and largest change",
+        "memory read, GB/s", "log-probability, mean and largest change",
     )  # fmt: skip
     return f"{_where(figures)}.\n\n{markdown_table(headers, rows)}"
 
