@@ -74,7 +74,12 @@ class RankedGeneration(Host):
                 input_ids, processors, stopping_criteria, generation_config, **kwargs
             )
 
-    def _beam_search(
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        if too_old() is not None:  # before 5 some versions hand over a scorer of beams
+            return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
+        return self._ranked_beam_search(*args, **kwargs)
+
+    def _ranked_beam_search(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
         generation_config: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
