@@ -1,5 +1,6 @@
 // The counters of arrivals that a launch gets. Nothing is allocated, inside a capture or outside,
-// but where all slots are taken: then torch's allocator gives zeros, which costs a launch.
+// but where all slots are taken or a stream cannot be told from others: then torch's allocator gives
+// zeros, which costs a launch.
 #pragma once
 
 #include "bind.h"
@@ -16,9 +17,12 @@ inline Slots& slots() {
 
 // The slot of a stream or of what is captured on it, or -1.
 inline int64_t slot_of(const Call& call) {
-  const Launcher who{call.device(), call.stream_id(), call.capture()};
+  const uint64_t capture = call.capture();
+  const std::optional<uint64_t> stream = call.stream_id(capture);
+  if (!stream.has_value()) return -1;
+  const Launcher who{call.device(), *stream, capture};
   const auto [slot, is_new] = slots().of(who);
-  if (is_new && call.capture() != 0) {
+  if (is_new && capture != 0) {
     auto* const kept = new Launcher(who);
     const bool noted = call.when_the_graph_is_gone(kept, [](void* gone) {
       slots().release(*static_cast<Launcher*>(gone));

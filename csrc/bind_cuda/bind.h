@@ -49,7 +49,7 @@ class Call {
 #if defined(FASTVLM_EMULATOR)
   explicit Call(const Tensor&) { emulator::forget_memory(); }
   void* stream() const { return nullptr; }
-  uint64_t stream_id() const { return 0; }
+  std::optional<uint64_t> stream_id(uint64_t) const { return 0; }
   int32_t device() const { return 0; }
   uint64_t capture() const { return 0; }
   bool when_the_graph_is_gone(void*, void (*)(void*)) const { return false; }
@@ -59,11 +59,16 @@ class Call {
     device_of_this_call = index_;
   }
   void* stream() const { return stream_; }
-  // No other stream ever has it, nor another thread's stream of the same handle.
-  uint64_t stream_id() const {
+  // No other stream ever has it, though its handle may come again. CUDA does not tell it in a
+  // capture, in which the handle does as well; nothing where one handle is a stream of each thread,
+  // or where CUDA refuses to tell.
+  std::optional<uint64_t> stream_id(uint64_t capture) const {
+    if (stream_ == cudaStreamPerThread) return std::nullopt;
+    if (capture != 0) return reinterpret_cast<uintptr_t>(stream_);
     unsigned long long id = 0;
-    check(cudaStreamGetId(static_cast<cudaStream_t>(stream_), &id));
-    return id;
+    if (cudaStreamGetId(static_cast<cudaStream_t>(stream_), &id) == cudaSuccess) return id;
+    (void)cudaGetLastError();  // nobody else is to find it
+    return std::nullopt;
   }
   int32_t device() const { return index_; }
   // Of the graph that the stream is captured into; 0 where it is not captured.

@@ -16,7 +16,7 @@
 namespace fastvlm {
 namespace cuda {
 
-// device, stream (an id that no other stream ever has), capture (0 for none)
+// device, stream (an id that no other has, of those of its capture), capture (0 for none)
 using Launcher = std::tuple<int32_t, uint64_t, uint64_t>;
 
 class Slots {

@@ -12,7 +12,8 @@ from fastvlm.triton.common import Launcher, cdiv, dense_last, multiprocessors
 MOST_ROWS, LARGEST_VOCABULARY = 64, 2**19
 # each costs a round of the merge
 MOST_K = 64
-# tokens of a tile (kTileTokens there), and blocks that a multiprocessor works on at once
+# tokens of a tile (kTileTokens there), and blocks of up to 16 rows that a multiprocessor holds at
+# once; of more rows it holds two or three, and the last ones wait
 TILE, RESIDENT = 64, 4
 
 

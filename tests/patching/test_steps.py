@@ -113,21 +113,27 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_int8_products_take_their_activation_along(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One op for the first half of each layer's MLP, called op by op as on a GPU."""
+def steps_counted(word: str, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
+    """From here on a counter of the ops of this name for each planned step."""
     seen: list[Counter[str]] = []
     run = Plan.__call__
 
     def counted(self: Plan, *args: Any) -> Any:
-        with Called("low_precision_hidden") as called:
+        with Called(word) as called:
             result = run(self, *args)
         seen.append(called.calls)
         return result
 
     monkeypatch.setattr(Plan, "__call__", counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_int8_products_take_their_activation_along(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One op for the first half of each layer's MLP, called op by op as on a GPU."""
+    seen = steps_counted("low_precision_hidden", monkeypatch)
     model, inputs = patched(name, weights="int8")
     generate(model, inputs, num_beams=2)
     layers = len(decoder_stack(model).layers)
@@ -139,16 +145,7 @@ def test_a_norm_is_also_the_one_after_it(
     name: str, tails: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer's last norm gives what the next layer reads, the last layer's the stack's states."""
-    seen: list[Counter[str]] = []
-    run = Plan.__call__
-
-    def counted(self: Plan, *args: Any) -> Any:
-        with Called("norm") as norms:
-            result = run(self, *args)
-        seen.append(norms.calls)
-        return result
-
-    monkeypatch.setattr(Plan, "__call__", counted)
+    seen = steps_counted("norm", monkeypatch)
     generate(*patched(name), num_beams=2)
     assert seen == [{"rms_norm": 1, "residual_rms_norm": 2 * tails}] * 11
 
