@@ -9,6 +9,7 @@ FASTVLM_CUDA=0. Nothing here looks at the hardware.
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 
 
+# what builds the libraries is part of the package, and imports nothing of torch
+sys.path.insert(0, str(ROOT))
+
+
 def _builder(file="extension.py"):
-    """A file of fastvlm by its path: the package itself would import torch."""
+    """A file of fastvlm by its path: the packages it lies in would import torch."""
     spec = importlib.util.spec_from_file_location("fastvlm_builder", ROOT / "fastvlm" / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,8 @@
-"""The command line: ``python -m fastvlm  env | build | demo | caption | bench | compile``."""
+"""The command line: ``python -m fastvlm COMMAND``, or ``fastvlm COMMAND``.
+
+Exit codes: 0 done; 1 it was done, and what it found is not as it should be; 2 it could not be done
+as asked, with one line that says why.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +11,35 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from fastvlm.demo import arguments, caption_arguments
-from fastvlm.triton.compiling import command
 
 SOURCE = Path(__file__).resolve().parent.parent
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastvlm",
-        description="Fused kernels that make encoder-decoder vision-language models fast.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("env", help="versions, hardware, and which backend each op uses here")
-    commands.add_parser("build", help="compile the extension (CPU kernels) now, not at first use")
-    demo = commands.add_parser(
-        "demo",
-        help="caption a photo with and without fastvlm, and compare",
-        description="Caption a photo with Florence-2-base through transformers and patched by "
-        "fastvlm, in one process: tokens, times and memory of both. Exit code 1 if tokens differ.",
-    )
-    arguments.add(demo)
-    caption = commands.add_parser(
-        "caption",
-        help="describe photos in several languages at once",
-        description="Describe photos in several languages with a patched model: each photo is "
-        "encoded once, and all languages and beams decode together. Each caption begins with the "
-        "first words of its language, which is how captions emerge in languages that a model was "
-        "only taught to translate into (arXiv 2503.09443).",
-    )
-    caption_arguments.add(caption)
-    bench = commands.add_parser(
-        "bench",
-        help="run the kernel benchmarks (from a checkout)",
-        description="Run the kernel benchmarks against PyTorch, interleaved, with their floors.",
-    )
-    bench.add_argument("case", nargs="*", help="only cases whose name contains one of these")
-    compiling = commands.add_parser(
-        "compile",
-        help="compile every Triton kernel for several GPUs, without one, and count what came of it",
-        description="Compile every Triton kernel in every configuration, as the launchers ask for "
-        "it, for several GPUs and without one. Prints registers, spills, shared memory, occupancy, "
-        "widths of loads and tensor core instructions. Exit code 1 if something does not compile, "
-        "does not fit, spills, loads narrowly or leaves the tensor cores out.",
-    )
-    command.add(compiling)
-    return parser
+@dataclass(frozen=True)
+class Command:
+    """One command. add: declares its arguments.
+
+    What add and run need is imported only when the command is asked for: ``env`` must work where
+    torch is broken, and help must come at once.
+    """
+
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    add: Callable[[argparse.ArgumentParser], None] | None = None
+    description: str | None = None
 
 
-def _env() -> int:
+def _env(args: argparse.Namespace) -> int:
     from fastvlm import env
 
     print(env.describe())
     return 0
 
 
-def _build() -> int:
+def _build(args: argparse.Namespace) -> int:
     try:
         extension = importlib.import_module("fastvlm.extension")
         path = extension.build()
@@ -89,14 +63,14 @@ def _build_cuda() -> int:
     if library.missing():
         return 0
     try:
-        print(library.build_in_place())
-    except (library.CudaBuildError, OSError) as error:
+        print(library.build())
+    except (library.BuildError, OSError) as error:
         print(f"fastvlm build: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _bench(cases: Sequence[str]) -> int:
+def _bench(args: argparse.Namespace) -> int:
     if not (SOURCE / "benchmarks" / "cases.py").is_file():
         print(
             "fastvlm bench: the benchmarks are part of the source checkout, not of the installed "
@@ -108,31 +82,91 @@ def _bench(cases: Sequence[str]) -> int:
     # the garbage collector would run inside somebody's round
     command += ["--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"]
     command += ["--benchmark-group-by=group", "--benchmark-sort=name"]
-    if cases:
-        command += ["-k", " or ".join(cases)]
+    if args.case:
+        command += ["-k", " or ".join(args.case)]
     return subprocess.run(command, cwd=SOURCE, check=False).returncode
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        args = _parser().parse_args(argv)
-        if args.command == "env":
-            return _env()
-        if args.command == "build":
-            return _build()
-        if args.command == "bench":
-            return _bench(args.case)
-        if args.command == "compile":
-            if args.cuda:
-                compiling = importlib.import_module("fastvlm.cuda.compiling")
-                return int(compiling.run(args.only, args.out, args.check))
-            return command.run(args)
-        from fastvlm.demo import run
+def _compile(args: argparse.Namespace) -> int:
+    if args.cuda:
+        compiling = importlib.import_module("fastvlm.cuda.compiling")
+        return int(compiling.run(args.only, args.out, args.check))
+    return int(importlib.import_module("fastvlm.triton.compiling.command").run(args))
 
-        return run(args)
-    except arguments.UsageError as error:
-        command_name = next(iter(sys.argv[1:] if argv is None else argv), "")
-        print(f"fastvlm {command_name}: {error}", file=sys.stderr)
+
+def _demo(args: argparse.Namespace) -> int:
+    return int(importlib.import_module("fastvlm.demo").run(args))
+
+
+def _arguments_of(module: str) -> Callable[[argparse.ArgumentParser], None]:
+    return lambda parser: importlib.import_module(module).add(parser)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("case", nargs="*", help="only cases whose name contains one of these")
+
+
+COMMANDS = {
+    "env": Command("versions, hardware, and which backend each op uses here", _env),
+    "build": Command("compile the extension (CPU kernels) now, not at first use", _build),
+    "demo": Command(
+        "caption a photo with and without fastvlm, and compare",
+        _demo,
+        _arguments_of("fastvlm.demo.arguments"),
+        "Caption a photo with Florence-2-base through transformers and patched by fastvlm, in one "
+        "process: tokens, times and memory of both. Exit code 1 if tokens differ.",
+    ),
+    "caption": Command(
+        "describe photos in several languages at once",
+        _demo,
+        _arguments_of("fastvlm.demo.caption_arguments"),
+        "Describe photos in several languages with a patched model: each photo is encoded once, "
+        "and all languages and beams decode together. Each caption begins with the first words of "
+        "its language, which is how captions emerge in languages that a model was only taught to "
+        "translate into (arXiv 2503.09443).",
+    ),
+    "bench": Command(
+        "run the kernel benchmarks (from a checkout)",
+        _bench,
+        _bench_arguments,
+        "Run the kernel benchmarks against PyTorch, interleaved, with their floors.",
+    ),
+    "compile": Command(
+        "compile every Triton kernel for several GPUs, without one, and count what came of it",
+        _compile,
+        _arguments_of("fastvlm.triton.compiling.command"),
+        "Compile every Triton kernel in every configuration, as the launchers ask for it, for "
+        "several GPUs and without one. Prints registers, spills, shared memory, occupancy, widths "
+        "of loads and tensor core instructions. Exit code 1 if something does not compile, does "
+        "not fit, spills, loads narrowly or leaves the tensor cores out.",
+    ),
+}
+
+
+def _parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands; only the wanted one knows its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="fastvlm",
+        description="Fused kernels that make encoder-decoder vision-language models fast.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        one = commands.add_parser(name, help=command.help, description=command.description)
+        if name == wanted and command.add is not None:
+            command.add(one)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from fastvlm.demo.arguments import UsageError
+
+    given = sys.argv[1:] if argv is None else list(argv)
+    wanted = next((word for word in given if not word.startswith("-")), None)
+    try:
+        args = _parser(wanted).parse_args(given)
+        return COMMANDS[args.command].run(args)
+    except UsageError as error:
+        print(f"fastvlm {wanted}: {error}", file=sys.stderr)
         return 2
 
 

@@ -1,29 +1,25 @@
 """The CPU extension: built ahead of time, or by itself at first use; loaded once.
 
-Nothing here imports another part of fastvlm or builds anything at import, so that setup.py can use
-the builder and ``python -m fastvlm env`` runs when the extension is broken.
+Nothing here imports torch or builds anything at import, so that setup.py can use it and
+``python -m fastvlm env`` runs when the extension is broken.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
+from fastvlm import builder
+from fastvlm.builder import BuildError
+
 LIBRARY = "_C_cpu.so"
-STAMP = ".stamp"  # beside a library: what it was built from, and its digest
 
 # one namespace and one set of flags for each instruction set
 _X86 = {
@@ -38,10 +34,6 @@ _X86 = {
 
 class ExtensionWarning(UserWarning):
     """The CPU extension cannot be used; the message says why."""
-
-
-class ExtensionBuildError(RuntimeError):
-    """The CPU extension does not build: no compiler, no ninja, or the compiler's last lines."""
 
 
 class _State:
@@ -117,8 +109,8 @@ def _load() -> None:
     if library.exists() and not _open(library):
         library = Path("")
     if not library.is_file():
-        library = cache_dir() / _key() / LIBRARY
-        if not _intact(library):
+        library = _cached()
+        if not builder.is_intact(library, _key()):
             print(
                 f"fastvlm: compiling the CPU extension once, into {library.parent}", file=sys.stderr
             )
@@ -144,60 +136,18 @@ def _open(library: Path) -> bool:
     return True
 
 
-def cache_dir() -> Path:
-    """FASTVLM_CACHE_DIR, else XDG_CACHE_HOME/fastvlm, else ~/.cache/fastvlm."""
-    if directory := os.environ.get("FASTVLM_CACHE_DIR"):
-        return Path(directory)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastvlm"
-
-
-def source_dir() -> Path:
-    """csrc, beside the package in a checkout or inside it when installed."""
-    package = Path(__file__).resolve().parent
-    for directory in (package / "csrc", package.parent / "csrc"):
-        if (directory / "bind_cpu.cpp").exists():
-            return directory
-    raise ExtensionBuildError(f"the sources (csrc) are neither in {package} nor beside it")
-
-
 def build(target_dir: Path | str | None = None, verbose: bool = False) -> Path:
     """Compile the extension into target_dir (default: the cache) unless it is there; its path.
 
     Safe when several processes start at once: one compiles, the others wait and take the result.
-    Raises ExtensionBuildError.
+    Raises BuildError.
     """
-    target = Path(target_dir) if target_dir is not None else cache_dir() / _key()
-    library = target / LIBRARY
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExtensionBuildError(f"cannot write to {target}: {error}") from error
-    with _file_lock(target / ".lock"):
-        if _intact(library):
-            return library
-        with tempfile.TemporaryDirectory(dir=target, prefix="build-") as work:
-            _compile(Path(work), verbose)
-            os.replace(Path(work) / LIBRARY, library)
-        (target / STAMP).write_text(_stamp(library))
-    return library
+    library = _cached() if target_dir is None else Path(target_dir) / LIBRARY
+    return builder.build_once(library, _key(), lambda work: _compile(work, verbose))
 
 
-def _stamp(library: Path) -> str:
-    return f"{_key()} {hashlib.sha256(library.read_bytes()).hexdigest()}"
-
-
-def _intact(library: Path) -> bool:
-    """Whether this is what the sources gave, to the last byte: loading half a file kills Python."""
-    stamp = library.parent / STAMP
-    return library.exists() and stamp.exists() and stamp.read_text() == _stamp(library)
-
-
-@contextlib.contextmanager
-def _file_lock(file: Path) -> Iterator[None]:
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _cached() -> Path:
+    return builder.cache_dir() / _key() / LIBRARY
 
 
 def _is_x86() -> bool:
@@ -211,19 +161,7 @@ def _compiler() -> str:
         program, *options = shlex.split(name)
         if found := shutil.which(program):
             return shlex.join([found, *options])
-    raise ExtensionBuildError(f"no C++ compiler ({wanted or 'g++, c++ or clang++'} not found)")
-
-
-def _ninja() -> str:
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        candidate = Path(ninja.BIN_DIR) / "ninja"
-        if candidate.exists():
-            return str(candidate)
-    if found := shutil.which("ninja"):
-        return found
-    raise ExtensionBuildError("no ninja (pip install ninja)")
+    raise BuildError(f"no C++ compiler ({wanted or 'g++, c++ or clang++'} not found)")
 
 
 def _flags() -> list[str]:
@@ -247,7 +185,7 @@ def _key() -> str:
     import torch
 
     digest = hashlib.sha256()
-    sources = source_dir()
+    sources = builder.source_dir()
     for file in sorted([sources / "bind_cpu.cpp", *sources.glob("*cpu/*")]):
         digest.update(str(file.relative_to(sources)).encode())
         digest.update(file.read_bytes())
@@ -255,14 +193,10 @@ def _key() -> str:
     return f"cpu-torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
 
 
-def _ninja_path(path: Path) -> str:
-    return re.sub(r"([$ :])", r"$\1", str(path))
-
-
 def _compile(work: Path, verbose: bool) -> None:
     from torch.utils import cpp_extension
 
-    sources = source_dir()
+    sources = builder.source_dir()
     includes = [f"-isystem {shlex.quote(p)}" for p in cpp_extension.include_paths()]
     # no rpath: torch is loaded before the library, which may be installed elsewhere
     links = [f"-L{shlex.quote(p)}" for p in cpp_extension.library_paths()]
@@ -276,21 +210,11 @@ def _compile(work: Path, verbose: bool) -> None:
     objects = []
     for file in [sources / "bind_cpu.cpp", *sorted((sources / "bind_cpu").glob("*.cpp"))]:
         objects.append(f"{file.parent.name}.{file.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {_ninja_path(file)}")
+        lines.append(f"build {objects[-1]}: compile {builder.ninja_path(file)}")
     for isa, flags in (_X86 if _is_x86() else {"DEFAULT": []}).items():
         for file in sorted((sources / "cpu").glob("*.cpp")):
             objects.append(f"{file.stem}.{isa}.o")
-            lines.append(f"build {objects[-1]}: compile {_ninja_path(file)}")
+            lines.append(f"build {objects[-1]}: compile {builder.ninja_path(file)}")
             lines.append(f"  isa = -DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {' '.join(flags)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(objects)}\n")
-    (work / "build.ninja").write_text("\n".join(lines))
-    done = subprocess.run(
-        [_ninja(), *(["-v"] if verbose else [])],
-        cwd=work,
-        stdout=None if verbose else subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode != 0:
-        tail = "\n".join((done.stdout or "").splitlines()[-15:])
-        raise ExtensionBuildError(f"the C++ compiler failed:\n{tail}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    builder.run_ninja(work, lines, "the C++ compiler", verbose)

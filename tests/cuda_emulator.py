@@ -22,9 +22,8 @@ import torch
 from torch.utils import cpp_extension
 
 import fastvlm
+from fastvlm import builder
 from fastvlm import cuda as backend
-from fastvlm import extension
-from fastvlm.cuda import library
 
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
@@ -40,7 +39,7 @@ SCHEDULES = ("round robin", "random", "priority")
 
 
 def sources() -> Path:
-    return library.source_dir()
+    return builder.source_dir()
 
 
 def missing() -> str | None:
@@ -125,9 +124,9 @@ def _build(folder: Path) -> None:
 @functools.cache
 def folder() -> Path:
     """Where the compiled emulator lies; built once for these sources."""
-    place = extension.cache_dir() / f"cuda-emulator-{_key()}"
+    place = builder.cache_dir() / f"cuda-emulator-{_key()}"
     place.mkdir(parents=True, exist_ok=True)
-    with extension._file_lock(place / ".lock"):
+    with (place / ".lock").open("w") as lock, builder.locked(lock):
         if not (place / ".done").exists():
             _build(place)
             (place / ".done").touch()

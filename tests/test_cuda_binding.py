@@ -10,12 +10,13 @@ import cuda_emulator
 import pytest
 from torch.utils import cpp_extension
 
+from fastvlm import builder
 from fastvlm.cuda import library
 
 HERE = Path(__file__).parent
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-SOURCES = [library.source_dir() / "bind_cuda.cpp"]
-SOURCES += sorted((library.source_dir() / "bind_cuda").glob("*.cpp"))
+SOURCES = [builder.source_dir() / "bind_cuda.cpp"]
+SOURCES += sorted((builder.source_dir() / "bind_cuda").glob("*.cpp"))
 
 
 @needs_nvcc
@@ -38,7 +39,7 @@ def test_the_binding_compiles_for_a_gpu(source: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which(cuda_emulator.CXX) is None, reason="no C++ compiler")
 def test_slots_of_counters(tmp_path: Path) -> None:
     program = tmp_path / "slots"
-    include = f"-I{library.source_dir()}"
+    include = f"-I{builder.source_dir()}"
     source = str(HERE / "cuda" / "slots.cpp")
     subprocess.run(
         [cuda_emulator.CXX, "-std=c++17", "-pthread", include, source, "-o", str(program)],

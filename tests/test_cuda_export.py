@@ -7,7 +7,7 @@ says how to get such a PyTorch; with its CPU build there is nothing to load the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,14 +26,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[None]:
-    """The library where the package looks for it; what was not there before goes again."""
-    there = library.place().exists()
-    library.build_in_place()
-    yield
-    if not there:
-        library.place().unlink()
-        library.place().with_suffix(".stamp").unlink()
+def loaded() -> None:
+    """The library where the package looks for it."""
+    library.build()
+    library.reason.cache_clear()
 
 
 @pytest.mark.usefixtures("loaded")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvlm import cuda
+from fastvlm import builder, cuda
 from fastvlm.cuda import choice, compiling, library
 from fastvlm.ops import dispatch
 
@@ -37,7 +37,7 @@ def test_why_it_cannot_be_built(cuda_torch: Path, monkeypatch: pytest.MonkeyPatc
     assert library.missing() == "this PyTorch is built without CUDA"
     monkeypatch.setenv("FASTVLM_CUDA", "0")
     assert library.missing() == "refused by FASTVLM_CUDA=0"
-    with pytest.raises(library.CudaBuildError, match="refused"):
+    with pytest.raises(library.BuildError, match="refused"):
         library.build(cuda_torch)
 
 
@@ -45,7 +45,7 @@ def test_every_source_is_compiled_and_linked(cuda_torch: Path) -> None:
     built = library.build(cuda_torch / "work")
     assert built.read_text() == "compiled\n"
     *compiled, linked = (cuda_torch / "calls").read_text().splitlines()
-    sources = library.source_dir()
+    sources = builder.source_dir()
     files = [*sources.glob("bind_cuda.cpp"), *sources.glob("bind_cuda/*.cpp")]
     files += sources.glob("cuda/*.cu")
     assert len(compiled) == len(files)
@@ -57,14 +57,29 @@ def test_every_source_is_compiled_and_linked(cuda_torch: Path) -> None:
 
 
 def test_it_is_built_once(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "place", lambda: cuda_torch / library.LIBRARY)
-    assert library.build_in_place().exists()
+    monkeypatch.setenv("FASTVLM_CACHE_DIR", str(cuda_torch / "cache"))
+    assert library.build() == library.place()
     calls = (cuda_torch / "calls").read_text()
-    library.build_in_place()
+    library.build()
     assert (cuda_torch / "calls").read_text() == calls
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    library.build_in_place()
+    library.build()
     assert (cuda_torch / "calls").read_text() != calls
+
+
+def test_a_damaged_library_is_built_again(
+    cuda_torch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVLM_CACHE_DIR", str(cuda_torch / "cache"))
+    library.build().write_text("half")
+    assert library.build().read_text() == "compiled\n"
+
+
+def test_a_cache_that_cannot_be_written(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cuda_torch / "file").touch()
+    monkeypatch.setenv("FASTVLM_CACHE_DIR", str(cuda_torch / "file"))
+    with pytest.raises(builder.BuildError, match="cannot write to"):
+        library.build()
 
 
 def test_architectures_of_the_list(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +108,7 @@ def test_architectures_that_lists_have(listed: str, codes: list[str]) -> None:
     [("7.5", "8.0 or newer"), ("Volta", "8.0 or newer"), ("9.0;Hoper", "'Hoper' is no compute")],
 )
 def test_lists_that_name_nothing(listed: str, words: str) -> None:
-    with pytest.raises(library.CudaBuildError, match=f"TORCH_CUDA_ARCH_LIST={listed}.*{words}"):
+    with pytest.raises(library.BuildError, match=f"TORCH_CUDA_ARCH_LIST={listed}.*{words}"):
         library._code(listed)
 
 
@@ -103,7 +118,7 @@ def test_what_is_built_is_what_is_counted() -> None:
 
 
 def test_a_compiler_that_fails(cuda_torch: Path) -> None:
-    with pytest.raises(library.CudaBuildError, match="bad words"):
+    with pytest.raises(library.BuildError, match="bad words"):
         library.build(cuda_torch / "broken")
 
 

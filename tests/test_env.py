@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from fastvlm import env
 from fastvlm.__main__ import main
 from fastvlm.tables import markdown_table, text_table
+
+ROOT = Path(__file__).parents[1]
 
 
 def _stub(**functions: object) -> types.ModuleType:
@@ -51,6 +54,41 @@ def test_env_in_a_process_without_extension_or_optional_packages() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "not loaded: refused by FASTVLM_CPU=0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "broken", ["raise OSError('libcudart.so.13: cannot open')", "import nowhere"]
+)
+def test_env_with_a_torch_that_does_not_import(broken: str, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(broken)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvlm", "env"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "libcudart.so.13" in done.stdout or "No module named 'nowhere'" in done.stdout
+    assert not done.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from fastvlm.__main__ import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    for command in ("demo", "caption", "bench", "env", "build"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"usage: fastvlm {command}" in done.stdout
 
 
 def test_env_with_an_extension_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:

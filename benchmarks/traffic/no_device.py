@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fastvlm import extension
+from fastvlm import builder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CXX = os.environ.get("CXX", "g++")
@@ -55,7 +55,7 @@ def preloaded() -> dict[str, str]:
     from torch.utils import cpp_extension
 
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    library = extension.cache_dir() / f"no-device-{key}.so"
+    library = builder.cache_dir() / f"no-device-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]

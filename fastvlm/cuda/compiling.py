@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastvlm.cuda import library
+from fastvlm import builder
 from fastvlm.tables import text_table
 from fastvlm.triton.compiling import nvidia
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
@@ -138,7 +138,7 @@ def compile_one(file: Path, arch: str) -> list[Row]:
 
 
 def compile_all(archs: Sequence[str], only: Sequence[str]) -> list[Row]:
-    files = sorted((library.source_dir() / "cuda").glob("*.cu"))
+    files = sorted((builder.source_dir() / "cuda").glob("*.cu"))
     jobs = [(file, arch) for file in files for arch in archs]
     with ThreadPoolExecutor(2) as pool:
         rows = [row for part in pool.map(lambda job: compile_one(*job), jobs) for row in part]

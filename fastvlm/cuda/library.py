@@ -1,6 +1,7 @@
-"""The compiled CUDA kernels: how the library is built, and loaded once.
+"""The compiled CUDA kernels: what the library is built from, where it lies, and loaded once.
 
-Like fastvlm/extension.py it imports no other part of fastvlm, so that setup.py can use it.
+Like fastvlm/extension.py it imports nothing of torch before it is asked, so that setup.py can use
+it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from fastvlm import builder
+from fastvlm.builder import BuildError
 
 LIBRARY = "_C_cuda.so"
 VARIABLE = "TORCH_CUDA_ARCH_LIST"
@@ -30,10 +32,6 @@ _NAMES = {
     "Blackwell": "10.0;12.0+PTX",
 }  # fmt: skip
 _ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
-
-
-class CudaBuildError(RuntimeError):
-    """The CUDA library does not build: no nvcc, no CUDA in PyTorch, or the compiler's words."""
 
 
 def refused() -> str | None:
@@ -54,15 +52,6 @@ def missing() -> str | None:
     return None if shutil.which("nvcc") else "nvcc is not on the PATH"
 
 
-def source_dir() -> Path:
-    """csrc, beside the package in a checkout or inside it when installed."""
-    package = Path(__file__).resolve().parent.parent
-    for directory in (package / "csrc", package.parent / "csrc"):
-        if (directory / "bind_cuda.cpp").exists():
-            return directory
-    raise CudaBuildError(f"the sources (csrc) are neither in {package} nor beside it")
-
-
 def _code(architectures: str) -> list[str]:
     """nvcc's options for a list such as "8.0;9.0a;10.0+PTX" or "Ampere;Hopper".
 
@@ -74,7 +63,7 @@ def _code(architectures: str) -> list[str]:
     for entry in entries:
         found = _ENTRY.fullmatch(entry)
         if found is None:
-            raise CudaBuildError(
+            raise BuildError(
                 f"{VARIABLE}={architectures}: {entry!r} is no compute capability such as 8.0, 9.0a "
                 f"or 10.0+PTX, and none of {', '.join(_NAMES)}"
             )
@@ -86,7 +75,7 @@ def _code(architectures: str) -> list[str]:
             option = f"-gencode=arch=compute_{number},code={code}_{number}"
             options += [] if option in options else [option]
     if not options:
-        raise CudaBuildError(
+        raise BuildError(
             f"{VARIABLE}={architectures}: nothing in it is of compute capability 8.0 or newer"
         )
     return options
@@ -96,7 +85,10 @@ def commands(work: Path) -> list[list[str]]:
     """What compiles the library into work: each command stands alone, the last one links."""
     from torch.utils import cpp_extension
 
-    sources, defines = source_dir(), ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    sources, defines = (
+        builder.source_dir(),
+        ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"],
+    )
     # torch's alone: nvcc knows its own
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     common = ["-std=c++17", "-O3", *defines, *includes]
@@ -116,22 +108,40 @@ def commands(work: Path) -> list[list[str]]:
     return steps
 
 
-def build(target: Path) -> Path:
-    """Compile the library into target; its path. Raises CudaBuildError."""
+def build(target: Path | None = None) -> Path:
+    """Compile the library into target (default: the cache) unless it is there; its path.
+
+    Raises BuildError.
+    """
     if why := missing():
-        raise CudaBuildError(why)
-    target.mkdir(parents=True, exist_ok=True)
-    for command in commands(target):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise CudaBuildError(f"nvcc failed:\n{tail}")
-    return target / LIBRARY
+        raise BuildError(why)
+    return builder.build_once(_cached() if target is None else target / LIBRARY, _key(), _compile)
+
+
+def _compile(work: Path) -> None:
+    *compiled, linked = commands(work)
+    lines: list[str] = []
+    objects: list[str] = []
+    for number, command in enumerate([*compiled, linked]):
+        out = builder.ninja_path(command[-1])
+        lines.append(f"rule step{number}\n  command = {builder.ninja_command(command)}")
+        lines.append(f"build {out}: step{number} {' '.join(objects) if command is linked else ''}")
+        objects.append(out)
+    builder.run_ninja(work, lines, "nvcc")
+
+
+def _cached() -> Path:
+    return builder.cache_dir() / f"cuda-{_key()[:16]}" / LIBRARY
+
+
+def _packaged() -> Path:
+    """Where a wheel that was built with nvcc carries the library."""
+    return Path(__file__).resolve().parent.parent / LIBRARY
 
 
 def place() -> Path:
-    """Where the package looks for the library."""
-    return Path(__file__).resolve().parent.parent / LIBRARY
+    """The library that is loaded here: the one that came with the package, or the cache's."""
+    return _packaged() if _packaged().exists() else _cached()
 
 
 def _key() -> str:
@@ -139,32 +149,15 @@ def _key() -> str:
     import torch
 
     digest = hashlib.sha256(repr((commands(Path()), torch.__version__)).encode())
-    sources = source_dir()
+    sources = builder.source_dir()
     for file in sorted([sources / "bind_cuda.cpp", *sources.glob("*cuda/*.*")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def build_in_place() -> Path:
-    """Compile the library to where the package looks for it, unless it is there already."""
-    stamp = place().with_suffix(".stamp")
-    if why := missing():
-        raise CudaBuildError(why)
-    if place().exists() and stamp.exists() and stamp.read_text() == _key():
-        return place()
-    with tempfile.TemporaryDirectory() as folder:
-        built = build(Path(folder))
-        # whole or not at all: loading half a library kills Python
-        whole = place().with_suffix(f".{os.getpid()}")
-        shutil.copy2(built, whole)
-        whole.replace(place())
-    stamp.write_text(_key())
-    return place()
-
-
 @functools.cache
 def reason() -> str | None:
-    """Load the library that came with the package; why it cannot be used, None when it can."""
+    """Load the library; why it cannot be used, None when it can."""
     if why := refused():
         return why
     import torch
