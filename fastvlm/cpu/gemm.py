@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import extension
+from fastvlm.compat import pytorch
 from fastvlm.cpu.common import dense_bias, dense_last
 
 # Up to how many rows our kernel, which streams the weight from memory once, is ahead of the
@@ -66,7 +67,7 @@ def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # it has no name for operands whose rows overlap
     x, weight = (t if _is_matrix(t) else t.contiguous() for t in (x, weight))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return pytorch.onednn_linear(x, weight, bias)
 
 
 def _is_matrix(x: Tensor) -> bool:
@@ -87,7 +88,7 @@ def library() -> str:
 
 def _has_onednn() -> bool:
     usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return usable and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return usable and pytorch.has_onednn_linear()
 
 
 _lock = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.compat import pytorch
 from fastvlm.cpu.common import DTYPES, unavailable
 from fastvlm.cpu.gemm import few_rows
 from fastvlm.ops import dispatch
@@ -70,8 +71,11 @@ class CpuStep:
         if not (self._known and x.device.type == "cpu" and x.dtype in DTYPES and few_rows(x)):
             return False
         # a forced backend is for dispatch to find; a dispatch mode wants to see the ops
-        watched = torch._C._len_torch_dispatch_stack() > 0
-        return not watched and dispatch.forced() in (None, "cpu") and unavailable() is None
+        return (
+            not pytorch.is_watched()
+            and dispatch.forced() in (None, "cpu")
+            and unavailable() is None
+        )
 
     def __call__(self, x: Tensor, at: Any, layers: list[Any]) -> Tensor:
         """x [R, d], at: `fastvlm.patching.steps.At`, layers: of the cache -> [R, d]."""

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from fastvlm.compat import hf
 from fastvlm.layout import Layout
 from fastvlm.nn.linear import original
 
-try:
-    from transformers.cache_utils import DynamicLayer
-except ImportError:
-    # transformers 4: no stack is patched there (patching/rules.py), so no layer is ever made
-    DynamicLayer = object
-
+DynamicLayer: Any = hf.cache_layer("DynamicLayer")
 
 # the module that filled a layer; beside the layers, not in them: a cache is copied, saved and kept
 _FILLED_BY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -100,12 +96,11 @@ class SharedCrossLayer(DynamicLayer):
 
 def share(cross: Cache) -> None:
     """Turn a still empty cross-attention cache into a shared one, in place."""
-    cross.layers = []
-    cross.layer_class_to_replicate = SharedCrossLayer
+    hf.set_layer_maker(cross, SharedCrossLayer)
 
 
 def is_shared(cross: Cache) -> bool:
-    return cross.layer_class_to_replicate is SharedCrossLayer
+    return hf.layer_maker(cross) is SharedCrossLayer
 
 
 def layer_of(cross: Cache, index: int) -> SharedCrossLayer:

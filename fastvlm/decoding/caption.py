@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,14 +14,15 @@ import torch
 from torch import Tensor
 
 from fastvlm.checks import fail
+from fastvlm.compat.versions import without_transformers_5
 from fastvlm.decoding.encode import Encoded, encode_once
 from fastvlm.decoding.images import to_pixels
 from fastvlm.decoding.languages import OP, Language, chosen, prompt_texts
 from fastvlm.decoding.prefixes import left_padded, may_pad, row_positions
 from fastvlm.decoding.scores import TokenScores, ended
 
-if int((_version := importlib.metadata.version("transformers")).split(".")[0]) < 5:
-    raise ImportError(f"fastvlm.caption needs transformers 5, here is {_version}")
+if why := without_transformers_5("fastvlm.caption"):
+    raise ImportError(why)
 
 # what caption() makes itself, or what would make rows depend on each other
 _REFUSED = (

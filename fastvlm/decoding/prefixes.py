@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvlm.compat import pytorch
+
 
 def left_padded(
     rows: Sequence[Sequence[int]], device: torch.device
@@ -129,6 +131,6 @@ def starts_of(table: nn.Module, rows: int) -> Tensor | None:
 
 def only_counts(table: nn.Module) -> bool:
     """Whether a table of positions has no hooks but those of `row_positions`."""
-    hooks = [*table._forward_pre_hooks.values(), *table._forward_hooks.values()]
+    hooks = pytorch.forward_hooks(table)
     ours = all(isinstance(getattr(hook, "__self__", None), _Rows) for hook in hooks)
     return ours and "forward" not in vars(table)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-try:
-    from transformers.cache_utils import DynamicLayer
-except ImportError:
-    DynamicLayer = object  # transformers 4, as in fastvlm.decoding.cache
+from fastvlm.compat import hf
+
+DynamicLayer: Any = hf.cache_layer("DynamicLayer")
 
 # positions that a cache has room for at first, beyond those of the prefill; then it doubles
 ROOM = 64
@@ -260,9 +259,8 @@ class RowLayer(DynamicLayer):
 def keep_rows(cache: Cache) -> None:
     """Turn a still empty self-attention cache into one whose rows stay in place."""
     count = len(cache.layers)
-    cache.layers = []
     rows = Rows(cache.__dict__.get("fastvlm_needed"))
-    cache.layer_class_to_replicate = partial(RowLayer, rows)
+    hf.set_layer_maker(cache, partial(RowLayer, rows))
     for index in range(count):
         layer_of(cache, index)
 
@@ -270,18 +268,18 @@ def keep_rows(cache: Cache) -> None:
 def make_room(cache: Cache, positions: int) -> None:
     """Say how many positions a cache may come to, be it one of ours already or turned into one."""
     if keeps_rows(cache):
-        cache.layer_class_to_replicate.args[0].needed = positions
+        hf.layer_maker(cache).args[0].needed = positions
     else:
         cache.__dict__["fastvlm_needed"] = positions
 
 
 def keeps_rows(cache: Any) -> bool:
-    made = getattr(cache, "layer_class_to_replicate", None)
+    made = hf.layer_maker(cache)
     return isinstance(made, partial) and made.func is RowLayer
 
 
 def layer_of(cache: Any, index: int) -> RowLayer:
     while len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
+        cache.layers.append(hf.layer_maker(cache)())
     found: RowLayer = cache.layers[index]
     return found

@@ -18,6 +18,7 @@ from transformers import (
     Florence2ForConditionalGeneration,
 )
 
+from fastvlm.compat import hf
 from fastvlm.demo.arguments import UsageError
 
 # what Florence-2's preprocessor_config.json says
@@ -223,7 +224,7 @@ def _facts(model: Any, ids: Tensor, image_token: int, size: int) -> dict[str, An
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(ids.device.type),
-        "attention": model.config._attn_implementation,
+        "attention": hf.attention_of(model.config),
         "image_size": int(size),
         "image_tokens": image_tokens,
         "prompt_tokens": ids.shape[1] - image_tokens,

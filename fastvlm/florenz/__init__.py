@@ -1,9 +1,9 @@
 """The reference workload: the Florenz models of arXiv 2503.09443. Needs transformers 5."""
 
-import importlib.metadata
+from fastvlm.compat.versions import without_transformers_5
 
-if int((_version := importlib.metadata.version("transformers")).split(".")[0]) < 5:
-    raise ImportError(f"fastvlm.florenz needs transformers 5, here is {_version}")
+if why := without_transformers_5("fastvlm.florenz"):
+    raise ImportError(why)
 
 from fastvlm.florenz.config import FlorenzConfig
 from fastvlm.florenz.freezing import freeze_as_published, parameter_counts

@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as every
-from torch.utils.module_tracker import ModuleTracker
 
 from fastvlm import ops
+from fastvlm.compat import pytorch
 
 DENSE = (Tensor, nn.Parameter)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class Linear(nn.Linear):
@@ -44,15 +37,6 @@ def original(cls: type) -> Any:
     return cls._fastvlm_base
 
 
-def hooks_of_all() -> bool:
-    """Whether there are hooks of all modules, but for those with which a counter of FLOPs notes the
-    names of what is called (`torch.utils.module_tracker`)."""
-    if not every._has_any_global_hook():
-        return False
-    hooks = [h for kind in _HOOKS for h in getattr(every, f"_global{kind}").values()]
-    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
-
-
 def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
@@ -66,8 +50,8 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
         return False
     if original(cls) not in (kinds or (nn.Linear, Linear)):
         return False
-    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+    if "forward" in vars(module) or pytorch.has_hooks(module):  # type: ignore[arg-type]
         return False  # an offloader sets a forward of its own on the instance
-    if hooks_of_all():
+    if pytorch.has_hooks_of_all():
         return False
     return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]

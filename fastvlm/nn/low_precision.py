@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm import ops
+from fastvlm.compat import pytorch
 from fastvlm.cpu import pages
 from fastvlm.nn.linear import DENSE, Linear
 from fastvlm.ops._autograd import needs_grad
@@ -69,7 +70,7 @@ def stored_copy(module: nn.Module, storage: str) -> tuple[Tensor, Tensor | None]
     """
     weight = cast(Tensor, module.weight)
     place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
-    key = storage, weight._version, *place
+    key = storage, pytorch.version_of(weight), *place
     known, copy = _copies.get(module, (None, None))
     if copy is None or known != key or not copy.is_fresh():
         copy = _shared.get(key)

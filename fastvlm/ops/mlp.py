@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
+from fastvlm.compat import pytorch
 from fastvlm.ops._autograd import autocast, autocasts, needs_grad, seed_for, wanted
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import mlp as reference
@@ -199,7 +199,7 @@ def _transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work, which PyTorch's own product knows."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return pytorch.is_transformed()
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

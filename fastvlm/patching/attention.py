@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from fastvlm import ops
+from fastvlm.compat import hf
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
 from fastvlm.patching import static
@@ -109,7 +110,7 @@ def cross_attend(
         v = heads(module.v_proj(states), module.head_dim)
         if isinstance(cache, EncoderDecoderCache):
             layer.fill(k, v, layout, module)
-            cache.is_updated[index] = True
+            hf.set_cross_filled(cache, index)
     out = ops.cross_attention(
         layouts.pack(q),
         k,

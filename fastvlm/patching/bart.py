@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm import ops
+from fastvlm.compat import hf
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
 from fastvlm.patching import bart_step
@@ -210,10 +211,9 @@ def _pre_norm(layer: Any) -> bool | None:
     explicit = getattr(layer, "normalize_before", None)
     if explicit is not None:
         return bool(explicit)
-    names = " ".join(cls.__name__ for cls in type(layer).__mro__)
-    if "MBart" in names:
+    if hf.is_named(layer, "MBart"):
         return True
-    return False if "Bart" in names or "Florence2" in names else None
+    return False if hf.is_named(layer, "Bart") or hf.is_named(layer, "Florence2") else None
 
 
 def _layer(module: Any) -> Swap | str:

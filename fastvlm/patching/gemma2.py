@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from fastvlm import ops
+from fastvlm.compat import hf
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import GegluMLP, gelu_kind
 from fastvlm.nn.norm import RMSNorm
@@ -227,7 +228,7 @@ def _choose_layer(module: Any) -> Swap | str:
 
 
 def is_rms_norm(module: Any) -> bool:
-    named = any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
+    named = hf.is_named(module, "RMSNorm")
     has_eps = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
     return named and has_eps and isinstance(getattr(module, "weight", None), Tensor)
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvlm.compat import hf, pytorch
+from fastvlm.compat.versions import attention_refused
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.logits import show_lazily
-from fastvlm.patching.rules import Host, too_old
+from fastvlm.patching.rules import Host
 
 # rows of 16 bits up to which the CPU's ranking streams the weight (MAX_ROWS of
 # fastvlm/cpu/gemm.py); with more it begins with a float32 copy, and takes 2.5 times as long
@@ -75,7 +77,7 @@ class RankedGeneration(Host):
             )
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        if too_old() is not None:  # before 5 some versions hand over a scorer of beams
+        if attention_refused() is not None:  # before 5 some versions hand over a scorer of beams
             return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
         return self._ranked_beam_search(*args, **kwargs)
 
@@ -109,13 +111,11 @@ class RankedGeneration(Host):
         self, input_ids: Tensor, processors: Any, criteria: Any, config: Any, loop: str
     ) -> str | None:
         """Why this call of a loop must have all logits; None where it need not."""
-        from transformers import GenerationMixin
-
         from fastvlm.patching.processors import unknown
 
-        if (old := too_old()) is not None:
+        if (old := attention_refused()) is not None:
             return old
-        if getattr(super(), loop).__func__ is not getattr(GenerationMixin, loop):
+        if not hf.is_own_loop(getattr(super(), loop), loop):
             return "its decoding loop is not transformers'"
         if config.do_sample:
             return "it draws from all tokens"
@@ -170,4 +170,4 @@ def _emptied(criteria: Any) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    return "forward" in vars(module) or pytorch.has_hooks(module, backward=False)

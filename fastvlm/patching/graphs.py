@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastvlm.compat import pytorch
+
 VARIABLE = "FASTVLM_CUDA_GRAPHS"
 Run = Callable[[], Tensor]
 Step = Callable[[Tensor, Any], Tensor]
@@ -71,7 +73,7 @@ def recorder(x: Tensor) -> Recorder | None:
     if not x.is_cuda or os.environ.get(VARIABLE) != "1":
         return None
     # a dispatch mode watches the ops; a capture around this one takes them as they come
-    if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
+    if pytorch.is_watched() or torch.cuda.is_current_stream_capturing():
         return None
     return CudaGraph()
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import ops
+from fastvlm.compat import pytorch
 from fastvlm.ops._autograd import autocasts
 from fastvlm.patching.tensor_like import TensorLike
 
@@ -64,8 +65,8 @@ class Packed:
             and x.stride() == ours.stride()
             and x.storage_offset() == ours.storage_offset()
             and x.dtype == ours.dtype
-            and x.untyped_storage()._cdata == ours.untyped_storage()._cdata
-            and x._version == ours._version
+            and pytorch.same_storage(x, ours)
+            and pytorch.version_of(x) == pytorch.version_of(ours)
         )
 
 
@@ -99,12 +100,12 @@ class State:
     def now(cls, x: Tensor, weight: Tensor) -> State:
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if autocasts(kind) else None
-        version = None if weight.is_inference() else weight._version
+        version = pytorch.version_of(weight)
         return cls(torch.is_grad_enabled(), autocast, version)
 
     @contextmanager
     def restored(self, weight: Tensor) -> Iterator[None]:
-        if self.version is not None and weight._version != self.version:
+        if self.version is not None and pytorch.version_of(weight) != self.version:
             raise RuntimeError(
                 "fastvlm: outputs.logits must be looked at before the weights change "
                 "(optimizer.step()): a patched model computes them only then"

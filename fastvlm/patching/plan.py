@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvlm.compat.versions import attention_refused
 from fastvlm.nn.linear import Linear
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
-from fastvlm.patching.rules import Rule, StackRule, Swap, takes, too_old
+from fastvlm.patching.rules import Rule, StackRule, Swap, takes
 from fastvlm.patching.weights import LINEAR, adapters_of, choose_linear, read_at_a_step, storage_of
 
 
@@ -50,7 +51,7 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
     for name, module in model.named_modules():
         stack = next((s for s in STACKS if s.matches(module)), None)
         if stack is not None:
-            refused = too_old() or (PREFIX_MASK if module in prefixed else None)
+            refused = attention_refused() or (PREFIX_MASK if module in prefixed else None)
             storage = weights if stack.decodes else None
             shares |= _plan_stack(name, module, stack, wanted, storage, refused, add)
     for name, module, rule in tower_modules(model):

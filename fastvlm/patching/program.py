@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import hooks_of_all, is_plain
+from fastvlm.compat import pytorch
+from fastvlm.nn.linear import is_plain
 from fastvlm.patching.weights import is_low_precision
 
 
@@ -36,10 +37,8 @@ class Instruction(NamedTuple):
 
 def quiet(*modules: Any) -> bool:
     """Whether calling these would run nothing but their forward."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return not hooks_of_all() and not any(
-        "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-        for module in modules
+    return not pytorch.has_hooks_of_all() and not any(
+        "forward" in vars(module) or pytorch.has_hooks(module, backward=False) for module in modules
     )
 
 

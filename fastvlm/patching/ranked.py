@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import ops
+from fastvlm.compat import hf
 from fastvlm.patching.logits import LazyLogits
 from fastvlm.patching.tensor_like import TensorLike, computed
 
@@ -62,8 +63,8 @@ class RankedLogits(LazyLogits):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if self.computed:
             return self.computed[0].to(*args, **kwargs)
-        kept = {"copy": True, "dtype": torch.float32, "device": self.device}
-        if args or self.ndim != 2 or self.divided is not None or kwargs != kept:
+        last = self.ndim == 2 and self.divided is None
+        if not (last and hf.is_cast_of_last_logits(args, kwargs, self.device)):
             return super().to(*args, **kwargs)
         return RankedScores(self, self.shape)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,14 +56,6 @@ class StackRule:
     choose: Callable[[nn.Module], Swap | str]
     rules: tuple[Rule, ...]
     decodes: bool = True
-
-
-def too_old() -> str | None:
-    """Why attention stays with transformers in this environment; None where it need not."""
-    version = importlib.metadata.version("transformers")
-    if int(version.split(".")[0]) >= 5:
-        return None
-    return f"attention and its caches need transformers 5, here is {version}"
 
 
 def has(*names: str) -> Callable[[nn.Module], bool]:

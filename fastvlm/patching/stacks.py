@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
+from fastvlm.compat import hf
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
 from fastvlm.layout import Layout
@@ -198,12 +199,12 @@ class DecoderStack(_Stack):
         parts = [past]
         if isinstance(past, EncoderDecoderCache):
             cross = past.cross_attention_cache
-            if not shared.is_shared(cross) and any(past.is_updated.values()):
+            if not shared.is_shared(cross) and hf.cross_is_filled(past):
                 return False
             parts = [past.self_attention_cache, cross]
         if not kept.keeps_rows(parts[0]) and parts[0].get_seq_length() > 0:
             return False
-        return all(type(part) is DynamicCache and not part.offloading for part in parts)
+        return all(type(part) is DynamicCache and not hf.is_offloaded(part) for part in parts)
 
     def _cross(
         self,

@@ -8,7 +8,6 @@ image. Nothing here asks for a value of a tensor, and no layout is built.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from fastvlm import ops
+from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.patching.rules import Host
 
-try:
-    from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
-except ImportError:
-    # transformers 4: no stack is patched there (patching/rules.py)
-    StaticCache = StaticLayer = StaticSlidingWindowLayer = object
-try:
-    from transformers.masking_utils import create_masks_for_generate
-except ImportError:
-    create_masks_for_generate = None  # nor asked for
+StaticCache: Any = hf.cache_layer("StaticCache")
+StaticLayer: Any = hf.cache_layer("StaticLayer")
+StaticSlidingWindowLayer: Any = hf.cache_layer("StaticSlidingWindowLayer")
 
 
 @dataclass(frozen=True)
@@ -65,11 +59,11 @@ def knows(past: Any, has_cross_attention: bool) -> bool:
         return True
     cross = past.cross_attention_cache
     # filled by transformers' own path, with a row for each reader
-    return _is_static(cross) and (_is_shared(cross) or not any(past.is_updated.values()))
+    return _is_static(cross) and (_is_shared(cross) or not hf.cross_is_filled(past))
 
 
 def _is_static(cache: Any) -> bool:
-    return type(cache) is StaticCache and not cache.offloading
+    return type(cache) is StaticCache and not hf.is_offloaded(cache)
 
 
 def _is_shared(cross: Cache) -> bool:
@@ -142,7 +136,7 @@ def cross_attend(
     """q [B, L, H, D] against the encoder's [I, S, d] -> [B, L, H * D]."""
     index, reads = module.layer_idx, static.cross
     assert reads is not None
-    if cache.is_updated.get(index):
+    if hf.cross_is_filled(cache, index):
         layer = cache.cross_attention_cache.layers[index]
         keys, values = layer.keys, layer.values
     else:
@@ -151,7 +145,7 @@ def cross_attend(
             for part in (module.k_proj, module.v_proj)
         )
         keys, values = cache.cross_attention_cache.update(*new, index)
-        cache.is_updated[index] = True
+        hf.set_cross_filled(cache, index)
     (batch, length), slots = q.shape[:2], reads.shape[1]
     if length > 1:
         reads = reads.repeat_interleave(length, 0)
@@ -169,7 +163,7 @@ def cross_attend(
 
 def additive(mask: Any, config: Any, dtype: torch.dtype) -> Any:
     """A mask of `StaticMasks`, or a dict of them, as transformers' eager attention adds it."""
-    if config._attn_implementation != "eager":
+    if hf.attention_of(config) != "eager":
         return mask
     if isinstance(mask, dict):
         return {name: additive(each, config, dtype) for name, each in mask.items()}
@@ -187,11 +181,10 @@ class StaticMasks(Host):
     """
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
-        make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        make: Any = getattr(super(), "create_masks_for_generate", hf.mask_maker())
         text, embeds = config.get_text_config(), kwargs.get("inputs_embeds")
         step = embeds is not None and embeds.shape[1] == 1
         fused = getattr(decoder_stack(self), "reads_static_caches", False)
-        if step and fused and text._attn_implementation == "eager":
-            config = copy.copy(text)
-            config._attn_implementation_internal = "sdpa"
+        if step and fused and hf.attention_of(text) == "eager":
+            config = hf.config_with_attention(text, "sdpa")
         return make(config=config, **kwargs)

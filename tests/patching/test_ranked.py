@@ -18,10 +18,10 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 import fastvlm
 from fastvlm import ops
+from fastvlm.compat.versions import attention_refused
 from fastvlm.patching import generation
-from fastvlm.patching.rules import too_old
 
-pytestmark = pytest.mark.skipif(too_old() is not None, reason=str(too_old()))
+pytestmark = pytest.mark.skipif(attention_refused() is not None, reason=str(attention_refused()))
 
 STEPS = 12
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ from transformers import generation
 from transformers.generation.logits_process import LogitsProcessorList
 
 from fastvlm import ops
-from fastvlm.patching.rules import too_old
+from fastvlm.compat.versions import attention_refused
 
-if too_old() is not None:
-    pytest.skip(str(too_old()), allow_module_level=True)
+if attention_refused() is not None:
+    pytest.skip(str(attention_refused()), allow_module_level=True)
 
 from fastvlm.patching.logits import State, Wanted
 from fastvlm.patching.processors import APPLY, RankedProcessors

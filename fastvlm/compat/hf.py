@@ -1,0 +1,105 @@
+"""Names of transformers that it does not promise.
+
+Unless a function says otherwise it is right for transformers 5.0 to 5.24. Nothing here imports
+transformers before it is called: fastvlm's ops stand without it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# what fastvlm's mixins override of GenerationMixin and call again: name -> leading parameters
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_sample": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
+    "_beam_search": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
+    "_update_model_kwargs_for_generation": ("outputs",),
+    "_prefill": ("input_ids", "generation_config"),
+    "_expand_inputs_for_generation": ("expand_size", "is_encoder_decoder", "input_ids"),
+    "_prepare_cache_for_generation": (
+        "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length",
+    ),
+    "_prepare_attention_mask_for_generation": (
+        "inputs_tensor", "generation_config", "model_kwargs",
+    ),
+}  # fmt: skip
+
+
+def cache_layer(name: str) -> Any:
+    """A class of transformers.cache_utils for the cache of one layer, to derive from.
+
+    `object` on transformers 4.48 to 4.53, which has none; there no stack is patched.
+    """
+    from transformers import cache_utils
+
+    return getattr(cache_utils, name, object)
+
+
+def layer_maker(cache: Any) -> Any:
+    """What a cache calls for each layer that it gets while it is filled; None where it has none."""
+    return getattr(cache, "layer_class_to_replicate", None)
+
+
+def set_layer_maker(cache: Any, make: Callable[[], Any]) -> None:
+    """Let a cache without layers call make() for each of them."""
+    cache.layers = []
+    cache.layer_class_to_replicate = make
+
+
+def is_offloaded(cache: Any) -> bool:
+    """Whether a cache moves its layers away from the device between their uses."""
+    return bool(cache.offloading)
+
+
+def cross_is_filled(cache: Any, layer: int | None = None) -> bool:
+    """Whether a layer's keys of the encoder (None: any layer's) are in an EncoderDecoderCache."""
+    filled = cache.is_updated
+    return any(filled.values()) if layer is None else bool(filled.get(layer))
+
+
+def set_cross_filled(cache: Any, layer: int) -> None:
+    """Note that a layer's keys of the encoder are there, so that nobody computes them again."""
+    cache.is_updated[layer] = True
+
+
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a config names: "eager", "sdpa", or another's."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def config_with_attention(config: Any, name: str) -> Any:
+    """A copy of a config that names another implementation of attention, unchecked."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = name
+    return config
+
+
+def mask_maker() -> Callable[..., Any] | None:
+    """transformers.masking_utils.create_masks_for_generate; None on 4.48 to 4.52."""
+    try:
+        from transformers.masking_utils import create_masks_for_generate
+    except ImportError:
+        return None
+    make: Callable[..., Any] = create_masks_for_generate
+    return make
+
+
+def is_own_loop(loop: Any, name: str) -> bool:
+    """Whether a bound method is GenerationMixin's own decoding loop of that name."""
+    from transformers import GenerationMixin
+
+    return loop.__func__ is getattr(GenerationMixin, name)
+
+
+def is_cast_of_last_logits(args: Any, kwargs: Any, device: torch.device) -> bool:
+    """Whether .to(*args, **kwargs) is how a decoding loop takes the last logits to float32."""
+    return not args and kwargs == {"copy": True, "dtype": torch.float32, "device": device}
+
+
+def is_named(module: Any, part: str) -> bool:
+    """Whether part stands in the name of a module's class, or of one that it derives from."""
+    return any(part in cls.__name__ for cls in type(module).__mro__)

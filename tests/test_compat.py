@@ -1,0 +1,209 @@
+"""Each name of another library that fastvlm.compat stands for, on the versions installed here."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+from transformers import GenerationMixin, cache_utils
+
+from fastvlm.compat import hf, pytorch, versions
+
+FIVE = versions.attention_refused() is None
+on_transformers_5 = pytest.mark.skipif(not FIVE, reason=str(versions.attention_refused()))
+
+
+def config() -> tf.Gemma2Config:
+    return tf.Gemma2Config(
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+
+
+def test_versions_are_read_as_numbers() -> None:
+    assert versions.parsed("2.13.0+cpu") == (2, 13, 0)
+    assert versions.parsed("5.17.0.dev0") == (5, 17, 0)
+    assert versions.parsed("5.0.0rc1") == (5, 0, 0)
+    assert versions.installed("transformers") == tf.__version__
+    assert versions.installed("no-package-of-this-name") is None
+
+
+def test_transforms_are_seen() -> None:
+    seen: list[bool] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        seen.append(pytorch.is_transformed())
+        return x.sin()
+
+    x = torch.ones(2)
+    note(x)
+    torch.func.vmap(note)(x)
+    torch.func.jvp(note, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        note(x)
+    assert seen == [False, True, True, True]
+    assert not pytorch.is_transformed()
+
+
+def test_dispatch_modes_are_seen() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    assert not pytorch.is_watched()
+    with Mode():
+        assert pytorch.is_watched()
+
+
+def test_writes_are_counted_and_storages_compared() -> None:
+    x, other = torch.zeros(4), torch.zeros(4)
+    before = pytorch.version_of(x)
+    x.add_(1)
+    assert pytorch.version_of(x) != before
+    assert pytorch.same_storage(x, x[1:])
+    assert not pytorch.same_storage(x, other)
+    with torch.inference_mode():
+        assert pytorch.version_of(torch.ones(1)) is None
+
+
+def test_hooks_are_seen() -> None:
+    module = nn.Linear(2, 2)
+    assert not pytorch.has_hooks(module)
+    hook = module.register_full_backward_hook(lambda *_: None)
+    assert pytorch.has_hooks(module)
+    assert not pytorch.has_hooks(module, backward=False)
+    hook.remove()
+
+    def before(*_: object) -> None: ...
+
+    hook = module.register_forward_pre_hook(before)
+    assert pytorch.has_hooks(module, backward=False)
+    assert pytorch.forward_hooks(module) == [before]
+    hook.remove()
+    assert not pytorch.has_hooks(module)
+
+
+def test_hooks_of_all_modules_are_seen_but_those_that_note_names() -> None:
+    assert not pytorch.has_hooks_of_all()
+    with ModuleTracker():
+        assert not pytorch.has_hooks_of_all()
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert pytorch.has_hooks_of_all()
+    hook.remove()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_the_product_of_onednn() -> None:
+    assert pytorch.has_onednn_linear()
+    x, weight, bias = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
+    for b in (bias, None):
+        assert torch.allclose(
+            pytorch.onednn_linear(x, weight, b), F.linear(x, weight, b), atol=1e-5
+        )
+
+
+@on_transformers_5
+@pytest.mark.parametrize("name", hf.OVERRIDDEN)
+def test_overridden_methods_are_there_with_these_arguments(name: str) -> None:
+    parameters = list(inspect.signature(getattr(GenerationMixin, name)).parameters)
+    own = [p for p in parameters if p != "self"]
+    assert own[: len(hf.OVERRIDDEN[name])] == list(hf.OVERRIDDEN[name])
+
+
+@on_transformers_5
+def test_a_cache_makes_its_layers_as_it_is_told() -> None:
+    made = []
+
+    class Layer(hf.cache_layer("DynamicLayer")):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    cache = cache_utils.DynamicCache()
+    hf.set_layer_maker(cache, Layer)
+    assert hf.layer_maker(cache) is Layer
+    for index in range(2):
+        cache.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), index)
+    assert cache.layers == made
+    assert cache.get_seq_length() == 3
+    assert not hf.is_offloaded(cache)
+    assert hf.layer_maker(object()) is None
+
+
+@on_transformers_5
+def test_layers_of_static_caches_have_the_names_that_are_read() -> None:
+    cache = cache_utils.StaticCache(config(), max_cache_len=8)
+    assert isinstance(cache, hf.cache_layer("StaticCache"))
+    kinds = {type(layer) for layer in cache.layers}
+    assert kinds <= {hf.cache_layer("StaticLayer"), hf.cache_layer("StaticSlidingWindowLayer")}
+    assert not hf.is_offloaded(cache)
+    assert hf.cache_layer("NoSuchLayer") is object
+
+
+@on_transformers_5
+def test_cross_caches_note_what_is_filled() -> None:
+    DynamicCache = cache_utils.DynamicCache
+    cache = cache_utils.EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert not hf.cross_is_filled(cache)
+    assert not hf.cross_is_filled(cache, 1)
+    hf.set_cross_filled(cache, 1)
+    assert hf.cross_is_filled(cache)
+    assert hf.cross_is_filled(cache, 1)
+    assert not hf.cross_is_filled(cache, 0)
+
+
+@on_transformers_5
+def test_a_config_names_its_attention() -> None:
+    model = tf.Gemma2Model(config())
+    model.set_attn_implementation("eager")
+    assert hf.attention_of(model.config) == "eager"
+    other = hf.config_with_attention(model.config, "sdpa")
+    assert hf.attention_of(other) == "sdpa"
+    assert hf.attention_of(model.config) == "eager"
+    assert hf.attention_of(copy.deepcopy(other)) == "sdpa"
+    assert callable(hf.mask_maker())
+
+
+@on_transformers_5
+@pytest.mark.parametrize("name", ["_sample", "_beam_search"])
+def test_loops_of_transformers_are_told_from_others(name: str) -> None:
+    class Other(tf.Gemma2ForCausalLM):
+        def _sample(self, *args, **kwargs): ...  # type: ignore[no-untyped-def]
+
+        def _beam_search(self, *args, **kwargs): ...  # type: ignore[no-untyped-def]
+
+    with torch.device("meta"):
+        own, other = tf.Gemma2ForCausalLM(config()), Other(config())
+    assert hf.is_own_loop(getattr(own, name), name)
+    assert not hf.is_own_loop(getattr(other, name), name)
+
+
+@on_transformers_5
+@pytest.mark.parametrize("name", ["_sample", "_beam_search"])
+def test_loops_take_the_last_logits_to_float32_as_is_expected(name: str) -> None:
+    """A loop that does it otherwise ranks nothing, and nobody would notice but by the time."""
+    source = inspect.getsource(getattr(GenerationMixin, name))
+    assert ".to(copy=True, dtype=torch.float32, device=input_ids.device)" in source
+    cpu = torch.device("cpu")
+    assert hf.is_cast_of_last_logits((), {"copy": True, "dtype": torch.float32, "device": cpu}, cpu)
+    assert not hf.is_cast_of_last_logits((torch.float32,), {}, cpu)
+    assert not hf.is_cast_of_last_logits((), {"dtype": torch.float32}, cpu)
+
+
+def test_classes_are_known_by_their_names() -> None:
+    class OwnRMSNorm(nn.Module): ...
+
+    class Derived(OwnRMSNorm): ...
+
+    assert hf.is_named(Derived(), "RMSNorm")
+    assert not hf.is_named(nn.LayerNorm(2), "RMSNorm")
