@@ -106,6 +106,22 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case", nargs="*", help="only cases whose name contains one of these")
 
 
+def _florenz(args: argparse.Namespace) -> int:
+    return int(importlib.import_module("fastvlm.florenz.data.command").run(args))
+
+
+def _florenz_arguments(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    data = steps.add_parser(
+        "data",
+        help="make training data, or look through it",
+        description="Training data in the published form: WebDataset shards of images with texts, "
+        "each with task, language and prompt. Of a small world that needs no download, or of "
+        "images and texts of your own.",
+    )
+    importlib.import_module("fastvlm.florenz.data.command").add(data)
+
+
 COMMANDS = {
     "env": Command("versions, hardware, and which backend each op uses here", _env),
     "build": Command("compile the extension (CPU kernels) now, not at first use", _build),
@@ -124,6 +140,11 @@ COMMANDS = {
         "and all languages and beams decode together. Each caption begins with the first words of "
         "its language, which is how captions emerge in languages that a model was only taught to "
         "translate into (arXiv 2503.09443).",
+    ),
+    "florenz": Command(
+        "the reference workload, arXiv 2503.09443: its training data",
+        _florenz,
+        _florenz_arguments,
     ),
     "bench": Command(
         "run the kernel benchmarks (from a checkout)",

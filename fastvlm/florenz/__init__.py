@@ -1,15 +1,19 @@
-"""The reference workload: the Florenz models of arXiv 2503.09443. Needs transformers 5."""
+"""The reference workload: the Florenz models of arXiv 2503.09443, their data, and a small world.
 
-from fastvlm.compat.versions import without_transformers_5
+The models need transformers 5; `fastvlm.florenz.data` and `fastvlm.florenz.world` do not.
+"""
 
-if why := without_transformers_5("fastvlm.florenz"):
-    raise ImportError(why)
+from __future__ import annotations
 
-from fastvlm.florenz.config import FlorenzConfig
-from fastvlm.florenz.freezing import freeze_as_published, parameter_counts
-from fastvlm.florenz.model import FlorenzForConditionalGeneration, FlorenzModel
-from fastvlm.florenz.parts import from_pretrained_parts
-from fastvlm.florenz.vocabulary import remapped_embedding
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvlm.florenz.config import FlorenzConfig
+    from fastvlm.florenz.freezing import freeze_as_published, parameter_counts
+    from fastvlm.florenz.model import FlorenzForConditionalGeneration, FlorenzModel
+    from fastvlm.florenz.parts import from_pretrained_parts
+    from fastvlm.florenz.vocabulary import remapped_embedding
 
 __all__ = [
     "FlorenzConfig",
@@ -20,3 +24,23 @@ __all__ = [
     "parameter_counts",
     "remapped_embedding",
 ]
+
+_HOME = {
+    "FlorenzConfig": "config",
+    **dict.fromkeys(("freeze_as_published", "parameter_counts"), "freezing"),
+    **dict.fromkeys(("FlorenzForConditionalGeneration", "FlorenzModel"), "model"),
+    "from_pretrained_parts": "parts",
+    "remapped_embedding": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastvlm.florenz' has no attribute {name!r}")
+
+    from fastvlm.compat.versions import without_transformers_5
+
+    if why := without_transformers_5(f"fastvlm.florenz.{name}"):
+        raise ImportError(why)
+    value = globals()[name] = getattr(import_module(f"fastvlm.florenz.{_HOME[name]}"), name)
+    return value
