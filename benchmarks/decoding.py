@@ -33,9 +33,9 @@ from benchmarks import decoding_targets, measure, steps
 from benchmarks.decoding_targets import AS_PUBLISHED, SEPARATE, TOGETHER
 from benchmarks.steps import Captioning
 from fastvlm import env
+from fastvlm.captioning import models
 from fastvlm.cpu.step import timed
 from fastvlm.decoding.languages import LANGUAGES
-from fastvlm.demo import captioner
 from fastvlm.demo.workload import load_photo
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
 from fastvlm.tables import text_table
@@ -133,7 +133,7 @@ def caches_noted(model: Any) -> Iterator[list[int]]:
 def languages_case(rounds: int, tiny: bool) -> dict[str, Any]:
     """Whole calls, the vision tower included, which the six calls run six times."""
     photo, _ = load_photo(None)
-    made = captioner.random(tiny, "cpu")
+    made = models.random(tiny, "cpu")
     tokens = 4 if tiny else 32
     wish = {"num_beams": 4, "max_new_tokens": tokens, "min_new_tokens": tokens}
     codes = list(LANGUAGES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvlm import nn, ops
+    from fastvlm.captioning.captioner import Captioner
     from fastvlm.decoding.caption import Caption, caption
     from fastvlm.layout import Layout
     from fastvlm.ops.dispatch import use
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Caption",
+    "Captioner",
     "Layout",
     "PatchError",
     "caption",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("Caption", "caption"), "fastvlm.decoding.caption"),
+    "Captioner": "fastvlm.captioning.captioner",
     "Layout": "fastvlm.layout",
     "use": "fastvlm.ops.dispatch",
     "log_prob_change": "fastvlm.patching.log_probs",

@@ -133,13 +133,15 @@ COMMANDS = {
         "process: tokens, times and memory of both. Exit code 1 if tokens differ.",
     ),
     "caption": Command(
-        "describe photos in several languages at once",
+        "describe photos, folders and shards of them, in several languages at once",
         _demo,
-        _arguments_of("fastvlm.demo.caption_arguments"),
+        _arguments_of("fastvlm.captioning.arguments"),
         "Describe photos in several languages with a patched model: each photo is encoded once, "
         "and all languages and beams decode together. Each caption begins with the first words of "
         "its language, which is how captions emerge in languages that a model was only taught to "
-        "translate into (arXiv 2503.09443).",
+        "translate into (arXiv 2503.09443). With --out a whole folder, or shards: every answer is "
+        "a line of JSON, what cannot be read is a line that says why, and --resume takes it up "
+        "wherever it ended; under torchrun several processes share the work.",
     ),
     "florenz": Command(
         "the reference workload, arXiv 2503.09443: its training data",

@@ -78,6 +78,12 @@ def config_with_attention(config: Any, name: str) -> Any:
     return config
 
 
+def commit_of(config: Any) -> str | None:
+    """The commit of a hub's checkpoint that a config was loaded from; None for one of a folder."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
 def mask_maker() -> Callable[..., Any] | None:
     """transformers.masking_utils.create_masks_for_generate; None on 4.48 to 4.52."""
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor
 
 from fastvlm.checks import fail
 from fastvlm.decoding.languages import OP
+from fastvlm.decoding.pictures import PictureError, as_rgb, open_picture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+    Images: TypeAlias = Picture | list[Any] | tuple[Any, ...]
 
 _WANTED = (
     "a path, a PIL image, a uint8 array [H, W, 3], or floating pixel_values [3, H, W], or a list "
@@ -18,54 +26,66 @@ _WANTED = (
 )
 
 
-def to_pixels(images: Any, image_processor: Any) -> Tensor:
+def is_stream(images: Any) -> bool:
+    """Whether images are read one after the other: an iterable, and none of the forms above."""
+    known = isinstance(images, (str, os.PathLike, Tensor, np.ndarray, list, tuple))
+    # a PIL image has no iterator
+    return not known and isinstance(images, Iterable)
+
+
+def to_pixels(images: Any, image_processor: Any, first: int = 0) -> Tensor:
     """-> pixel_values [images, 3, H, W], on the CPU unless tensors from elsewhere were given.
 
     Pictures and paths go through image_processor(images=[...], return_tensors="pt"); floating
-    tensors and arrays are pixel_values already. ValueError: no image, something else than an
-    image, a file that is none, images of several sizes.
+    tensors and arrays are pixel_values already. first: the number of the first in messages.
+    ValueError: no image, something else than an image, a file that is none, images of several
+    sizes.
     """
     batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     items = list(images) if batch or isinstance(images, (list, tuple)) else [images]
     if not items:
         raise fail(OP, "images", "one image or more", images)
-    pixels = [_pixels(item, index, image_processor) for index, item in enumerate(items)]
-    first = pixels[0]
-    for index, other in enumerate(pixels):
-        if other.shape != first.shape:
-            wanted = f"of the size of images[0], {list(first.shape)}"
-            raise fail(OP, f"images[{index}]", wanted, other)
-    return torch.stack([one.to(first) for one in pixels])
+    names = [f"images[{first + index}]" for index in range(len(items))]
+    pixels = [pixels_of(as_image(item, name), image_processor) for item, name in zip(items, names)]
+    for name, other in zip(names, pixels):
+        if other.shape != pixels[0].shape:
+            wanted = f"of the size of {names[0]}, {list(pixels[0].shape)}"
+            raise fail(OP, name, wanted, other)
+    return torch.stack([one.to(pixels[0]) for one in pixels])
 
 
-def _pixels(image: Any, index: int, image_processor: Any) -> Tensor:
-    """[3, H, W] of one image."""
-    name = f"images[{index}]"
+def pixels_of(image: Any, image_processor: Any) -> Tensor:
+    """[3, H, W] of one result of `as_image`."""
+    if isinstance(image, Tensor):
+        return image
+    if image_processor is None:
+        raise fail(OP, "processor", "one with an image_processor, or images pixel_values", None)
+    pixels: Tensor = image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    return pixels
+
+
+def as_image(image: Any, name: str) -> Any:
+    """One image in any of its forms: an RGB PIL image, or pixel_values [3, H, W]."""
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
         image = torch.from_numpy(np.ascontiguousarray(image))
     if isinstance(image, Tensor):
         if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise fail(OP, name, _WANTED, image)
         return image
-    if image_processor is None:
-        raise fail(OP, "processor", "one with an image_processor, or images pixel_values", None)
-    batch = image_processor(images=[_picture(image, name)], return_tensors="pt")
-    pixels: Tensor = batch["pixel_values"][0]
-    return pixels
+    return _picture(image, name)
 
 
 def _picture(image: Any, name: str) -> Any:
     from PIL import Image
 
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, os.PathLike)):
         try:
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "no image format that Pillow knows"
-            raise ValueError(
+            return open_picture(image)
+        except PictureError as error:
+            raise PictureError(
                 f"fastvlm.{OP}: {name} must be an image that can be read; got {str(image)!r} "
-                f"({reason})"
+                f"({error.reason})",
+                error.reason,
             ) from error
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3:
@@ -74,4 +94,9 @@ def _picture(image: Any, name: str) -> Any:
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise fail(OP, name, _WANTED, image)
-    return image.convert("RGB")
+    try:
+        return as_rgb(image)
+    except (PictureError, OSError) as error:
+        raise PictureError(
+            f"fastvlm.{OP}: {name} must be an image that can be read ({error})", str(error)
+        ) from error

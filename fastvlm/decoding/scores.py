@@ -7,7 +7,7 @@ needs and lets go of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from transformers import StoppingCriteria
 
 
 class TokenScores(StoppingCriteria):
-    """The log-probability of the token that each row took, step by step; never stops anything.
+    """The log-probability of the token that each row took, step by step.
 
     Goes last in the list of criteria, as it empties the scores that it was given. With beams it
-    notes nothing (transformers ranks those itself), and only empties.
+    notes nothing (transformers ranks those itself), and only empties. stop: all rows end once it
+    returns True; it is here, as a criterion of its own could have looked at the scores.
     """
 
-    def __init__(self, beams: bool) -> None:
+    def __init__(self, beams: bool, stop: Callable[[], bool] | None = None) -> None:
         self.beams = beams
+        self.stop = stop
         self.empties_unseen = beams
         self.steps: list[Tensor] = []
 
@@ -36,7 +38,8 @@ class TokenScores(StoppingCriteria):
             last.data = last.new_empty(0)  # generate() holds the same tensor
         else:
             last.forget()  # a patched model's ranking, of which nobody has asked the rest
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        ends = self.stop is not None and self.stop()
+        return torch.full((input_ids.shape[0],), ends, dtype=torch.bool, device=input_ids.device)
 
     def of(self, row: int, tokens: int, length_penalty: float) -> float:
         """The summed log-probability of a row's first tokens, over tokens ** length_penalty, which

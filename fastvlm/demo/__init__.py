@@ -1,4 +1,4 @@
-"""The demo, one photo captioned with and without fastvlm, and captions in many languages."""
+"""The demo: one photo captioned with and without fastvlm."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastvlm.demo.arguments import UsageError
 def run(args: argparse.Namespace) -> int:
     """Run a command, demo or caption, with its parsed arguments; returns the exit code."""
     # imported here: the command line must print its help without importing torch
-    name = "captions" if args.command == "caption" else "show"
+    name = "captioning.command" if args.command == "caption" else "demo.show"
     try:
-        command = import_module(f"fastvlm.demo.{name}")
+        command = import_module(f"fastvlm.{name}")
     except ModuleNotFoundError as error:
         wanted = "what pip install 'fastvlm[demo]' brings"
         raise UsageError("this command", wanted, f"no module {error.name}") from None

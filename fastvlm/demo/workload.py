@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fastvlm.compat import hf
+from fastvlm.decoding.pictures import PictureError, open_picture
 from fastvlm.demo.arguments import UsageError
 
 # what Florence-2's preprocessor_config.json says
@@ -59,11 +60,10 @@ def load_photo(path: str | None) -> tuple[Image.Image, str]:
 
         path = str(Path(skimage.__file__).parent / "data" / DEFAULT_PHOTO)
     try:
-        with Image.open(path) as photo:
-            return photo.convert("RGB"), Path(path).name
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "no image format that it knows"
-        raise UsageError("--image", "an image that Pillow can read", f"{path} ({reason})") from None
+        return open_picture(path), Path(path).name
+    except PictureError as error:
+        given = f"{path} ({error.reason})"
+        raise UsageError("--image", "an image that Pillow can read", given) from None
 
 
 def to_pixels(photo: Image.Image, size: int) -> Tensor:

@@ -145,7 +145,7 @@ def test_one_generate_for_all_prefixes(told: Speaker, monkeypatch: pytest.Monkey
     assert calls == [8]
     calls.clear()
     # a family whose positions nobody knows how to count: as few calls as lengths
-    monkeypatch.setattr("fastvlm.decoding.caption.may_pad", lambda model: False)
+    monkeypatch.setattr("fastvlm.decoding.writer.may_pad", lambda model: False)
     grouped = caption(told, pixels(2))
     assert sorted(calls) == [4, 4]
     assert [c.tokens for c in grouped] == [c.tokens for c in together]

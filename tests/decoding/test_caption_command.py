@@ -14,7 +14,7 @@ from transformers import Florence2Processor
 
 import fastvlm
 from fastvlm.__main__ import main
-from fastvlm.demo.captioner import invented_tokenizer
+from fastvlm.captioning.models import invented_tokenizer
 
 
 def photos(folder: Path) -> list[str]:

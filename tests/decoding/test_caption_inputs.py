@@ -45,6 +45,43 @@ def test_images_come_in_many_forms(tmp_path: Path) -> None:
     assert to_pixels(picture(1).convert("L"), take).shape == (1, 3, SIZE, SIZE)
 
 
+def test_an_iterable_is_read_as_its_captions_are_asked_for() -> None:
+    told = speaker("florence2")
+    taken: list[int] = []
+
+    def pictures() -> Any:
+        for seed in range(100):
+            taken.append(seed)
+            yield picture(seed)
+        raise AssertionError("nobody asked for so many")
+
+    settings: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 2}
+    stream = fastvlm.caption(
+        told.model, told.processor, pictures(), ["en", "de"], batch_size=2, **settings
+    )
+    assert taken == []
+    got = [next(stream) for _ in range(10)]
+    assert taken == [0, 1, 2, 3, 4, 5]
+    want = fastvlm.caption(
+        told.model, told.processor, [picture(seed) for seed in range(5)], ["en", "de"], **settings
+    )
+    assert [(c.image, c.language, c.tokens) for c in got] == [
+        (c.image, c.language, c.tokens) for c in want
+    ]
+    # what is refused of the arguments is refused at once, a picture when it is reached
+    with pytest.raises(ValueError, match="languages must be one code"):
+        fastvlm.caption(told.model, told.processor, iter([1]), [])
+    stream = fastvlm.caption(
+        told.model, told.processor, iter([picture(1), "no.png"]), ["en"], batch_size=1, **settings
+    )
+    assert next(stream).image == 0
+    with pytest.raises(ValueError, match=r"images\[1\] must be an image that can be read"):
+        next(stream)
+    assert list(fastvlm.caption(told.model, told.processor, iter([]), ["en"])) == []
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        fastvlm.caption(told.model, told.processor, iter([]), ["en"], batch_size=0)
+
+
 def test_prompts_are_those_of_florence2s_processor() -> None:
     """Ids and states, task token and text, two prompts of different lengths."""
     told, real = speaker("florence2"), florence2_processor()

@@ -9,57 +9,72 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from fastvlm.compat import hf
 from fastvlm.demo import workload
 from fastvlm.demo.arguments import UsageError
 
+RANDOM = "The weights are random, so the text means nothing. With --model real weights write it."
+
 
 @dataclass
-class Captioner:
-    """Arguments of fastvlm.caption, the model's name, and whether its weights are real."""
+class Loaded:
+    """Arguments of fastvlm.caption, the model's name, and whether its weights are real.
+
+    id, revision: what a line of the output says of the model; revision None where nothing tells.
+    """
 
     model: Any
     processor: Any
     tokenizer: Any
     name: str
     real: bool
+    id: str
+    revision: str | None
 
 
-def pretrained(model_id: str, tokenizer_id: str | None, device: str) -> Captioner:
+def pretrained(
+    model_id: str,
+    tokenizer_id: str | None,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
     """A Florence-2 or Florenz checkpoint with its processor; UsageError where it does not load."""
     from transformers import PreTrainedConfig
 
     try:
         kind = PreTrainedConfig.get_config_dict(model_id)[0].get("model_type")
         load = _florenz if kind == "florenz" else _florence2
-        model, processor, tokenizer = load(model_id, tokenizer_id)
+        model, processor, tokenizer = load(model_id, tokenizer_id, dtype)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         wanted = "a Florence-2 or Florenz model id or folder, with its processor"
         raise UsageError("--model", wanted, f"{model_id} ({reason})") from None
-    return Captioner(model.eval().to(device), processor, tokenizer, Path(model_id).name, True)
+    # of a hub's checkpoint the commit; a folder has none
+    revision = hf.commit_of(model.config)
+    model = model.eval().to(device)
+    return Loaded(model, processor, tokenizer, Path(model_id).name, True, model_id, revision)
 
 
-def _florence2(model_id: str, tokenizer_id: str | None) -> tuple[Any, Any, Any]:
+def _florence2(model_id: str, tokenizer_id: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
     if tokenizer_id is not None:
         raise UsageError("--tokenizer", "a Florenz model beside it", tokenizer_id)
     processor = AutoProcessor.from_pretrained(model_id)
     return (
-        Florence2ForConditionalGeneration.from_pretrained(model_id, dtype=torch.float32),
+        Florence2ForConditionalGeneration.from_pretrained(model_id, dtype=dtype),
         processor,
         None,
     )
 
 
-def _florenz(model_id: str, tokenizer_id: str | None) -> tuple[Any, Any, Any]:
+def _florenz(model_id: str, tokenizer_id: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer, Florence2Processor
 
     from fastvlm.florenz import FlorenzForConditionalGeneration
 
-    model = FlorenzForConditionalGeneration.from_pretrained(model_id, dtype=torch.float32)
+    model = FlorenzForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
     processor = Florence2Processor.from_pretrained(model_id)
     if tokenizer_id is None:
         tokenizer = AutoTokenizer.from_pretrained(model_id, subfolder="decoder_tokenizer")
@@ -68,28 +83,38 @@ def _florenz(model_id: str, tokenizer_id: str | None) -> tuple[Any, Any, Any]:
     return model, processor, tokenizer
 
 
-def random(small: bool, device: str) -> Captioner:
+def random(small: bool, device: str, dtype: torch.dtype = torch.float32) -> Loaded:
     """Florence-2-base's shapes, or a tiny model's; the words for its tokens are made up."""
     config = workload.small() if small else workload.florence2_base()
-    model = workload.random_model(config).to(device)
-    words = invented_tokenizer(model.config.image_token_id)
-    processor = _Processor(words, 96 if small else workload.IMAGE_SIZE)
+    model = workload.random_model(config).to(device, dtype)
+    processor = _processor(model.config.image_token_id, 96 if small else workload.IMAGE_SIZE)
     name = "a tiny Florence-2" if small else "Florence-2-base"
-    return Captioner(model, processor, None, name, False)
+    return Loaded(model, processor, None, name, False, f"{name}, random", f"seed {workload.SEED}")
 
 
-class _Processor:
-    """The two parts of Florence-2's processor that fastvlm.caption asks for."""
+def _processor(vocabulary: int, size: int) -> Any:
+    """transformers' own, as Florence-2 has it, with made-up words."""
+    from transformers import CLIPImageProcessor, Florence2Processor
 
-    def __init__(self, tokenizer: Any, size: int) -> None:
-        self.tokenizer = tokenizer
-        self.size = size
+    pictures = CLIPImageProcessor(
+        size={"height": size, "width": size},
+        resample=Image.Resampling.BICUBIC,
+        do_center_crop=False,
+        image_mean=list(workload.IMAGE_MEAN),
+        image_std=list(workload.IMAGE_STD),
+        image_seq_length=1 + (size // 32) ** 2,
+    )
+    # the image's placeholder comes behind all words, as in the model
+    words = invented_tokenizer(vocabulary, extra_special_tokens={"image_token": "<image>"})
+    kinds = (
+        "pure_text", "ocr", "phrase_grounding", "polygons", "bboxes", "description_with_bboxes",
+        "description_with_bboxes_or_polygons",
+    )  # fmt: skip
+    rules: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    return Florence2Processor(pictures, words, post_processor_config=rules)
 
-    def image_processor(self, images: list[Image.Image], return_tensors: str) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([workload.to_pixels(i, self.size) for i in images])}
 
-
-def invented_tokenizer(size: int) -> Any:
+def invented_tokenizer(size: int, **more: Any) -> Any:
     """BART's special tokens, the 256 bytes, which spell any text, and made-up words up to size.
 
     ValueError: a size below 260.
@@ -109,4 +134,4 @@ def invented_tokenizer(size: int) -> Any:
     backend = Tokenizer(BPE({word: i for i, word in enumerate(known)}, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **more)
