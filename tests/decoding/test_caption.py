@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 import threading
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
 import fastvlm
+from fastvlm.compat import versions
 from fastvlm.decoding import prefixes
 from fastvlm.decoding.languages import LANGUAGES
 from fastvlm.patching.steps import PLANS
@@ -333,7 +333,7 @@ def test_half_precision_runs(told: Speaker, dtype: torch.dtype) -> None:
 def test_older_transformers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "fastvlm.decoding.caption", raising=False)
     monkeypatch.delitem(vars(fastvlm), "caption", raising=False)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
+    monkeypatch.setattr(versions, "installed", lambda name: "4.57.1")
     with pytest.raises(ImportError, match=r"caption needs transformers 5, here is 4\.57\.1"):
         _ = fastvlm.caption
 
