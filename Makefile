@@ -1,4 +1,5 @@
-# make demo | test | test-triton | test-cuda | compile-check | test-oldest | sanitize | lint | types | bench | gpu-check | clean
+# make demo | test | test-triton | test-cuda | compile-check | test-oldest | sanitize | lint | types | bench
+#      gpu-check | gpu-baselines | rehearse-gpu | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
 
@@ -18,7 +19,7 @@ ARGS   ?=
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-triton test-cuda compile-check test-oldest sanitize lint types bench gpu-check build clean
+.PHONY: demo test test-triton test-cuda compile-check test-oldest sanitize lint types bench gpu-check gpu-baselines rehearse-gpu build clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -81,12 +82,25 @@ bench: $(VENV)/.dev build
 	$(RUN) benchmarks.limits
 	$(RUN) benchmarks.report
 
-# pytest says 5 where no test carries the mark: nothing was checked, and this must not read as green
-gpu-check: OUT := $(or $(OUT),benchmarks/results)
-gpu-check: $(VENV)/.gpu build
-	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
-	  'make gpu-check: PyTorch sees no CUDA device here, so nothing was checked')"
-	$(RUN) benchmarks.gpu_check "$(OUT)"
+# as the machine is: nothing is installed, here or by it
+gpu-check: OUT := $(or $(OUT),benchmarks/results/gpu)
+gpu-check:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_check "$(OUT)" $(ARGS)
+
+# The same without a GPU, up to the first kernel, in an environment of the versions of a machine that
+# was seen: transformers 5.17, triton 3.6, and nothing of ours. Its torch, 2.11, has no build without
+# CUDA on PyPI (2.5 GB of libraries): TORCH here unless MACHINE=python3 says which python3 to take.
+MACHINE :=
+rehearse-gpu: $(if $(MACHINE),,$(VENV)-machine/.ready)
+	.ci/gpu-machine $(or $(MACHINE),$(VENV)-machine/bin/python)
+
+$(VENV)-machine/.ready:
+	$(PYTHON) -m venv $(VENV)-machine
+	$(VENV)-machine/bin/python -m pip install $(TORCH)
+	$(VENV)-machine/bin/python -m pip install transformers==5.17.0 numpy pillow scikit-image \
+	  tabulate psutil ninja pytest pytest-xdist pytest-benchmark
+	$(VENV)-machine/bin/python -m pip install --no-deps triton==3.6.0
+	@touch $@
 
 # compiles only what is not in the cache yet; a machine without a compiler goes on without kernels
 build: $(VENV)/.demo
@@ -110,10 +124,9 @@ $(VENV)/.dev: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
 # What the kernels are measured against on a GPU, without what they would install beside it: torch
 # and triton are there. One that cannot be had is named in the results; flash-attn, hours of nvcc
 # where there is no wheel, is one where it is installed already.
-$(VENV)/.gpu: $(VENV)/.dev
+gpu-baselines: $(VENV)/.dev
 	for package in liger-kernel cut-cross-entropy; do \
 	  $(PY) -m pip install --no-deps $$package || echo "make: $$package is left out"; done
-	@touch $@
 
 # Triton and its emulator; neither asks for a GPU. ttsem runs on older Pythons than it declares
 $(VENV)/.emulator: | $(VENV)/.torch

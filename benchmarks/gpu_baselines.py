@@ -128,7 +128,7 @@ def rope() -> dict[str, Function]:
     return {"liger": run}
 
 
-def cross_entropy(softcap: float, ignore_index: int) -> dict[str, Function]:
+def cross_entropy(softcap: float | None, ignore_index: int) -> dict[str, Function]:
     """(h, weight, labels) -> mean loss."""
     sides: dict[str, Function] = {}
     cce = _imported("cut-cross-entropy", "cut_cross_entropy")

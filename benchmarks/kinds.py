@@ -210,7 +210,7 @@ class LossCase(_Kind):
     rows: int
     width: int
     vocabulary: int
-    softcap: float
+    softcap: float | None
     counted: int
     on_gpu_only: bool = False
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -45,6 +48,60 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="quick",
         help="run every case of the CUDA kernels, or (quick) one in twelve of them",
     )
+    parser.addoption(
+        "--share",
+        type=_share,
+        metavar="I/N",
+        help="part I, from 0, of all that is selected, cut into N",
+    )
+    parser.addoption(
+        "--spread",
+        action="store_true",
+        help="one in twelve of all tests first, then the next: what the time allows is a sample",
+    )
+    parser.addoption(
+        "--as-on-gpu",
+        action="store_true",
+        help="collect what runs on a CUDA device, without one (with --collect-only)",
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"--share: I/N with I from 0 to N - 1; got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global ON_GPU
+    if config.getoption("--as-on-gpu"):
+        if not config.getoption("collectonly"):
+            raise pytest.UsageError("--as-on-gpu: nothing can run; it needs --collect-only")
+        ON_GPU = True
+
+
+# what a test file may import at its head, and a machine may lack
+OPTIONAL = ("hypothesis",)
+_left_out: list[str] = []
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A file whose package is not here is left out, by name, and the others are collected."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    text = collection_path.read_text()
+    for package in OPTIONAL:
+        imported = re.search(rf"^(from|import) {package}\b", text, re.MULTILINE)
+        if imported and importlib.util.find_spec(package) is None:
+            _left_out.append(f"{collection_path.name} ({package} is not installed)")
+            return True
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _left_out:
+        terminalreporter.write_line(f"left out: {', '.join(_left_out)}")
 
 
 # of the backends that run on a GPU, or in an emulator: why there is none of those
@@ -57,6 +114,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Where there is a GPU the cases of an op's tests run on it, else in an emulator.
     """
     missing = {name: why() for name, why in EMULATORS.items()}
+    share = config.getoption("--share")
     kept, left_out = [], []
     for item in items:
         parameters = getattr(item, "callspec", None)
@@ -74,11 +132,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if why is not None:
                 item.add_marker(pytest.mark.skip(reason=why))
             quick |= why is None and config.getoption(f"--{name}") == "quick"
-        one_in_twelve = zlib.crc32(item.nodeid.encode()) % 12 == 0
-        (kept if one_in_twelve or not quick else left_out).append(item)
+        number = zlib.crc32(item.nodeid.encode())
+        wanted = not quick or number % 12 == 0
+        if share is not None:
+            wanted &= number % share[1] == share[0]
+        (kept if wanted else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+    if config.getoption("--spread"):
+        items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()) % 12)
 
 
 @pytest.fixture(autouse=True, scope="session")

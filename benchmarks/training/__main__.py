@@ -33,13 +33,18 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 class Step:
-    """One training step of a side; seconds of its parts."""
+    """One training step of a side; seconds of its parts. autocast: the dtype of its products."""
 
-    def __init__(self, shape: workload.Shape, model: Any, optimizer: Any) -> None:
+    def __init__(
+        self, shape: workload.Shape, model: Any, optimizer: Any, device: str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.shape, self.model, self.optimizer = shape, model, optimizer
-        self.batches = {
-            side: workload.batch(model.config, shape.images, self.targets(side)) for side in SIDES
-        }
+        self.device, self.autocast = device, autocast
+        self.batches = {}
+        for side in SIDES:
+            batch = workload.batch(model.config, shape.images, self.targets(side))
+            self.batches[side] = {name: value.to(device) for name, value in batch.items()}
 
     @staticmethod
     def targets(side: str) -> int:
@@ -50,17 +55,23 @@ class Step:
         if side != SIDES[0]:
             fastvlm.patch(self.model)
         torch.manual_seed(1)  # the same dropout on all sides but for how it is drawn
-        marks = [time.perf_counter()]
-        loss = self.model(**self.batches[side]).loss
-        marks.append(time.perf_counter())
+        marks = [self._now()]
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            loss = self.model(**self.batches[side]).loss
+        marks.append(self._now())
         loss.backward()
-        marks.append(time.perf_counter())
+        marks.append(self._now())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        marks.append(time.perf_counter())
+        marks.append(self._now())
         spans = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(marks))))
         return spans, loss.item()
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def build(shape: workload.Shape) -> Step:

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cmath>
 #include <optional>
@@ -55,7 +56,7 @@ class Call {
   bool when_the_graph_is_gone(void*, void (*)(void*)) const { return false; }
 #else
   explicit Call(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
     device_of_this_call = index_;
   }
   void* stream() const { return stream_; }
