@@ -129,7 +129,8 @@ def _library() -> str:
     importlib.import_module("fastvlm.ops")
     gemm = importlib.import_module("fastvlm.cpu.gemm")
     why = "measured" if gemm.VARIABLE not in os.environ else gemm.VARIABLE
-    return f"{gemm.library()} ({why})"
+    library = f"{gemm.library()} ({why})"
+    return f"packed, transposed weights {library}" if gemm.packs_float32() else library
 
 
 def backends(device: str) -> str:

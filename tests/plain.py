@@ -151,3 +151,50 @@ def linear_cross_entropy(
     if logits.dtype != torch.float64:
         logits = logits.float()
     return F.cross_entropy(logits, labels, reduction=reduction)
+
+
+def window_attention(qkv: Tensor, heads: int, window: int, pad: Tensor | None) -> Tensor:
+    """One window at a time, its missing rows filled up."""
+    images, height, width, wide = qkv.shape
+    out = qkv.new_zeros(images, height, width, wide // 3)
+    fill = torch.zeros_like(qkv[..., :0].new_zeros(wide)) if pad is None else pad
+    for image in range(images):
+        for top in range(0, height, window):
+            for left in range(0, width, window):
+                part = qkv[image, top : top + window, left : left + window]
+                rows = part.reshape(-1, wide)
+                missing = window * window - rows.shape[0]
+                rows = torch.cat((rows, fill.expand(missing, wide)))
+                q, k, v = rows.view(-1, 3, heads, wide // (3 * heads)).permute(1, 2, 0, 3)
+                scores = q @ k.transpose(1, 2) * k.shape[-1] ** -0.5
+                got = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+                got = got[: part.shape[0] * part.shape[1]].view(*part.shape[:2], -1)
+                out[image, top : top + window, left : left + window] = got
+    return out
+
+
+def channel_attention(qkv: Tensor, groups: int) -> Tensor:
+    q, k, v = qkv.unflatten(2, (3, groups, -1)).permute(2, 0, 3, 4, 1)
+    scores = (q @ k.transpose(2, 3)).float() if qkv.dtype != torch.float64 else q @ k.mT
+    weights = (scores * qkv.shape[1] ** -0.5).softmax(-1).to(qkv.dtype)
+    return (weights @ v).permute(0, 3, 1, 2).flatten(2)
+
+
+def depthwise_conv_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return x, x
+    conv = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[3])
+    h = x + conv.permute(0, 2, 3, 1)
+    return h, F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias)
+
+
+def residual_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, factors: Tensor | None
+) -> Tensor:
+    branch = F.linear(x, weight, bias)
+    if factors is not None:
+        each = factors.to(branch.dtype).repeat_interleave(branch.shape[0] // factors.shape[0])
+        branch = branch * each[:, None]
+    return residual + branch

@@ -233,13 +233,12 @@ inline float max(Vec x) {
   return x[0];
 }
 
-// About 1 ulp; 0 below -87.3, where float would become subnormal; infinite above 88.3.
-inline Vec exp(Vec x) {
+// About 1 ulp, for x from -87.3 to 88.3; a NaN stays one.
+inline Vec exp_within(Vec x) {
   const Vec magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
-  const Vec y = at_most(x, broadcast(88.3f));
-  const Vec shifted = y * broadcast(1.44269504f) + magic;
+  const Vec shifted = x * broadcast(1.44269504f) + magic;
   const Vec n = shifted - magic;
-  const Vec r = (y - n * broadcast(0.693359375f)) + n * broadcast(2.12194440e-4f);
+  const Vec r = (x - n * broadcast(0.693359375f)) + n * broadcast(2.12194440e-4f);
   Vec p = broadcast(1.9875691500e-4f);
   p = p * r + broadcast(1.3981999507e-3f);
   p = p * r + broadcast(8.3334519073e-3f);
@@ -247,10 +246,18 @@ inline Vec exp(Vec x) {
   p = p * r + broadcast(1.6666665459e-1f);
   p = p * r + broadcast(5.0000001201e-1f);
   p = p * (r * r) + r + broadcast(1.0f);
-  const Vec scaled = p * (Vec)(((UVec)shifted << 23) + 0x3f800000u);  // 2^n; a NaN in p stays one
+  return p * (Vec)(((UVec)shifted << 23) + 0x3f800000u);  // 2^n
+}
+
+// 0 below -87.3, where float would become subnormal; infinite above 88.3.
+inline Vec exp(Vec x) {
+  const Vec scaled = exp_within(at_most(x, broadcast(88.3f)));
   const Vec finite = select(x > broadcast(88.3f), broadcast(__builtin_inff()), scaled);
   return select(x < broadcast(-87.3f), Vec{}, finite);
 }
+
+// For x that is at most 0; next to nothing below -87.3.
+inline Vec exp_of_negative(Vec x) { return exp_within(at_least(x, broadcast(-87.3f))); }
 
 inline Vec tanh(Vec x) {
   const Vec z = abs(x);

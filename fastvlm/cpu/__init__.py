@@ -1,6 +1,6 @@
 """The CPU backend: which calls the C++ extension serves, and how they reach it."""
 
-from fastvlm.cpu import attention, loss, mlp, norm, rope
+from fastvlm.cpu import attention, loss, mlp, norm, residual, rope, vision
 from fastvlm.ops.dispatch import register
 
 KERNELS = {
@@ -9,6 +9,8 @@ KERNELS = {
     **norm.KERNELS,
     **rope.KERNELS,
     **loss.KERNELS,
+    **residual.KERNELS,
+    **vision.KERNELS,
 }
 
 for _name, _kernel in KERNELS.items():

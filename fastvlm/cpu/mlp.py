@@ -1,7 +1,8 @@
 """Launchers of csrc/cpu/mlp.cpp and activation.cpp, with the products between them.
 
 A few rows without a backward pass stream each weight once, in one kernel for the whole MLP. More
-rows, and training, are products (`gemm.product`) with one pass for the activation between them.
+rows without one go through both products in blocks that stay in cache; training, or a library, is
+products (`gemm.product`) with one pass for the activation between them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.cpu.common import dense_bias, dense_last, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product, product
+from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product, packs, product
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -71,6 +72,10 @@ def _gelu_mlp(
     if not keep and seed is None and _streams(x, w1, w2):
         b1, b2 = dense_bias(b1), dense_bias(b2)
         y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, tanh)
+        return y, _none(x)
+    if not keep and seed is None and packs(x, w1, w2):
+        b1, b2 = dense_bias(b1), dense_bias(b2)
+        y = torch.ops.fastvlm_cpu.packed_mlp(dense_last(x), w1, b1, w2, b2, None, None, tanh)
         return y, _none(x)
     pre = product(x, w1, b1)
     y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, tanh, p), w2, b2)

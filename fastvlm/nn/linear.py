@@ -48,10 +48,14 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     cls = type(module)
     if getattr(cls, "storage", None) is not None:
         return False
-    if original(cls) not in (kinds or (nn.Linear, Linear)):
-        return False
-    if "forward" in vars(module) or pytorch.has_hooks(module):  # type: ignore[arg-type]
-        return False  # an offloader sets a forward of its own on the instance
-    if pytorch.has_hooks_of_all():
+    if original(cls) not in (kinds or (nn.Linear, Linear)) or not is_bare(module):
         return False
     return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]
+
+
+def is_bare(module: object) -> bool:
+    """Whether nobody listens at a module's call: no hook, also of all modules, and no forward of
+    the instance's own (an offloader sets one)."""
+    if "forward" in vars(module) or pytorch.has_hooks(module):  # type: ignore[arg-type]
+        return False
+    return not pytorch.has_hooks_of_all()

@@ -8,11 +8,15 @@ from fastvlm.ops.attention import cached_attention, cross_attention, self_attent
 from fastvlm.ops.loss import linear_cross_entropy, linear_topk
 from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear, low_precision_linear, quantize_rows
 from fastvlm.ops.norm import residual_layer_norm, residual_rms_norm, rms_norm
+from fastvlm.ops.residual import residual_gelu_mlp, residual_linear
 from fastvlm.ops.rope import rope
+from fastvlm.ops.vision import channel_attention, depthwise_conv_norm, window_attention
 
 __all__ = [
     "cached_attention",
+    "channel_attention",
     "cross_attention",
+    "depthwise_conv_norm",
     "geglu_mlp",
     "gelu_mlp",
     "linear",
@@ -20,9 +24,12 @@ __all__ = [
     "linear_topk",
     "low_precision_linear",
     "quantize_rows",
+    "residual_gelu_mlp",
     "residual_layer_norm",
+    "residual_linear",
     "residual_rms_norm",
     "rms_norm",
     "rope",
     "self_attention",
+    "window_attention",
 ]

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from fastvlm.nn.linear import is_plain
 from fastvlm.nn.mlp import gelu_kind, gelu_mlp
 from fastvlm.ops._autograd import autocast, autocasts
+from fastvlm.patching import davit_block
+from fastvlm.patching.classes import is_patched
 from fastvlm.patching.rules import Host, Rule, Swap, extra_parts, has, takes
 
 # top, left, number of windows down and across, their height and width
@@ -292,11 +294,25 @@ _BLOCK = ("window_attn", "channel_attn")
 _FFN = Rule(("mlp",), has("fc1", "fc2", "activation_fn"), _mlp)
 
 
+def _half(block: Any) -> Swap | str:
+    attention = next(getattr(block, name) for name in _BLOCK if hasattr(block, name))
+    rule = next((r for r in _ATTENTION if r.matches(attention)), None)
+    if rule is None:
+        return "its attention is not known"
+    swap = type(attention)._fastvlm_swap if is_patched(attention) else rule.choose(attention)
+    return davit_block.choose(block, swap)
+
+
+_HALF = Rule(("attention", "mlp", "linear"), has("conv1", "norm1", "ffn"), _half)
+
+
 def tower_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule]]:
     """The parts of DaViT blocks in a model, each with its rule: (name, module, rule)."""
     for name, block in model.named_modules():
         if not any(isinstance(getattr(block, attention, None), nn.Module) for attention in _BLOCK):
             continue
+        if _HALF.matches(block):
+            yield name, block, _HALF
         for inner, module in block.named_modules(prefix=name):
             rule = next((r for r in (*_ATTENTION, _FFN, _CONV) if r.matches(module)), None)
             if rule is not None:

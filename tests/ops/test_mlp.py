@@ -8,6 +8,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastvlm import ops
 from fastvlm.cpu import gemm
@@ -36,13 +37,37 @@ def test_linear(
     follows_the_error_rule(lambda *x: on(ops.linear, *x), F.linear, inputs)
 
 
-@pytest.mark.parametrize("library", ["aten", "onednn"])
+@pytest.mark.parametrize("library", ["aten", "onednn", "packed"])
 def test_linear_on_either_library(
     library: str, monkeypatch: Any, randn: Any, follows_the_error_rule: Any
 ) -> None:
     monkeypatch.setenv(gemm.VARIABLE, library)
     inputs = [randn(130, 63, grad=True), randn(100, 63, scale=0.1, grad=True), randn(100)]
     follows_the_error_rule(ops.linear, F.linear, inputs)
+
+
+def test_onednn_sees_few_shapes(monkeypatch: Any) -> None:
+    """It keeps a kernel for each, so batches of many lengths must not be as many shapes."""
+    monkeypatch.setenv(gemm.VARIABLE, "onednn")
+    shapes = set()
+    product = gemm.pytorch.onednn_linear
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.add((tuple(x.shape), x.stride(0) > x.stride(1), tuple(weight.shape)))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(gemm.pytorch, "onednn_linear", noted)
+    leaves = [torch.randn(24, 40), torch.randn(24), torch.randn(40, 24), torch.randn(40)]
+    w1, b1, w2, b2 = (leaf.requires_grad_() for leaf in leaves)
+    for rows in [*range(65, 1400, 23), 3000, 5001]:
+        x = torch.randn(rows, 40, requires_grad=True)
+        out = ops.gelu_mlp(x, w1, b1, w2, b2)
+        out.backward(torch.ones_like(out))
+        with torch.no_grad():
+            exact = F.linear(F.gelu(F.linear(x.double(), w1.double(), b1.double())), w2.double())
+            torch.testing.assert_close(out.double(), exact + b2, atol=1e-4, rtol=1e-4)
+    # eight sizes up to 1024 rows for each of four products, and the gradients of two weights
+    assert len(shapes) <= 4 * 8 + 2 * 12
 
 
 def test_linear_is_differentiable_twice() -> None:

@@ -79,6 +79,13 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
             *(t(3, 5), t(3, 5), t(3, 5), t(5), None, 1e-5, 0.0),
             [True, False, True, True],
         ),
+        "residual_linear": (t(4, 5), t(6, 5), t(6), t(4, 6), torch.ones(2)),
+        "residual_gelu_mlp": (
+            *(t(3, 5), t(6, 5), t(6), t(4, 6), t(4), t(3, 4), torch.ones(3), True),
+        ),
+        "window_attention": (t(2, 3, 5, 24), t(24), 2, 2, 0.3),
+        "channel_attention": (t(2, 5, 24), 2),
+        "depthwise_conv_norm": (*(t(2, 3, 5, 8), t(8, 9), t(8), t(8), t(8), 1e-5, torch.bfloat16),),
         "rope": (t(7, 4, 4), t(7, 2, 4), *tables),
         "rope_backward": (t(7, 4, 4), t(7, 2, 4), *tables),
         "linear_cross_entropy": (*head, 3.0, -100),

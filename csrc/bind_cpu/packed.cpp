@@ -1,0 +1,76 @@
+// Products of many rows, with what follows them, as torch ops.
+#include "../cpu/packed.h"
+
+#include "bind.h"
+
+namespace fastvlm {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// The result, of residual's dtype or else of x's, and what is added to the product.
+Tensor make_out(const Tensor& x, int64_t cols, const Optional& bias, const Optional& residual,
+                const Optional& factors, Tail& tail) {
+  const int64_t rows = x.size(0);
+  tail.bias = bias_for(bias, "bias", cols);
+  if (residual.has_value()) {
+    tail.residual = matrix(*residual, "residual");
+    STD_TORCH_CHECK(tail.residual.rows == rows && tail.residual.cols == cols,
+                    "residual: expected [", rows, ", ", cols, "]");
+  }
+  if (factors.has_value()) {
+    const int64_t count = factors->numel();
+    STD_TORCH_CHECK(factors->is_cpu() && factors->is_contiguous() &&
+                        factors->scalar_type() == ScalarType::Float && count > 0 &&
+                        rows % count == 0,
+                    "factors: expected float32 of a number of elements that divides ", rows);
+    tail.factors = static_cast<const float*>(factors->const_data_ptr());
+    tail.rows_per_factor = rows / count;
+  }
+  const Tensor& like = residual.has_value() ? *residual : x;
+  Tensor out = torch::stable::new_empty(like, {rows, cols});
+  tail.dtype = dtype_of(out, "x");
+  tail.out = out.mutable_data_ptr();
+  return out;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& bias,
+                     const Optional& residual, const Optional& factors) {
+  PackedLinearArgs args{};
+  args.x = matrix(x, "x");
+  args.weight = weight_for(weight, "weight", args.x.cols);
+  Tensor out = make_out(x, args.weight.rows, bias, residual, factors, args.tail);
+  FASTVLM_KERNEL(packed_linear)(args);
+  return out;
+}
+
+Tensor packed_mlp(const Tensor& x, const Tensor& w1, const Optional& b1, const Tensor& w2,
+                  const Optional& b2, const Optional& residual, const Optional& factors,
+                  bool tanh) {
+  PackedMlpArgs args{};
+  args.x = matrix(x, "x");
+  args.w1 = weight_for(w1, "w1", args.x.cols);
+  args.b1 = bias_for(b1, "b1", args.w1.rows);
+  args.w2 = weight_for(w2, "w2", args.w1.rows);
+  args.tanh = tanh;
+  Tensor out = make_out(x, args.w2.rows, b2, residual, factors, args.tail);
+  FASTVLM_KERNEL(packed_mlp)(args);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastvlm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
+  m.def(
+      "packed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? factors) "
+      "-> Tensor");
+  m.def(
+      "packed_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
+      "Tensor? factors, bool tanh) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&fastvlm::packed_linear));
+  m.impl("packed_mlp", TORCH_BOX(&fastvlm::packed_mlp));
+}

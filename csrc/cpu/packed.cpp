@@ -1,0 +1,266 @@
+// packed_linear and packed_mlp: products of many rows with weights that are packed once a call.
+//
+// A weight becomes panels of a few columns, read in order by the register-blocked products of
+// panel.h. A task takes a block of rows as float32 and all columns, or a share of them where there
+// are few rows. What follows a product (bias, GELU, residual) happens while its block is in cache,
+// and so does the second product of an MLP: what lies between the two is never in memory.
+#include "packed.h"
+
+#include "panel.h"
+
+namespace fastvlm {
+namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int kPanelVecs = kRegisters == 32 ? 4 : 2;
+constexpr int64_t kPanel = kPanelVecs * kLanes;
+constexpr int64_t kRows = 192;   // of a task: a multiple of the tile's six
+constexpr int64_t kCols = 128;   // of a block of sums, which stays in the second-level cache
+constexpr int64_t kDepth = 256;  // of a panel that stays in the first-level cache
+constexpr int64_t kLine = 64;    // bytes
+constexpr int64_t kEach = 2;     // tasks for each thread, at least, where there is work for them
+
+// Rows of contiguous float32 elements.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// Between rows: no multiple of 4 KiB, where rows would be in each other's way in the cache.
+int64_t row_stride(int64_t cols) { return round_up(cols, 16) + 16; }
+
+class PackedWeight {
+ public:
+  explicit PackedWeight(const Matrix& w)
+      : rows(w.rows), depth(w.cols), data_(divide_up(w.rows, kPanel) * kPanel * w.cols) {
+    with_type(w.dtype, [&](auto type) {
+      using T = decltype(type);
+      auto task = [&](int64_t index, int64_t) {
+        const int64_t first = index * kPanel;
+        const T* from = static_cast<const T*>(w.data) + first * w.stride;
+        pack(from, w.stride, smaller(kPanel, rows - first), data_.data() + first * depth);
+      };
+      for_each_task(divide_up(rows, kPanel), rows * depth, task);
+    });
+  }
+  // Of the columns first, first + 1, ...: [depth][kPanel].
+  const float* panel(int64_t first) const { return data_.data() + first * depth; }
+
+  const int64_t rows, depth;
+
+ private:
+  template <class T>
+  void pack(const T* from, int64_t stride, int64_t count, float* to) {
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        const int64_t n = smaller(kLanes, depth - k);
+        Vec square[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+          square[j] = lane + j < count ? load_some(from + (lane + j) * stride + k, n) : Vec{};
+        }
+        transpose(square);
+        for (int64_t j = 0; j < n; ++j) store(to + (k + j) * kPanel + lane, square[j]);
+      }
+    }
+  }
+
+  Scratch<float> data_;
+};
+
+class FloatBias {
+ public:
+  explicit FloatBias(const Matrix& from)
+      : data_(from.data == nullptr ? 0 : from.cols), absent_(from.data == nullptr) {
+    if (absent_) return;
+    with_type(from.dtype, [&](auto type) {
+      to_float(static_cast<const decltype(type)*>(from.data), from.cols, data_.data());
+    });
+  }
+  Vec at(int64_t i, int64_t n) const { return absent_ ? Vec{} : load_some(data_.data() + i, n); }
+
+ private:
+  Scratch<float> data_;
+  bool absent_;
+};
+
+// Rows first, first + 1, ... of x as float32.
+Rows float_rows(const Matrix& x, int64_t first, int64_t count, float* scratch) {
+  const int64_t stride = row_stride(x.cols);
+  with_type(x.dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(x.data) + first * x.stride;
+    for (int64_t r = 0; r < count; ++r) to_float(from + r * x.stride, x.cols, scratch + r * stride);
+  });
+  return {scratch, stride};
+}
+
+// sums[rows][kPanel] (+)= x[rows][depth] panel[depth][kPanel], while what is multiplied next, of the
+// same size, comes into the second-level cache.
+void multiply_panel(Rows x, int64_t rows, const float* panel, const float* next, int64_t depth,
+                    bool accumulate, float* sums) {
+  const int64_t tiles = rows / 6, bytes = depth * kPanel * int64_t{sizeof(float)};
+  const int64_t share = divide_up(bytes, larger(1, tiles) * kLine) * kLine;
+  for (int64_t m = 0; m < tiles; ++m) {
+    const char* from = reinterpret_cast<const char*>(next);
+    for (int64_t i = m * share; i < smaller(bytes, (m + 1) * share); i += kLine) {
+      prefetch_far(from + i);
+    }
+    panel_tile<6, kPanelVecs>({x.data + 6 * m * x.stride, x.stride, 1}, panel, kPanel, depth,
+                              accumulate, sums + 6 * m * kCols, kCols);
+  }
+  const int64_t done = 6 * tiles;
+  panel_rows<kPanelVecs>(rows - done, {x.data + done * x.stride, x.stride, 1}, panel, kPanel, depth,
+                         accumulate, sums + done * kCols, kCols);
+}
+
+// finish(row, first column, columns, sums of these) for rows x columns [begin, end) of w.
+template <class Finish>
+void multiply(Rows x, int64_t rows, const PackedWeight& w, int64_t begin, int64_t end, float* sums,
+              Finish finish) {
+  for (int64_t n = begin; n < end; n += kCols) {
+    const int64_t cols = smaller(kCols, end - n);
+    for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
+      const int64_t depth = smaller(kDepth, w.depth - k);
+      for (int64_t p = 0; p < cols; p += kPanel) {
+        const float* panel = w.panel(n + p) + k * kPanel;
+        multiply_panel({x.data + k, x.stride}, rows, panel, panel + w.depth * kPanel, depth, k > 0,
+                       sums + p);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) finish(r, n, cols, sums + r * kCols);
+  }
+}
+
+template <class T>
+void write(const Tail& tail, const FloatBias& bias, int64_t row, int64_t cols, int64_t first,
+           int64_t count, const float* sums) {
+  const float factor = tail.factors == nullptr ? 1.0f : tail.factors[row / tail.rows_per_factor];
+  T* out = static_cast<T*>(tail.out) + row * cols + first;
+  if (tail.residual.data == nullptr) {
+    return map_to(out, count, [&](int64_t i, int64_t n) {
+      return (load_some(sums + i, n) + bias.at(first + i, n)) * broadcast(factor);
+    });
+  }
+  with_type(tail.residual.dtype, [&](auto type) {
+    const auto* residual =
+        static_cast<const decltype(type)*>(tail.residual.data) + row * tail.residual.stride + first;
+    map_to(out, count, [&](int64_t i, int64_t n) {
+      const Vec branch = load_some(sums + i, n) + bias.at(first + i, n);
+      return load_some(residual + i, n) + branch * broadcast(factor);
+    });
+  });
+}
+
+// Rows in blocks of the same size, and the columns of a block in shares for several tasks where
+// blocks are too few for the threads.
+struct Cut {
+  Cut(int64_t rows, int64_t cols) : rows(rows), cols(cols) {
+    blocks = divide_up(rows, kRows);
+    size = round_up(divide_up(rows, larger(1, blocks)), 6);
+    const int64_t wanted = divide_up(kEach * workers(), larger(1, blocks));
+    shares = larger(1, smaller(wanted, divide_up(cols, kCols)));
+  }
+  template <class Body>
+  void run(int64_t work, Body body) const {
+    auto task = [&](int64_t index, int64_t worker) {
+      const int64_t first = index / shares * size, share = index % shares;
+      const int64_t chunks = divide_up(cols, kCols);
+      const int64_t begin = chunks * share / shares * kCols;
+      const int64_t end = smaller(cols, chunks * (share + 1) / shares * kCols);
+      body(first, smaller(size, rows - first), begin, end, worker);
+    };
+    for_each_task(divide_up(rows, larger(1, size)) * shares, work, task);
+  }
+
+  int64_t rows, cols, blocks, size, shares;
+};
+
+void linear_of(const Matrix& x, const PackedWeight& w, const Tail& tail) {
+  const Cut cut(x.rows, w.rows);
+  const FloatBias bias(tail.bias);
+  const int64_t own = kRows * row_stride(x.cols) + kRows * kCols;
+  Scratch<float> scratch(workers() * own);
+  with_type(tail.dtype, [&](auto type) {
+    using T = decltype(type);
+    cut.run(x.rows * w.rows, [&](int64_t first, int64_t rows, int64_t begin, int64_t end,
+                                 int64_t worker) {
+      float* sums = scratch.data() + worker * own;
+      const Rows a = float_rows(x, first, rows, sums + kRows * kCols);
+      multiply(a, rows, w, begin, end, sums,
+               [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                 write<T>(tail, bias, first + r, w.rows, n, count, from);
+               });
+    });
+  });
+}
+
+// An MLP whose row blocks are enough for the threads: each goes through both products.
+void mlp_of_blocks(const PackedMlpArgs& args, const PackedWeight& w1, const PackedWeight& w2,
+                   const FloatBias& b1) {
+  const Cut cut(args.x.rows, 1);
+  const FloatBias b2(args.tail.bias);
+  const int64_t between = row_stride(w1.rows);
+  const int64_t own = kRows * (row_stride(args.x.cols) + between + kCols);
+  Scratch<float> scratch(workers() * own);
+  with_type(args.tail.dtype, [&](auto type) {
+    using T = decltype(type);
+    cut.run(args.x.rows * w1.rows, [&](int64_t first, int64_t rows, int64_t, int64_t,
+                                       int64_t worker) {
+      float* sums = scratch.data() + worker * own;
+      float* hidden = sums + kRows * kCols;
+      const Rows a = float_rows(args.x, first, rows, hidden + kRows * between);
+      multiply(a, rows, w1, 0, w1.rows, sums,
+               [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                 map_to(hidden + r * between + n, count, [&](int64_t i, int64_t some) {
+                   const Vec x = load_some(from + i, some) + b1.at(n + i, some);
+                   return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+                 });
+               });
+      multiply({hidden, between}, rows, w2, 0, w2.rows, sums,
+               [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                 write<T>(args.tail, b2, first + r, w2.rows, n, count, from);
+               });
+    });
+  });
+}
+
+// An MLP of fewer rows: the columns of each product are shared, with all of its rows between them.
+void mlp_of_shares(const PackedMlpArgs& args, const PackedWeight& w1, const PackedWeight& w2,
+                   const FloatBias& b1) {
+  const int64_t between = row_stride(w1.rows);
+  Scratch<float> hidden(args.x.rows * between);
+  const Cut cut(args.x.rows, w1.rows);
+  const int64_t own = kRows * (row_stride(args.x.cols) + kCols);
+  Scratch<float> scratch(workers() * own);
+  cut.run(args.x.rows * w1.rows, [&](int64_t first, int64_t rows, int64_t begin, int64_t end,
+                                     int64_t worker) {
+    float* sums = scratch.data() + worker * own;
+    const Rows a = float_rows(args.x, first, rows, sums + kRows * kCols);
+    multiply(a, rows, w1, begin, end, sums,
+             [&](int64_t r, int64_t n, int64_t count, const float* from) {
+               map_to(hidden.data() + (first + r) * between + n, count,
+                      [&](int64_t i, int64_t some) {
+                        const Vec x = load_some(from + i, some) + b1.at(n + i, some);
+                        return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+                      });
+             });
+  });
+  linear_of({hidden.data(), DType::kFloat, args.x.rows, w1.rows, between}, w2, args.tail);
+}
+
+}  // namespace
+
+void packed_linear(const PackedLinearArgs& args) {
+  if (args.x.rows == 0 || args.weight.rows == 0) return;
+  linear_of(args.x, PackedWeight(args.weight), args.tail);
+}
+
+void packed_mlp(const PackedMlpArgs& args) {
+  if (args.x.rows == 0 || args.w2.rows == 0) return;
+  const PackedWeight w1(args.w1), w2(args.w2);
+  const FloatBias b1(args.b1);
+  const bool many = divide_up(args.x.rows, kRows) >= kEach * workers();
+  (many ? mlp_of_blocks : mlp_of_shares)(args, w1, w2, b1);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvlm

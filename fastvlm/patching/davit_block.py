@@ -1,0 +1,153 @@
+"""The two halves of a DaViT block, from map to map in one layout, without a copy between.
+
+The channels of a map lie together from the patch embedding on. A half is five passes: convolution,
+residual and norm; qkv; attention, which reads q, k and v where the product has left them; the
+projection with its residual; the MLP with its residual, after a second convolution. Where a part is
+listened to (a hook), wrapped (an adapter) or wants gradients, the half runs as transformers wrote
+it, on the patched parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvlm import ops
+from fastvlm.cpu.common import DTYPES, unavailable
+from fastvlm.nn.linear import DENSE, is_bare, is_plain
+from fastvlm.nn.mlp import gelu_kind
+from fastvlm.ops import dispatch
+from fastvlm.ops._autograd import autocasts, needs_grad
+from fastvlm.ops.mlp import _transformed
+from fastvlm.patching.rules import Host, Swap, extra_parts, takes
+
+_STOCHASTIC_DEPTH = "Florence2DropPath"
+_PARTS = ("conv1", "norm1", "drop_path1", "conv2", "norm2", "ffn", "drop_path2")
+
+
+class _Half(Host):
+    approximate = "none"
+    attention = ""  # the name of the attention module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, C, H, W] -> the same, its channels together in memory."""
+        if not self._fuses(hidden_states):
+            out: Tensor = super().forward(hidden_states)
+            return out
+        x = hidden_states.permute(0, 2, 3, 1).contiguous()
+        h, y = _conv_norm(x, self.conv1, self.norm1)
+        attention = getattr(self, self.attention)
+        qkv = ops.linear(y, attention.qkv.weight, attention.qkv.bias)
+        y = self._attend(attention, qkv)
+        proj = attention.proj
+        h = ops.residual_linear(y, proj.weight, proj.bias, h, factors=_factors(self.drop_path1, y))
+        h, y = _conv_norm(h, self.conv2, self.norm2)
+        fc1, fc2 = self.ffn.fc1, self.ffn.fc2
+        h = ops.residual_gelu_mlp(
+            *(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, h),
+            approximate=self.approximate,
+            factors=_factors(self.drop_path2, y),
+        )
+        return h.permute(0, 3, 1, 2)
+
+    def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether this call can bypass its parts, and the kernels that it is made of are there."""
+        if type(x) not in DENSE or x.device.type != "cpu" or x.dim() != 4 or x.dtype not in DTYPES:
+            return False
+        if _transformed() or dispatch.forced() not in (None, "cpu") or unavailable() is not None:
+            return False
+        attention, ffn = getattr(self, self.attention), self.ffn
+        linears = (attention.qkv, attention.proj, ffn.fc1, ffn.fc2)
+        convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
+        if not (is_bare(attention) and is_bare(ffn) and all(map(is_plain, linears))):
+            return False
+        if not all(is_plain(conv, nn.Conv2d) for conv in convs):
+            return False
+        if not all(is_plain(norm, nn.LayerNorm) for norm in norms):
+            return False
+        if not all(map(is_bare, (self.drop_path1, self.drop_path2))):
+            return False
+        if needs_grad(x, *self.parameters()):
+            return False
+        dtypes = {p.dtype for p in self.parameters()}
+        return dtypes <= set(DTYPES) if autocasts("cpu") else dtypes == {x.dtype}
+
+
+class SpatialHalf(_Half):
+    attention = "window_attn"
+
+    def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
+        heads, window = attention.num_heads, attention.window_size
+        return ops.window_attention(
+            qkv, heads, window, pad=attention.qkv.bias, scale=attention.scale
+        )
+
+
+class ChannelHalf(_Half):
+    attention = "channel_attn"
+
+    def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
+        out = ops.channel_attention(qkv.flatten(1, 2), attention.groups)
+        return out.unflatten(1, qkv.shape[1:3])
+
+
+def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    return ops.depthwise_conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _factors(drop: Any, branch: Tensor) -> Tensor | None:
+    """What stochastic depth multiplies a branch [B, ...] with, one number an image.
+
+    Its module draws as it would for the branch itself.
+    """
+    rate = getattr(drop, "drop_prob", 0.0)
+    if rate == 0.0 or not drop.training:
+        return None
+    drawn = drop(branch.new_ones(branch.shape[0], 1, 1))
+    return (drawn.flatten() != 0).float() / (1.0 - rate)
+
+
+def choose(half: Any, attention: Swap | str) -> Swap | str:
+    """What half of a block becomes, its attention becoming `attention`, or why it stays."""
+    name = "window_attn" if hasattr(half, "window_attn") else "channel_attn"
+    if extra := extra_parts(half, name, *_PARTS):
+        return extra
+    if not all(hasattr(half, part) for part in _PARTS):
+        return "it has not the parts of a DaViT block"
+    if not takes(half, "hidden_states"):
+        return "its forward has other arguments than transformers' (hidden_states)"
+    if isinstance(attention, str):
+        return f"{name} was skipped ({attention})"
+    for conv in (half.conv1, half.conv2):
+        if not _is_depthwise(conv):
+            return "its convolutions are not 3 x 3 of each channel"
+    for norm in (half.norm1, half.norm2):
+        if (
+            not isinstance(norm, nn.LayerNorm)
+            or norm.bias is None
+            or len(norm.normalized_shape) > 1
+        ):
+            return "its norms are not LayerNorm over the channels"
+    for drop in (half.drop_path1, half.drop_path2):
+        if not isinstance(drop, nn.Identity) and type(drop).__name__ != _STOCHASTIC_DEPTH:
+            return f"{type(drop).__name__} is not known as stochastic depth"
+    kind = gelu_kind(half.ffn.activation_fn) if hasattr(half.ffn, "activation_fn") else None
+    if kind is None or extra_parts(half.ffn, "fc1", "fc2", "activation_fn"):
+        return "its MLP is not fc2(gelu(fc1 x))"
+    mixin = SpatialHalf if name == "window_attn" else ChannelHalf
+    runs_on = ("depthwise_conv_norm", attention.runs_on[0], "residual_linear", "residual_gelu_mlp")
+    return Swap(mixin, runs_on, (("approximate", kind),))
+
+
+def _is_depthwise(conv: Any) -> bool:
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == conv.padding == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.groups == conv.in_channels == conv.out_channels
+    )
