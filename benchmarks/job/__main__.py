@@ -1,0 +1,217 @@
+"""``python -m benchmarks.job``: one photo, a batch of them and steps of fine-tuning, in one run.
+
+Sides alternate in one process; medians, ratios to transformers with sdpa, tokens compared. Within
+``--seconds`` each case has its share, and as many rounds as fit in it, but at least one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.job import sides as sides_of
+from benchmarks.job.sides import OURS, side_of
+from benchmarks.job.workload import TINY, Sizes, build, captioning, training
+from fastvlm import env
+from fastvlm.tables import text_table
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+BASE = "sdpa"
+ROUNDS = 5
+Run = Callable[[], Any]
+
+
+def rounds(runs: dict[str, Run], share: float, most: int) -> dict[str, list[float]]:
+    """Seconds of each side, in turns, until the share of time is spent."""
+    found: dict[str, list[float]] = {side: [] for side in runs}
+    begin = time.perf_counter()
+    for number in range(most):
+        start = time.perf_counter()
+        for side, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            found[side].append(time.perf_counter() - begun)
+        now = time.perf_counter()
+        print(f"  round {number + 1}: {now - start:.1f} s", file=sys.stderr, flush=True)
+        if now - begin + (now - start) > share:
+            break
+    return found
+
+
+def case_of(name: str, seconds: dict[str, list[float]], **facts: Any) -> dict[str, Any]:
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    return {
+        "case": name,
+        **facts,
+        "seconds": {side: [round(s, 4) for s in values] for side, values in seconds.items()},
+        "median": {side: round(value, 4) for side, value in medians.items()},
+        "ratio": {side: round(medians[BASE] / value, 4) for side, value in medians.items()},
+    }
+
+
+class Job:
+    def __init__(self, tiny: bool, seconds: float, compiles: bool) -> None:
+        self.sizes = TINY if tiny else Sizes()
+        self.model = build(tiny)
+        self.budget, self.compiles = seconds, compiles
+        self.missing: dict[str, str] = {}
+
+    def cases(self) -> list[dict[str, Any]]:
+        parts: list[tuple[float, Callable[[float], dict[str, Any]]]] = [
+            (0.22, self.tower),
+            (0.2, lambda share: self.captions("one photo", 1, share)),
+            (0.2, lambda share: self.captions("photos", self.sizes.photos, share)),
+            (0.13, lambda share: self.step("step, small images", True, share)),
+            (0.25, lambda share: self.step("step", False, share)),
+        ]
+        found = []
+        for weight, part in parts:
+            found.append(part(weight * self.budget))
+            print(_table(found[-1:]), flush=True)
+        return found
+
+    def side(self, side: str, run: Run) -> Run:
+        def within() -> Any:
+            with side_of(side, self.model):
+                return run()
+
+        return within
+
+    def tower(self, share: float) -> dict[str, Any]:
+        """The vision tower alone, one photo."""
+        self.model.eval()
+        pixels = captioning(self.model, self.sizes, 1)["pixel_values"]
+        tower = self.model.model.vision_tower
+
+        def features() -> torch.Tensor:
+            with torch.inference_mode():
+                out: torch.Tensor = tower(pixels).last_hidden_state
+                return out
+
+        runs = {side: self.side(side, features) for side in (BASE, OURS)}
+        others = {"openvino": sides_of.openvino_tower}
+        if self.compiles:
+            others["compile"] = sides_of.compiled_tower
+        for name, make in others.items():
+            try:
+                other = make(self.model, pixels)
+                runs[name] = lambda other=other: _without_gradients(other, pixels)  # type: ignore[misc]
+            except Exception as error:  # a baseline that cannot be had is named, whatever it is
+                self.missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        answers = {side: run() for side, run in runs.items()}
+        largest = answers[BASE].abs().max()
+        off = {s: float((a - answers[BASE]).abs().max() / largest) for s, a in answers.items()}
+        seconds = rounds(runs, share, ROUNDS)
+        return case_of("tower", seconds, pixels=self.sizes.pixels, off_by=off)
+
+    def captions(self, name: str, photos: int, share: float) -> dict[str, Any]:
+        self.model.eval()
+        inputs = captioning(self.model, self.sizes, photos)
+        tokens: dict[str, torch.Tensor] = {}
+
+        def generate(side: str, new: int) -> Run:
+            def run() -> None:
+                tokens[side] = self.model.generate(
+                    **inputs, num_beams=3, do_sample=False, no_repeat_ngram_size=3,
+                    early_stopping=True, max_new_tokens=new, min_new_tokens=new,
+                )  # fmt: skip
+
+            return self.side(side, run)
+
+        chosen = (BASE, "eager", OURS) if photos == 1 else (BASE, OURS)
+        if photos == 1:
+            for side in chosen:
+                generate(side, 2)()
+        runs = {side: generate(side, self.sizes.tokens) for side in chosen}
+        seconds = rounds(runs, share, ROUNDS)
+        same = {side: bool(torch.equal(tokens[side], tokens[BASE])) for side in chosen}
+        facts = {"photos": photos, "beams": 3, "new_tokens": self.sizes.tokens}
+        return case_of(name, seconds, **facts, identical_tokens=same)
+
+    def step(self, name: str, small: bool, share: float) -> dict[str, Any]:
+        """Forward and backward, the tower frozen; the optimizer is the same for all."""
+        s = self.sizes
+        pixels, size = (s.short, s.short_batch) if small else (s.pixels, s.photos)
+        batch = training(self.model, pixels, size, s)
+        self.model.train()
+        self.model.model.vision_tower.requires_grad_(False)
+        losses: dict[str, float] = {}
+
+        def step(side: str) -> Run:
+            def run() -> None:
+                self.model.zero_grad(set_to_none=True)
+                loss = self.model(**batch, use_cache=False).loss
+                loss.backward()
+
+            return self.side(side, run)
+
+        def quiet_loss(side: str) -> None:
+            self.model.eval()
+            with torch.no_grad(), side_of(side, self.model):
+                losses[side] = float(self.model(**batch, use_cache=False).loss)
+            self.model.train()
+
+        chosen = (BASE, "eager", OURS) if small else (BASE, OURS)
+        runs = {side: step(side) for side in chosen}
+        if small:  # without dropout, where the losses can be compared; a warm-up too
+            for side in chosen:
+                quiet_loss(side)
+        seconds = rounds(runs, share, ROUNDS)
+        self.model.zero_grad(set_to_none=True)
+        facts = {"pixels": pixels, "batch": size, "prompt_tokens": list(s.prompts)}
+        return case_of(name, seconds, **facts, label_tokens=list(s.labels), eval_loss=losses)
+
+
+def _without_gradients(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
+    with torch.inference_mode():
+        return run(x)
+
+
+def _table(cases: list[dict[str, Any]]) -> str:
+    rows = [
+        (case["case"], side, f"{seconds:.3f}", f"{case['ratio'][side]:.2f}x")
+        for case in cases
+        for side, seconds in case["median"].items()
+    ]
+    return text_table(("case", "side", "seconds", f"against {BASE}"), rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.job")
+    parser.add_argument("--seconds", type=float, default=420.0, help="of all rounds, default 420")
+    parser.add_argument("--compile", action="store_true", help="the tower by torch.compile too")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's own")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
+    parser.add_argument("--small", action="store_true", help="a tiny model, for testing")
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    load = env.load_average()
+    job = Job(args.small, args.seconds, args.compile)
+    cases = job.cases()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"job-cpu{'-small' if args.small else ''}.json"
+    head = {
+        **env.stamp(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": load,
+        "missing": job.missing,
+    }
+    path.write_text(json.dumps({**head, "cases": cases}, indent=1) + "\n")
+    print(f"\n{_table(cases)}\n\nwritten: {path}")
+    for name, why in job.missing.items():
+        print(f"left out: {name}: {why}")
+    answers = [case["identical_tokens"] for case in cases if "identical_tokens" in case]
+    return 0 if all(all(same.values()) for same in answers) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

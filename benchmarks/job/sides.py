@@ -1,0 +1,68 @@
+"""Who does the job: transformers with either attention, compiled, OpenVINO's tower, and fastvlm."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastvlm
+
+TRANSFORMERS = ("sdpa", "eager")
+OURS = "fastvlm"
+
+
+@contextlib.contextmanager
+def side_of(side: str, model: Any) -> Iterator[None]:
+    """The model as a side runs it: the same weights at the same addresses for all of them."""
+    if side == OURS:
+        model.set_attn_implementation("sdpa")
+        with fastvlm.patched(model):
+            yield
+        return
+    model.set_attn_implementation(side)
+    yield
+
+
+class _Tower(nn.Module):
+    """pixels -> features, and nothing else around them."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.tower(pixels).last_hidden_state
+        return features
+
+
+def openvino_tower(model: Any, pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The tower compiled by OpenVINO in float32. Raises whatever stands in the way."""
+    # its telemetry would fork this process, threads and all
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        traced = torch.jit.trace(_Tower(model.model.vision_tower), pixels, check_trace=False)
+        graph = openvino.convert_model(traced, example_input=pixels)
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+def compiled_tower(model: Any, pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The tower through torch.compile, which takes most of a minute the first time."""
+    model.set_attn_implementation("sdpa")
+    tower = torch.compile(_Tower(model.model.vision_tower))
+    with torch.inference_mode():
+        tower(pixels)
+    return tower  # type: ignore[no-any-return]
