@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvlm import ops
@@ -58,7 +59,7 @@ class _Half(Host):
         """Whether this call can bypass its parts, and the kernels that it is made of are there."""
         if type(x) not in DENSE or x.device.type != "cpu" or x.dim() != 4 or x.dtype not in DTYPES:
             return False
-        if _transformed() or dispatch.forced() not in (None, "cpu") or unavailable() is not None:
+        if _transformed() or dispatch.forced() not in (None, "cpu") or not _has_kernels():
             return False
         attention, ffn = getattr(self, self.attention), self.ffn
         linears = (attention.qkv, attention.proj, ffn.fc1, ffn.fc2)
@@ -93,6 +94,12 @@ class ChannelHalf(_Half):
     def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
         out = ops.channel_attention(qkv.flatten(1, 2), attention.groups)
         return out.unflatten(1, qkv.shape[1:3])
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    """torch.compile asks once: loading the extension, with its lock, is nothing it can trace."""
+    return unavailable() is None
 
 
 def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:

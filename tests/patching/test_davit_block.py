@@ -206,3 +206,14 @@ def test_unpatched_again_is_transformers() -> None:
         fastvlm.unpatch(model)
         assert torch.equal(features(tower, x), before)
     assert not any(is_patched(module) for module in model.modules())
+
+
+def test_a_half_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+    plain, ours = towers()
+    for name in ("spatial_block", "channel_block"):
+        theirs, half = (getattr(tower.blocks[0][0], name) for tower in (plain, ours))
+        compiled = torch.compile(half, fullgraph=True, backend="eager")
+        x = torch.randn(1, 16, 7, 9)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), theirs(x), atol=1e-4, rtol=1e-4)
