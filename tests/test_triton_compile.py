@@ -18,7 +18,7 @@ from fastvlm import triton as backend
 from fastvlm.__main__ import main
 from fastvlm.triton import configs
 from fastvlm.triton.compiling import work
-from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from fastvlm.triton.compiling.architectures import DEFAULT
 from fastvlm.triton.compiling.verdicts import Excepted, judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,21 +72,45 @@ def test_every_config_that_a_table_may_choose_is_reached_by_a_call(
     assert len(_unreached("sm90", fewer)) == 10
 
 
-def test_a_persistent_grid_is_as_large_as_the_device_holds() -> None:
-    """The tables say how many programs share a multiprocessor, and the kept counts agree."""
-    kept = json.loads((ROOT / "benchmarks/results/triton-compiled.json").read_text())["kernels"]
-    rows = [row for row in kept if "PERSISTENT=1" in row["config"]]
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for row in rows:
-        said = dict(part.split("=") for part in row["config"].split())
-        (config,) = {
-            (tuple(c.blocks.items()), c.resident)
-            for case in configs.table(ARCHITECTURES[row["arch"]].family)[row["kernel"]]
-            for c in case.configs
-            if all(said[name] == str(value) for name, value in c.blocks.items())
-            and (said["warps"], said["stages"]) == (str(c.num_warps), str(c.num_stages))
-        }
-        assert 0 < config[1] <= row["programs"], row
+def test_a_persistent_grid_is_as_large_as_the_device_holds(
+    compiled: dict[str, work.Result],
+) -> None:
+    """The tables say how many programs share a multiprocessor, and the counts agree."""
+    result = compiled["product"]
+    assert result.counts is not None
+    config = next(
+        config
+        for case in configs.table("sm90")["geglu_forward"]
+        for config in case.configs
+        if config.resident == 2
+    )
+    blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
+    text = f"PERSISTENT=1 {blocks} warps={config.num_warps} stages={config.num_stages}"
+    few = dataclasses.replace(result.job, kernel="geglu_forward")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(few), "config", text)
+        patch.setattr(type(few), "warps", config.num_warps)
+        for registers, words in ((128, ""), (168, "1 programs share a multiprocessor")):
+            counts = dataclasses.replace(result.counts, registers=registers, shared=0)
+            found = judge([dataclasses.replace(result, job=few, counts=counts)])
+            said = [v.words for v in found if v.rule == "resident"]
+            assert [words in line for line in said] == ([True] if words else [])
+        patch.setattr(type(few), "config", text.replace("stages=", "stages=9"))
+        found = judge([dataclasses.replace(result, job=few)])
+        assert ["its table says []" in v.words for v in found if v.rule == "resident"] == [True]
+
+
+def test_what_is_kept_spills_nowhere_and_is_small() -> None:
+    path = ROOT / "benchmarks/results/triton-compiled.json"
+    assert path.stat().st_size < 300_000
+    pytest.importorskip("triton")
+    from fastvlm.triton.compiling import summary
+
+    version, entries = summary.load(path)
+    assert version.startswith("3.")
+    assert {arch for _, arch in entries} == set(DEFAULT)
+    assert [place for place, entry in entries.items() if entry.spilled] == []
+    assert all(entry.rows for entry in entries.values())
 
 
 def _unreached(family: str, keys: list[tuple[str, dict[str, int]]]) -> list[str]:
@@ -303,6 +327,42 @@ def test_a_digest_is_of_code_alone() -> None:
     assert changed("across = GROUP", "across = 2 * GROUP") != now
 
 
+def test_a_summary_tells_what_differs() -> None:
+    pytest.importorskip("triton")
+    from fastvlm.triton.compiling import summary
+
+    def row(number: int, **changed: Any) -> dict[str, Any]:
+        made = {"kernel": "k", "arch": "sm_90", "dtype": "bf16", "config": f"BLOCK={number}",
+                "arguments": "*bf16", "ops": ["op"], "source": "s", "registers": 300, "local": 0,
+                "spill_loads": 0, "spill_stores": 0, "shared": 64, "loads": {"128": 1}}  # fmt: skip
+        return {**made, **changed}
+
+    rows = [row(1), row(2)]
+    kept = summary.of([*rows, row(1, arch="sm_80")])
+    archs = ["sm_90"]
+    assert summary.differences(kept, rows, archs, []) == []
+    for changed, words in (
+        ([row(1), row(2, loads={"64": 2})], "BLOCK=2  *bf16: other counts, of as many registers"),
+        ([row(1), row(2, registers=9)], "BLOCK=2  *bf16: registers 300 -> 9"),
+        ([row(1)], "k  sm_90: 1 gone"),
+        ([row(1), row(2), row(3)], "BLOCK=3  *bf16: new"),
+        ([row(1), row(2, failure="no")], "BLOCK=2  *bf16: does not compile any more"),
+    ):
+        (line,) = summary.differences(kept, changed, archs, [])
+        assert words in line
+    assert summary.of([row(1, local=8)])["k", "sm_90"].spilled == 1
+    with pytest.raises(ValueError, match="one digest"):
+        summary.of([row(1), row(1)])
+    # of one architecture, and of other code, nothing else is touched
+    new = [row(3, source="t")]
+    found = summary.renewed(kept, [], new, archs, [])
+    assert found == {**summary.of(new), ("k", "sm_80"): kept["k", "sm_80"]}
+    assert summary.renewed(kept, rows, [], archs, []) == kept
+    assert summary.renewed(kept, rows[:1], [row(3)], archs, [])["k", "sm_90"].rows == (
+        summary.of([row(1), row(3)])["k", "sm_90"].rows
+    )
+
+
 def test_a_changed_number_is_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,39 +380,32 @@ def test_a_changed_number_is_a_difference(
     assert "rms_norm  sm_90  bf16" in out
     assert main([*command, "--check", str(kept)]) == 0
 
-    # nothing is compiled again, and what the file has of other architectures stays
-    found = json.loads(kept.read_text())
-    found["kernels"].append({**found["kernels"][0], "arch": "sm_80"})
-    kept.write_text(json.dumps(found))
-    renew = ["compile", "--arch", "sm_90", "--renew", str(kept)]
+    # a summary of it: nothing is compiled again
+    from fastvlm.triton.compiling import summary
+
+    brief = tmp_path / "summary.json"
+    summary.save(brief, *summary.load(kept))
+    assert summary.load(brief) == summary.load(kept)
+    renew = ["compile", "--arch", "sm_90", "--renew", str(brief)]
+    before = brief.read_text().partition("kernels")[2]
     assert main(renew) == 0
     assert "0 compiled, 0 wrong" in capsys.readouterr().out
-    assert sorted(json.loads(kept.read_text())["kernels"], key=str) == sorted(
-        found["kernels"], key=str
-    )
-    # counts of another code are not those of this one
-    true = found["kernels"].pop(0)
-    other = found["kernels"].pop(0)
-    kept.write_text(
-        json.dumps({**found, "kernels": [{**true, "source": "?", "registers": 1}, other]})
-    )
-    assert main(renew) == 0
-    assert "1 compiled, 0 wrong" in capsys.readouterr().out
-    found = json.loads(kept.read_text())
-    assert sorted(found["kernels"], key=str) == sorted([true, other], key=str)
-    found["kernels"] = [true]
-
-    found["kernels"][0]["registers"] += 1
-    found["kernels"].append({**found["kernels"][0], "kernel": "gone"})
-    kept.write_text(json.dumps(found))
-    capsys.readouterr()
-    assert main([*command, "--check", str(kept)]) == 1
+    assert brief.read_text().partition("kernels")[2] == before
+    # one that comes out in another way, and one that nothing launches any more
+    version, entries = summary.load(brief)
+    (entry,) = entries.values()
+    ((name, (digest, registers)),) = entry.rows.items()
+    entry.rows[name] = digest, registers + 1
+    entries["gone", "sm_90"] = dataclasses.replace(entry, kernel="gone")
+    summary.save(brief, version, entries)
+    assert main([*command, "--check", str(brief)]) == 1
     out = capsys.readouterr().out
     assert "2 changed" in out
-    registers = found["kernels"][0]["registers"]
-    assert f"registers {registers} -> {registers - 1}" in out
-    assert ": gone" in out
+    assert f"registers {registers + 1} -> {registers}" in out
+    assert "gone  sm_90: 1 gone" in out
 
+    found = json.loads(kept.read_text())
+    renew = [*renew[:-1], str(kept)]
     kept.write_text(json.dumps({**found, "triton": "3.0.0"}))
     assert main([*command, "--check", str(kept)]) == 2
     assert "of triton 3.0.0" in capsys.readouterr().err

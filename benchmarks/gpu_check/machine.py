@@ -74,8 +74,8 @@ def describe() -> str:
 def build(rehearse: bool) -> int:
     """For the GPU that is here alone: of three architectures a third is enough."""
     start = time.monotonic()
-    if torch.cuda.is_available():
-        os.environ.setdefault(library.VARIABLE, architecture())
+    if rehearse or torch.cuda.is_available():
+        os.environ.setdefault(library.VARIABLE, "9.0a" if rehearse else architecture())
     why = library.missing()
     if why is not None and rehearse and library.refused() == why:
         return _objects(why)
@@ -103,7 +103,6 @@ def architecture() -> str:
 def _objects(why: str) -> int:
     """Every source compiled against the headers of a PyTorch that has no CUDA to link with."""
     print(f"compiled, but not linked: {why}")
-    os.environ.setdefault(library.VARIABLE, "9.0a")
     with tempfile.TemporaryDirectory() as folder:
         for command in library.commands(Path(folder))[:-1]:
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,6 +8,7 @@ code.py           instructions, loops, counts
 nvidia.py amd.py  read a compiled kernel
 work.py           the pool of processes that compiles
 verdicts.py       what makes the command fail
-report.py         tables, the results file, the comparison with a kept one
+report.py         tables, and all counts as a file
+summary.py        the counts that are kept, and what differs from them
 command.py        the command
 """

@@ -6,12 +6,14 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvlm import triton as backend
 from fastvlm.triton.compiling.architectures import ARCHITECTURES, DEFAULT
+
+if TYPE_CHECKING:
+    from fastvlm.triton.compiling.summary import Entries
 
 
 class UsageError(ValueError):
@@ -30,12 +32,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda", action="store_true", help="the CUDA kernels, by nvcc, instead of Triton's"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts here, as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write all counts here, as JSON: megabytes"
+    )
     parser.add_argument(
         "--renew", type=Path, metavar="FILE",
-        help="compile only what this file does not have of the kernels as they are now, add it to "
-        "the file, and leave out what nothing launches any more; counts of another Triton are "
-        "refused",
+        help="compile only what this summary does not have of the kernels as they are now, add it, "
+        "and leave out what nothing launches any more; counts of another Triton are refused. What "
+        "is there already is not judged anew: after a change of a rule, begin with an empty file",
     )  # fmt: skip
     parser.add_argument(
         "--check", type=Path, metavar="FILE",
@@ -68,11 +72,11 @@ def _triton() -> str:
     return version
 
 
-def _kept(option: str, path: Path, version: str) -> list[dict[str, Any]]:
-    from fastvlm.triton.compiling import report
+def _kept(option: str, path: Path, version: str) -> Entries:
+    from fastvlm.triton.compiling import summary
 
     try:
-        kept_version, rows = report.load(path)
+        kept_version, entries = summary.load(path)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{option} {path}: {type(error).__name__}: {error}") from None
     if kept_version != version:
@@ -80,7 +84,7 @@ def _kept(option: str, path: Path, version: str) -> list[dict[str, Any]]:
             f"{option} {path}: its counts are of triton {kept_version}, this is {version}; nothing "
             "was done"
         )
-    return rows
+    return entries
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -90,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.renew is not None and (args.out is not None or args.check is not None):
         raise UsageError("--renew goes without --out and --check")
     version = _triton()
-    from fastvlm.triton.compiling import jobs, report, verdicts, work
+    from fastvlm.triton.compiling import jobs, report, summary, verdicts, work
 
     kept = None if args.check is None else _kept("--check", args.check, version)
     renewed = None if args.renew is None else _kept("--renew", args.renew, version)
@@ -100,14 +104,14 @@ def _run(args: argparse.Namespace) -> int:
     if not todo and not recorded.faults:
         raise UsageError(f"no op or kernel has {' or '.join(map(repr, args.only))} in its name")
     print(f"triton {version}: {recorded.launches} launches, {len(todo)} compilations")
-    had = report.still_true(renewed or [], recorded.jobs)
+    had = summary.still_true(renewed or {}, recorded.jobs)
     todo = [job for job in todo if job not in had]
     if renewed is not None:
         print(f"{len(had)} of them are in {args.renew}, of the same code")
     results = work.compile_all(todo, log=_log)
     rows = [report.row(result, recorded.jobs[result.job]) for result in results]
     print(report.text(rows))
-    found = verdicts.judge([*(report.result(*pair) for pair in had.items()), *results])
+    found = verdicts.judge(results)
     wrong = sum(not verdict.exception for verdict in found)
     if recorded.faults:
         print("\nfaults of launchers:\n" + "\n".join(recorded.faults))
@@ -116,26 +120,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.out is not None:
         report.save(args.out, version, rows)
     if renewed is not None:
-        others = report.beside(renewed, archs, args.only)
-        report.save(args.renew, version, [*others, *had.values(), *rows])
-    changed = _compare(kept, rows, archs, args.only) if kept is not None else 0
-    print(
-        f"\n{len(results)} compiled, {wrong + len(recorded.faults)} wrong"
-        + (f", {changed} changed" if kept is not None else "")
-    )
-    return 1 if wrong or recorded.faults or changed else 0
-
-
-def _compare(
-    kept: list[dict[str, Any]], rows: list[dict[str, Any]], archs: Sequence[str],
-    only: Sequence[str],
-) -> int:  # fmt: skip
-    from fastvlm.triton.compiling import report
-
-    changes = report.differences(report.selected(kept, archs, only), rows)
+        entries = summary.renewed(renewed, had.values(), rows, archs, args.only)
+        summary.save(args.renew, version, entries)
+    changes = [] if kept is None else summary.differences(kept, rows, archs, args.only)
     if changes:
         print("\nchanged:\n" + "\n".join(changes))
-    return len(changes)
+    print(
+        f"\n{len(results)} compiled, {wrong + len(recorded.faults)} wrong"
+        + (f", {len(changes)} changed" if kept is not None else "")
+    )
+    return 1 if wrong or recorded.faults or changes else 0
 
 
 def _log(result: Any) -> None:

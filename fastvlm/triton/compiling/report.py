@@ -1,20 +1,19 @@
-"""Compiled kernels as rows: the printed table, the results file, the comparison with a kept one."""
+"""Compiled kernels as rows: the printed table, and all of them as a file."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvlm import env
 from fastvlm.tables import text_table
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
-from fastvlm.triton.compiling.code import Counts
 from fastvlm.triton.compiling.driver import Job, function
-from fastvlm.triton.compiling.jobs import Origin, chosen
+from fastvlm.triton.compiling.jobs import Origin
 from fastvlm.triton.compiling.sources import digest
 from fastvlm.triton.compiling.verdicts import Verdict, streams
 from fastvlm.triton.compiling.work import Result
@@ -22,10 +21,10 @@ from fastvlm.triton.compiling.work import Result
 Row = dict[str, Any]
 # what tells rows apart; everything else in a row is compared
 KEY = ("kernel", "arch", "dtype", "config", "arguments")
-_NOT_COMPARED = (*KEY, "ops", "source")
+NOT_COMPARED = (*KEY, "ops", "source")
 
 
-def _head(job: Job, origin: Origin) -> Row:
+def head(job: Job, origin: Origin) -> Row:
     """What is known of a row before anything is compiled."""
     return {
         "kernel": job.kernel,
@@ -40,7 +39,7 @@ def _head(job: Job, origin: Origin) -> Row:
 
 def row(result: Result, origin: Origin) -> Row:
     job, counts = result.job, result.counts
-    found = _head(job, origin)
+    found = head(job, origin)
     if counts is None:
         return {**found, "failure": result.failure.splitlines()[0]}
     programs, limit = ARCHITECTURES[job.arch].occupancy(counts.registers, counts.shared, job.warps)
@@ -50,14 +49,6 @@ def row(result: Result, origin: Origin) -> Row:
     found = {**found, **counted, "programs": programs, "limit": limit}
     found |= {"scalar_loads": result.scalar_loads, "dots": [list(dot) for dot in result.dots]}
     return found | ({"tensor_memory": result.tensor_memory} if result.tensor_memory else {})
-
-
-def result(job: Job, row: Row) -> Result:
-    """What a row was made of, so that kept counts are judged by the rules of now."""
-    names = [field.name for field in dataclasses.fields(Counts) if field.name != "loop_loads"]
-    dots = tuple((rows, bits) for rows, bits in row["dots"])
-    counts = Counts(loop_loads=row.get("loop_loads", {}), **{name: row[name] for name in names})
-    return Result(job, 0.0, counts, "", row["scalar_loads"], dots, row.get("tensor_memory", 0))
 
 
 def key(row: Row) -> tuple[str, ...]:
@@ -123,81 +114,6 @@ def verdicts(found: Sequence[Verdict]) -> str:
 def save(path: Path, triton: str, rows: Sequence[Row]) -> None:
     """One line for each row, so that a change shows in a diff as what changed."""
     lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=key))
-    head = json.dumps({**env.stamp(), "triton": triton})[:-1]
+    start = json.dumps({**env.stamp(), "triton": triton})[:-1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head}, "kernels": [\n{lines}\n]}}\n')
-
-
-def load(path: Path) -> tuple[str, list[Row]]:
-    """The version of Triton that a results file is of, and its rows."""
-    kept = json.loads(path.read_text())
-    return kept["triton"], kept["kernels"]
-
-
-def selected(rows: Iterable[Row], archs: Sequence[str], only: Sequence[str]) -> list[Row]:
-    """The rows that a run with these arguments makes again."""
-    return [
-        row
-        for row in rows
-        if row["arch"] in archs and any(chosen(only, op, row["kernel"]) for op in row["ops"])
-    ]
-
-
-def beside(rows: Iterable[Row], archs: Sequence[str], only: Sequence[str]) -> list[Row]:
-    """The rows that a run with these arguments says nothing of."""
-    made = {key(row) for row in selected(rows, archs, only)}
-    return [row for row in rows if key(row) not in made]
-
-
-def still_true(rows: Iterable[Row], jobs: Mapping[Job, Origin]) -> dict[Job, Row]:
-    """Of the jobs those whose counts are among the rows, from the very code that there is now.
-
-    The same code compiled twice by one Triton gives the same counts, so they need no compiler. The
-    dtypes and ops that lead to a job are those of now.
-    """
-    known = {_code(row): row for row in rows if "failure" not in row and "dots" in row}
-    found = {}
-    for job, origin in jobs.items():
-        head = _head(job, origin)
-        row = dict(known.get(_code(head), {}))
-        if not streams(job):
-            row.pop("loop_loads", None)
-        elif "loop_loads" not in row:
-            continue
-        if row:
-            found[job] = {**row, **head}
-    return found
-
-
-def _code(row: Row) -> tuple[str, ...]:
-    """What decides the machine code. Rows of before there were digests have none of it."""
-    names = ("kernel", "arch", "config", "arguments", "source")
-    return tuple(row.get(name, "") for name in names)
-
-
-def differences(kept: Sequence[Row], now: Sequence[Row]) -> list[str]:
-    before, after = {key(row): row for row in kept}, {key(row): row for row in now}
-    lines = []
-    for name in sorted({*before, *after}):
-        title = "  ".join(name)
-        if name not in after:
-            lines.append(f"{title}: gone")
-        elif name not in before:
-            lines.append(f"{title}: new")
-        else:
-            changes = _changes(before[name], after[name])
-            lines += [f"{title}: {', '.join(changes)}"] if changes else []
-    return lines
-
-
-def _changes(before: Row, after: Row) -> list[str]:
-    names = [name for name in {**before, **after} if name not in _NOT_COMPARED]
-    return [
-        f"{name} {_said(before.get(name))} -> {_said(after.get(name))}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _said(value: Any) -> str:
-    return _pairs(value) if isinstance(value, dict) else str(value)
+    path.write_text(f'{start}, "kernels": [\n{lines}\n]}}\n')

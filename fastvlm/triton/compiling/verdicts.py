@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+from fastvlm.triton import configs
 from fastvlm.triton.compiling.architectures import ARCHITECTURES
 from fastvlm.triton.compiling.code import Counts
 from fastvlm.triton.compiling.driver import Job
@@ -139,11 +140,37 @@ def _tensor_cores(result: Result, counts: Counts) -> str:
     return ""
 
 
+def _resident(result: Result, counts: Counts) -> str:
+    """A persistent grid has as many programs as the device holds: as its table says."""
+    job = result.job
+    if job.constants.get("PERSISTENT") != "1":
+        return ""
+    architecture = ARCHITECTURES[job.arch]
+    held, _ = architecture.occupancy(counts.registers, counts.shared, job.warps)
+    wanted = _residents(architecture.family, job)
+    if len(wanted) == 1 and 0 < max(wanted) <= held:
+        return ""
+    return f"{held} programs share a multiprocessor; its table says {sorted(wanted)}"
+
+
+def _residents(family: str, job: Job) -> set[int]:
+    """What the table says of the configs of these blocks, warps and stages."""
+    said = job.constants
+    return {
+        config.resident
+        for case in configs.table(family)[job.kernel]
+        for config in case.configs
+        if all(said[name] == str(value) for name, value in config.blocks.items())
+        and (said["warps"], said["stages"]) == (str(config.num_warps), str(config.num_stages))
+    }
+
+
 RULES: dict[str, Callable[[Result, Counts], str]] = {
     "fits": _fits,
     "spills": _spills,
     "wide loads": _wide_loads,
     "tensor cores": _tensor_cores,
+    "resident": _resident,
 }
 
 
