@@ -14,13 +14,18 @@ import torch
 
 import fastvlm
 from fastvlm.captioning import arguments, models, photos
+from fastvlm.captioning.batch_size import MOST_ON_CPU, MOST_ON_GPU
 from fastvlm.captioning.captioner import Captioner
-from fastvlm.captioning.job import Job, JobError, Output, Summary
+from fastvlm.captioning.draw import Drawings
+from fastvlm.captioning.job import Beside, Job, JobError, Output, Summary
 from fastvlm.captioning.ledger import LedgerError
 from fastvlm.captioning.models import Loaded
 from fastvlm.captioning.processes import Processes
+from fastvlm.captioning.report_page import write_page
+from fastvlm.captioning.shards import write_shards
 from fastvlm.captioning.sources import Source
 from fastvlm.captioning.tasks import Question, questions, split
+from fastvlm.captioning.texts import Texts
 from fastvlm.decoding.languages import LANGUAGES
 from fastvlm.demo.arguments import UsageError
 
@@ -80,6 +85,13 @@ def _job(args: argparse.Namespace) -> int:
         raise UsageError("SOURCE", "a folder, pictures or shards beside --out", "none")
     languages = None if args.lang is None else _languages(args.lang)
     source = Source(args.sources)
+    if args.txt and source.shards:
+        raise UsageError("--txt", "a folder or pictures (of shards: --webdataset)", args.sources[0])
+    for name, folder in (("--draw", args.draw), ("--webdataset", args.webdataset)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise UsageError(name, "a folder", f"{folder}, a file")
+    if args.report is not None and not Path(args.report).parent.is_dir():
+        raise UsageError("--report", "a file in a folder that is there", args.report)
     processes = Processes()
     if next(source.items(), None) is None:
         raise UsageError("SOURCE", "something with a picture in it", ", ".join(args.sources))
@@ -94,6 +106,11 @@ def _job(args: argparse.Namespace) -> int:
     output.check()
     fastvlm.patch(loaded.model)
     told = processes.rank == 0 and not args.quiet
+    beside: list[Beside] = []
+    if args.txt:
+        beside.append(Texts(asked, lambda text: print(text, file=sys.stderr)))
+    if args.draw is not None:
+        beside.append(Drawings(args.draw))
     if not loaded.real and processes.rank == 0:
         print(models.RANDOM, file=sys.stderr)
     captioner = Captioner(
@@ -107,12 +124,20 @@ def _job(args: argparse.Namespace) -> int:
         keep_prefix=args.keep_prefix,
         batch_size=args.batch_size,
         workers=args.workers,
+        # twice what decodes together: the next batch is open when one ends
+        most_waiting=2
+        * (args.batch_size or (MOST_ON_CPU if args.device == "cpu" else MOST_ON_GPU)),
         linger=1.0,
     )
     try:
         with _stopped_politely(), captioner, processes:
-            summary = Job(source, asked, captioner, output, (), told).run(processes)
-            _tell(summary, processes, args.out)
+            summary = Job(source, asked, captioner, output, beside, told).run(processes)
+            total = _total(summary, processes)
+        if processes.rank == 0:
+            _finish(args, source, loaded, total)
+    except OSError as error:
+        print(f"fastvlm caption: {error}; {_go_on(args.out)}", file=sys.stderr)
+        return 1
     except (LedgerError, JobError) as error:
         print(f"fastvlm caption: {error}; {_go_on(args.out)}", file=sys.stderr)
         return 1
@@ -126,14 +151,31 @@ def _go_on(out: str) -> str:
     return f"what {out} holds is whole, and --resume goes on with it"
 
 
-def _tell(summary: Summary, processes: Processes, out: str) -> None:
+def _total(summary: Summary, processes: Processes) -> Summary:
+    """Of all processes; seconds and points are this one's."""
     pictures, failed, before = processes.total(summary.pictures, summary.failed, summary.before)
-    if processes.rank:
-        return
-    rate = pictures / summary.seconds if summary.seconds else 0.0
-    text = f"{out}: {pictures} photos in {summary.seconds:.1f} s, {rate:.2f} a second"
-    text += f", {before} done before" if before else ""
-    text += f", {failed} could not be read or described (their lines say why)" if failed else ""
+    share = pictures / summary.pictures if summary.pictures else 1.0
+    points = [(at, round(done * share)) for at, done in summary.points]
+    return Summary(pictures, failed, before, summary.seconds, points)
+
+
+def _finish(args: argparse.Namespace, source: Source, loaded: Loaded, total: Summary) -> None:
+    """What is made of the whole output, and the last line on stderr."""
+    rate = total.pictures / total.seconds if total.seconds else 0.0
+    text = f"{args.out}: {total.pictures} photos in {total.seconds:.1f} s, {rate:.2f} a second"
+    text += f", {total.before} done before" if total.before else ""
+    if total.failed:
+        text += f", {total.failed} could not be read or described (their lines say why)"
+    out = Path(args.out)
+    if args.webdataset is not None:
+        samples = write_shards(source, out, Path(args.webdataset))
+        text += f"; {samples} samples in {args.webdataset}"
+    if args.report is not None:
+        facts = {"photos a second": f"{rate:.2f}", "model": loaded.id}
+        if not loaded.real:
+            facts["weights"] = "random: the text means nothing"
+        write_page(Path(args.report), source, out, facts, total.points)
+        text += f"; {args.report}"
     print(text, file=sys.stderr)
 
 

@@ -30,7 +30,7 @@ def key_of(line: dict[str, Any]) -> Key:
     return line["path"], line["task"], line["language"]
 
 
-def encode(line: dict[str, Any]) -> bytes:
+def encode(line: dict[str, Any] | list[dict[str, Any]]) -> bytes:
     """One line, UTF-8; names that are no UTF-8 as escaped surrogates."""
     text = json.dumps(line, ensure_ascii=False)
     try:

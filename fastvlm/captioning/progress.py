@@ -88,7 +88,8 @@ class Progress:
 
     def close(self) -> None:
         self._stop = True
-        self.points.append((self.seconds, self.done))
+        if self.done > self.points[-1][1]:
+            self.points.append((self.seconds, self.done))
         if self._show:
             self._counting.join(1.0)
         if self._bar is not None:
