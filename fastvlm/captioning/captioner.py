@@ -223,6 +223,9 @@ class Captioner:
             except BaseException as error:  # nobody may wait for an answer that never comes
                 for request in batch:
                     request.fail(error)
+            for request in batch:
+                request.opened = None  # whoever keeps the future does not keep the pixels
+            del batch, request
 
     def _size(self, asked: int) -> BatchSize:
         if asked not in self._sizes:

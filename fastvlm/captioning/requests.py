@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
@@ -99,19 +100,25 @@ class Waiting:
             if self._closed:
                 raise RuntimeError("fastvlm.Captioner: it is closed")
             self._inside[request] = None
-        request.future.add_done_callback(lambda _: self._over(request))
+        # a future keeps its callbacks: by a strong reference each request would be a cycle
+        ref = weakref.ref(request)
+        request.future.add_done_callback(lambda future: self._over(ref(), future))
         return True
 
-    def _over(self, request: Request) -> None:
+    def _over(self, request: Request | None, future: Future[list[Answer]]) -> None:
         """Cancelled, failed or late: its place is free at once."""
-        self.leave(request)
-        if request.future.cancelled():
+        if request is not None:
+            self.leave(request)
+        if future.cancelled():
             # who waits for several futures hears of a cancelled one by this alone
-            request.future.set_running_or_notify_cancel()
+            future.set_running_or_notify_cancel()
 
     def leave(self, request: Request) -> None:
         with self._changed:
             if self._inside.pop(request, self) is None:
+                if request.opened is not None:
+                    self._ready.remove(request)
+                    request.opened = None
                 self._changed.notify_all()
 
     def ready(self, request: Request, opened: Ready) -> None:
@@ -139,7 +146,6 @@ class Waiting:
         while True:
             self.expire()
             with self._changed:
-                self._ready = deque(one for one in self._ready if one in self._inside)
                 if self._ready:
                     batch = self._alike(limit_of(self._ready[0]))
                     until = time.monotonic() + linger if until is None else until

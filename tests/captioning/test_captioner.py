@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
@@ -273,6 +275,31 @@ def test_close_answers_or_drops(loaded: models.Loaded, gate: Gate) -> None:
     assert not closing.is_alive()
     assert all(future.done() for future in futures)
     assert any(future.cancelled() for future in futures)
+
+
+def test_pixels_are_let_go_of(loaded: models.Loaded, gate: Gate) -> None:
+    """Answered, cancelled or refused, without a run of the garbage collector."""
+    seen = []
+
+    def photo() -> torch.Tensor:
+        pixels = torch.zeros(3, 96, 96)
+        seen.append(weakref.ref(pixels))
+        return pixels
+
+    gc.disable()
+    try:
+        with captioner(loaded, batch_size=1) as told:
+            futures = [told.submit(photo) for _ in range(3)]
+            assert gate.entered.wait(60)
+            while len(told._waiting._ready) < 2:
+                time.sleep(0.01)
+            futures[2].cancel()
+            gate.open.set()
+            wait(futures, 60)
+            assert [future.cancelled() for future in futures] == [False, False, True]
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
