@@ -18,14 +18,15 @@ from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
-from fastvlm.patching.logits import LazyLogits, State, Wanted, settled, wanted, wanting
+from fastvlm.patching.logits import LazyLogits, State, settled
+from fastvlm.patching.loss_request import LossRequest, loss_request, requesting
 from fastvlm.patching.ranked import RankedLogits
 from fastvlm.patching.room import RoomForAll
 from fastvlm.patching.rules import Host, Swap, takes
 from fastvlm.patching.shared_states import SharedEncoderStates
 from fastvlm.patching.stacks import DecoderStack
 from fastvlm.patching.static import StaticMasks
-from fastvlm.patching.tied import tapped
+from fastvlm.patching.tied import head_weight
 
 IMAGES = "image_of_prompt"
 _ENCODE = "_maybe_prepare_encoder_kwargs_for_generation"
@@ -39,20 +40,23 @@ class LossHead(Host):
     gives_lazy_logits = True
 
     def forward(self, input: Tensor) -> Any:
-        compiling = torch.compiler.is_compiling()
-        wants = None if compiling else wanted()
-        ranking = None if compiling or wants is not None else ranking_for(self)
-        if (wants is None and ranking is None) or not is_plain(self):
+        request, ranking = loss_request(), None
+        if request is not None and not (request.defers and request.head is self):
+            return super().forward(input)
+        if request is None and not torch.compiler.is_compiling():
+            ranking = ranking_for(self)
+        if (request is None and ranking is None) or not is_plain(self):
             return super().forward(input)
         state = State.now(input, self.weight)
         casts = state.autocast is not None and input.dtype != torch.float64
         dtype = state.autocast if casts and state.autocast is not None else input.dtype
-        if wants is None:
+        if request is None:
             kept = {} if ranking is None else ranking.kept
-            return RankedLogits(input, self.weight, self.bias, Wanted(), dtype, state, kept=kept)
-        packed = wants.packed if wants.packed and wants.packed.is_shown_by(input) else None
-        weight = tapped(self.weight, wants)
-        return LazyLogits(input, weight, self.bias, wants, dtype, state, packed=packed)
+            request = LossRequest()
+            return RankedLogits(input, self.weight, self.bias, request, dtype, state, kept=kept)
+        packed = request.packed if request.packed and request.packed.is_shown_by(input) else None
+        weight = head_weight(self.weight, request)
+        return LazyLogits(input, weight, self.bias, request, dtype, state, packed=packed)
 
 
 class Head(LossHead, Linear):
@@ -110,8 +114,13 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
             if groups is not None:
                 raise _fail("groups", "left out where the whole model is compiled", groups)
             return super().forward(**kwargs)
+        decoder = _decoder_of(self)
         if labels is None:
-            with wanting(None), forward_of(self) as ranked:
+            around = loss_request()
+            if around is not None and decoder is not None and around.decoder is decoder:
+                with around.within():
+                    return super().forward(**kwargs)
+            with requesting(None), forward_of(self) as ranked:
                 outputs = super().forward(**kwargs)
                 return settled(outputs, training=False) if ranked else outputs
         hidden = self._hides_labels(kwargs, labels)
@@ -119,17 +128,19 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
             if kwargs.get("use_cache") is None:
                 kwargs["use_cache"] = False
             self._without_tail(kwargs, labels)
-        wants = Wanted(groups, num_groups, hidden_labels=hidden)
-        with wanting(wants):
+        head = self.get_output_embeddings()
+        request = LossRequest(head, decoder, groups, num_groups, hidden_labels=hidden)
+        with requesting(request):
             outputs = settled(super().forward(**kwargs), self.training)
-        wants.done()
+        request.done()
         if groups is not None:
-            if wants.group_losses is None or isinstance(outputs, tuple):
+            if request.group_losses is None or isinstance(outputs, tuple):
                 raise ValueError(
                     "fastvlm: groups must be left out where the head is no plain nn.Linear (an "
                     "adapter, a hook), the loss is not transformers' own, or return_dict=False"
                 )
-            outputs.group_losses, outputs.group_tokens = wants.group_losses, wants.group_tokens
+            outputs.group_losses = request.group_losses
+            outputs.group_tokens = request.group_tokens
         return outputs
 
     def _check(self, kwargs: dict[str, Any], labels: Any, groups: Any, num_groups: Any) -> None:
@@ -177,21 +188,23 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
         return ids
 
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
-        """Whether a label counts in a row that the caller's mask, or the decoder's own, hides.
+        """Whether a label may count in a row that the caller's mask, or the decoder's own, hides.
 
-        A causal model predicts it one row before: with padding on the left, from the last pad.
+        In its own row, or one row before, as the loss of most causal models shifts it: with padding
+        on the left, from the last pad. Which it is a class does not tell.
         """
         encodes = self.config.is_encoder_decoder
         mask = kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
         decoder = _decoder_of(self)
         if mask is None and decoder is not None:
             mask = decoder.default_mask(self._target_ids(kwargs, labels))
-        if not isinstance(mask, Tensor) or mask.shape != labels.shape or labels.dim() != 2:
+        if not isinstance(mask, Tensor):
             return False
-        counted = labels != -100
-        if not encodes:
-            counted, mask = counted[:, 1:], mask[:, :-1]
-        return bool((counted & (mask == 0)).any())
+        if mask.shape != labels.shape or labels.dim() != 2:
+            return True  # as far as anybody can tell
+        counted, hidden = labels != -100, mask == 0
+        own, before = counted & hidden, counted[:, 1:] & hidden[:, :-1]
+        return bool(own.any() | before.any())
 
     def _encodes_here(self) -> bool:
         """Whether generate() hands the prompts and images to a method of the model to encode."""

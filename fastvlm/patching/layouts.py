@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastvlm.layout import Layout
 from fastvlm.patching import static
-from fastvlm.patching.logits import Packed, wanted
+from fastvlm.patching.logits import Packed
+from fastvlm.patching.loss_request import loss_request
 from fastvlm.patching.static import Static
 
 KEYWORD = "fastvlm_layouts"
@@ -170,9 +171,9 @@ def zero_padding(output: Any, layouts: Layouts) -> Any:
     states = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
     tokens = layouts.pack(layouts.enter(states))
     states = rows.unpack(tokens)
-    wants = None if torch.compiler.is_compiling() else wanted()
-    if wants is not None:
-        wants.packed = Packed(states, tokens, rows.q_padding.index)
+    request = loss_request()
+    if request is not None:
+        request.packed = Packed(states, tokens, rows.q_padding.index)
     if isinstance(output, tuple):
         return (states, *output[1:])
     output["last_hidden_state"] = states

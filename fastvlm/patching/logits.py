@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -22,31 +21,8 @@ from torch import Tensor
 from fastvlm import ops
 from fastvlm.compat import pytorch
 from fastvlm.ops._autograd import autocasts
-from fastvlm.patching.tensor_like import TensorLike
-
-
-@dataclass
-class Wanted:
-    """What one call with labels wants beside the loss, and gets.
-
-    groups: int64 [B], the (task, language) of each row of labels. group_losses float32 and
-    group_tokens int64 [num_groups]: filled in by the loss. packed: what the decoder gave, by the
-    decoder itself, so that the loss need not look for its tokens on the padded grid. table: see
-    `fastvlm.patching.tied`. hidden_labels: a label counts in a row that the mask hides; then the
-    decoder must compute that row as transformers does.
-    """
-
-    groups: Tensor | None = None
-    num_groups: int | None = None
-    group_losses: Tensor | None = None
-    group_tokens: Tensor | None = None
-    packed: Packed | None = None
-    table: tuple[Any, ...] | None = None
-    hidden_labels: bool = False
-
-    def done(self) -> None:
-        """Let go of the graph: whoever keeps the output keeps this."""
-        self.packed = self.table = None
+from fastvlm.patching.lazy_tensor import LazyTensor
+from fastvlm.patching.loss_request import LossRequest
 
 
 @dataclass(frozen=True)
@@ -68,24 +44,6 @@ class Packed:
             and pytorch.same_storage(x, ours)
             and pytorch.version_of(x) == pytorch.version_of(ours)
         )
-
-
-# of the call that runs in this thread: heads that are called outside of one give logits
-_WANTED: ContextVar[Wanted | None] = ContextVar("fastvlm_wanted_loss", default=None)
-
-
-def wanted() -> Wanted | None:
-    return _WANTED.get()
-
-
-@contextmanager
-def wanting(wants: Wanted | None) -> Iterator[Wanted | None]:
-    """None: what is called inside is another model's business (a teacher's)."""
-    token = _WANTED.set(wants)
-    try:
-        yield wants
-    finally:
-        _WANTED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -119,7 +77,7 @@ class State:
 
 
 @dataclass(frozen=True, eq=False)
-class LazyLogits(TensorLike):
+class LazyLogits(LazyTensor):
     """softcap * tanh((h weight^T + bias) / softcap) of the shape and dtype that a model expects.
 
     h: [..., d]. weight: [V, d]. bias: [V]. divided: softcap's division was asked for, its tanh or
@@ -129,7 +87,7 @@ class LazyLogits(TensorLike):
     h: Tensor
     weight: Tensor
     bias: Tensor | None
-    wants: Wanted
+    request: LossRequest
     dtype: torch.dtype
     state: State
     divided: float | None = None
@@ -235,15 +193,16 @@ def _cross_entropy(
     plain = weight is None and size_average is None and reduce is None and not label_smoothing
     if not (lazy and plain and target.dim() == 1 and target.dtype == torch.int64):
         return None
-    wants = input.wants
-    groups = wants.groups
+    request = input.request
+    groups = request.groups
     if groups is not None and target.shape[0] % groups.shape[0] == 0:
         groups = groups.repeat_interleave(target.shape[0] // groups.shape[0])
-    h, packed = input.h, input.packed
+    h, packed, left_out = input.h, input.packed, None
     # without a reduction the result has a place for each row
     if packed is not None and reduction != "none" and target.shape[0] == h.shape[0]:
-        h, target = packed.rows, target.index_select(0, packed.index)
+        h, everywhere, target = packed.rows, target, target.index_select(0, packed.index)
         groups = None if groups is None else groups.index_select(0, packed.index)
+        left_out = (everywhere != ignore_index).sum() - (target != ignore_index).sum()
     found = ops.linear_cross_entropy(
         h,
         input.weight,
@@ -253,12 +212,26 @@ def _cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         groups=groups,
-        num_groups=wants.num_groups,
+        num_groups=request.num_groups,
     )
     if groups is None:
-        return found  # type: ignore[return-value]
-    loss, sums, wants.group_tokens = found
-    wants.group_losses = sums.detach()
+        loss: Tensor = found  # type: ignore[assignment]
+    else:
+        loss, sums, request.group_tokens = found
+        request.group_losses = sums.detach()
+    return loss if left_out is None else _of_all(loss, left_out)
+
+
+def _of_all(loss: Tensor, left_out: Tensor) -> Tensor:
+    """The loss, if no label counted in a row that was left out; a device is not waited for."""
+    if loss.device.type != "cpu":
+        return loss.masked_fill(left_out > 0, float("nan"))
+    if left_out > 0:
+        raise ValueError(
+            "fastvlm: labels must be -100 in rows that the decoder's mask hides, where the model's "
+            f"loss_function counts them; got {int(left_out)} that are not. Let the mask show these "
+            "rows, or fastvlm.unpatch(model)"
+        )
     return loss
 
 

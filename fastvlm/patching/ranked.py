@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastvlm import ops
 from fastvlm.compat import hf
+from fastvlm.patching.lazy_tensor import LazyTensor, materialize
 from fastvlm.patching.logits import LazyLogits
-from fastvlm.patching.tensor_like import TensorLike, computed
 
 # the longest ranking that every kernel serves; a longer one is hardly shorter than the logits
 MOST_RANKED = 64
@@ -83,13 +83,13 @@ class RankedLogits(LazyLogits):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if any(isinstance(arg, cls) and arg.computed for arg in args):
-            args = [computed(arg) for arg in args]
+            args = [materialize(arg) for arg in args]
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
 @dataclass(frozen=True, eq=False)
-class RankedScores(TensorLike):
+class RankedScores(LazyTensor):
     """float32 scores of every token, of which the best can be had without the others.
 
     logits: [R, V]. shape: (R, V), (images, R / images, V), or (images, R / images * V).

@@ -7,11 +7,18 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from fastvlm.decoding import rows
+from fastvlm.decoding.prefixes import decoder_stack
+from fastvlm.patching.loss_request import generating
 from fastvlm.patching.rules import Host
 
 
 class RoomForAll(Host):
-    """A model whose generate() tells its self-attention cache the length that is asked for."""
+    """A model whose generate() tells its self-attention cache the length that is asked for, and
+    its decoder that nobody reads the rows of padding."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with generating(decoder_stack(self)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

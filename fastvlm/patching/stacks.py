@@ -43,7 +43,7 @@ from fastvlm.patching.layouts import (
     window_needs_columns,
     zero_padding,
 )
-from fastvlm.patching.logits import wanted
+from fastvlm.patching.loss_request import knows_its_readers, loss_request
 from fastvlm.patching.rules import Host
 from fastvlm.patching.steps import PLANS, usual
 
@@ -171,16 +171,14 @@ class DecoderStack(_Stack):
             return None
         if filled == 0 and window_needs_columns(self, mask):
             return None
-        wants = None if torch.compiler.is_compiling() else wanted()
-        if wants is not None and wants.hidden_labels:
-            return None  # rows that nobody should see, and that count in the loss
-        if inferred and wants is None and hides(mask):
+        request = loss_request()
+        labelled = request is not None and request.decoder is self
+        if inferred and not labelled and hides(mask):
             return None  # the caller never called these rows padding, and may read them
         if mask is None and call.past is None and restarts(kwargs.get("position_ids")):
             return None  # several texts in a row, which transformers tells by their positions
-        infers = filled == 0 and wants is None and not torch.is_grad_enabled()
-        if infers and mask is not None and hides(mask[:, -1]):
-            # generate() goes on from the last column, be it padding or not
+        if filled == 0 and hides(mask) and not knows_its_readers(self, mask):
+            # rows that nobody should see, and that somebody may read: as transformers computes them
             cross = self._cross(call, None, batch, length, filled, device)
             return Layouts(cross=cross, fused_self=False)
         cross = self._cross(call, mask, batch, length, filled, device)

@@ -18,56 +18,56 @@ from torch.autograd.function import once_differentiable
 
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.classes import is_patched, unpatched_class
-from fastvlm.patching.logits import Wanted, wanted
+from fastvlm.patching.loss_request import LossRequest, loss_request
 from fastvlm.patching.rules import Host, Swap
 
 
-class _Meeting:
+class _SharedGradient:
     """Where the head's gradient is, while one backward pass goes from the head to the table.
 
     The nodes of a graph hold this and nothing else: what it held of the graph would hold itself.
     """
 
-    made: Tensor | None = None
+    value: Tensor | None = None
 
 
 class _Table(torch.autograd.Function):
     """The weight as it is, for the lookups and the head of one call."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, meeting: _Meeting) -> Tensor:
-        ctx.meeting = meeting
+    def forward(ctx: Any, weight: Tensor, shared: _SharedGradient) -> Tensor:
+        ctx.shared = shared
         return weight.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.meeting.made = None  # autograd may take over a tensor that nobody else holds
+        ctx.shared.value = None  # autograd may take over a tensor that nobody else holds
         return grad, None
 
 
-class _Tapped(torch.autograd.Function):
+class _HeadWeight(torch.autograd.Function):
     """The table for the head; its gradient is left where the lookups find it."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, meeting: _Meeting) -> Tensor:
-        ctx.meeting = meeting
+    def forward(ctx: Any, table: Tensor, shared: _SharedGradient) -> Tensor:
+        ctx.shared = shared
         return table.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.meeting.made = grad
+        ctx.shared.value = grad
         return grad, None
 
 
-def tapped(weight: Tensor, wants: Wanted) -> Tensor:
+def head_weight(weight: Tensor, request: LossRequest) -> Tensor:
     """The head's weight, where an embedding of this call has looked up rows of it."""
-    if wants.table is None or wants.table[0] is not weight or not torch.is_grad_enabled():
+    if request.table is None or request.table[0] is not weight or not torch.is_grad_enabled():
         return weight
-    _, table, meeting = wants.table
-    tapped: Tensor = _Tapped.apply(table, meeting)
-    return tapped
+    _, table, shared = request.table
+    found: Tensor = _HeadWeight.apply(table, shared)
+    return found
 
 
 class _Lookup(torch.autograd.Function):
@@ -75,11 +75,11 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, ids: Tensor, factor: float, padding: int, meeting: _Meeting
+        ctx: Any, table: Tensor, ids: Tensor, factor: float, padding: int, shared: _SharedGradient
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.rows, ctx.factor, ctx.padding = table.shape[0], factor, padding
-        ctx.meeting = meeting
+        ctx.shared = shared
         rows = F.embedding(ids, table)
         return rows if factor == 1 else rows.mul_(factor)
 
@@ -88,17 +88,18 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         grad = grad if ctx.factor == 1 else grad * ctx.factor
-        made = ctx.meeting.made
-        if made is None or made.dtype != grad.dtype:  # not through the loss
+        head_grad = ctx.shared.value
+        if head_grad is None or head_grad.dtype != grad.dtype:  # not through the loss
             dense = torch.ops.aten.embedding_dense_backward
             return dense(grad, ids, ctx.rows, ctx.padding, False), None, None, None, None
         rows, places = grad.flatten(0, -2), ids.flatten()
         if ctx.padding >= 0:
             rows = rows.masked_fill((places == ctx.padding).unsqueeze(1), 0)
-        if made.is_cuda:
-            made.index_put_((places,), rows, accumulate=True)  # in one order, unlike index_add_
+        if head_grad.is_cuda:
+            # in one order, unlike index_add_
+            head_grad.index_put_((places,), rows, accumulate=True)
         else:
-            made.index_add_(0, places, rows)
+            head_grad.index_add_(0, places, rows)
         return None, None, None, None, None
 
 
@@ -106,19 +107,19 @@ class TiedEmbedding(Host):
     """A token embedding whose weight is the head's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        wants = None if torch.compiler.is_compiling() else wanted()
+        request = loss_request()
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         # on CUDA the sum of many rows of 16 bits is PyTorch's business: it adds in float32
         narrow = self.weight.is_cuda and self.weight.dtype.itemsize < 4
-        if wants is None or not trains or narrow or not is_plain(self, self._fastvlm_base):
+        if request is None or not trains or narrow or not is_plain(self, self._fastvlm_base):
             out: Tensor = super().forward(input)
             return out
         padding = -1 if self.padding_idx is None else self.padding_idx
-        if wants.table is None or wants.table[0] is not self.weight:
-            meeting = _Meeting()
-            wants.table = self.weight, _Table.apply(self.weight, meeting), meeting
-        _, table, meeting = wants.table
-        rows: Tensor = _Lookup.apply(table, input, factor_of(self), padding, meeting)
+        if request.table is None or request.table[0] is not self.weight:
+            shared = _SharedGradient()
+            request.table = self.weight, _Table.apply(self.weight, shared), shared
+        _, table, shared = request.table
+        rows: Tensor = _Lookup.apply(table, input, factor_of(self), padding, shared)
         return rows
 
 

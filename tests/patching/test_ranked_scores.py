@@ -17,7 +17,8 @@ from fastvlm.compat.versions import attention_refused
 if attention_refused() is not None:
     pytest.skip(str(attention_refused()), allow_module_level=True)
 
-from fastvlm.patching.logits import State, Wanted
+from fastvlm.patching.logits import State
+from fastvlm.patching.loss_request import LossRequest
 from fastvlm.patching.processors import APPLY, RankedProcessors
 from fastvlm.patching.ranked import MOST_RANKED, RankedLogits, RankedScores
 
@@ -52,7 +53,7 @@ def logits(dtype: torch.dtype = torch.float32, bias: Tensor | None = None) -> Ra
     torch.manual_seed(4)
     h, weight = torch.randn(ROWS, 1, WIDTH), nn.Parameter(torch.randn(VOCAB, WIDTH))
     h, weight = h.to(dtype), nn.Parameter(weight.to(dtype), requires_grad=False)
-    return RankedLogits(h, weight, bias, Wanted(), dtype, State.now(h, weight))
+    return RankedLogits(h, weight, bias, LossRequest(), dtype, State.now(h, weight))
 
 
 def scores_of(lazy: Any, normal: bool) -> Any:
@@ -113,7 +114,7 @@ def test_equal_scores_go_by_index() -> None:
     with torch.no_grad():
         lazy.weight.copy_(lazy.weight[:1].expand(VOCAB, -1).clone())
     h = lazy.h[:1].expand(ROWS, -1, -1)
-    same = RankedLogits(h, lazy.weight, None, Wanted(), h.dtype, State.now(h, lazy.weight))
+    same = RankedLogits(h, lazy.weight, None, LossRequest(), h.dtype, State.now(h, lazy.weight))
     scores = RankedProcessors([PROCESSORS["suppress"]])(ids(), scores_of(same, True))
     found = torch.topk(beams_of(scores, torch.zeros(IMAGES, BEAMS)), k=6).indices
     assert found.tolist() == [[0, 3, 4, 5, 6, 7]] * IMAGES

@@ -141,10 +141,10 @@ def test_nothing_is_kept_of_a_call(name: str, backward: bool) -> None:
     kept = []
     for _ in range(3):
         out = model(**batch, groups=torch.zeros(rows).long(), num_groups=1)
-        wants = out.__dict__["logits"].wants
-        assert (wants.packed, wants.table) == (None, None)  # of which an output has no need
-        kept.append(weakref.ref(wants))
-        del wants
+        request = out.__dict__["logits"].request
+        assert (request.packed, request.table) == (None, None)  # of which an output has no need
+        kept.append(weakref.ref(request))
+        del request
         if backward:
             out.loss.backward()
         del out

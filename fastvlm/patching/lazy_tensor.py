@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 
-class TensorLike:
+class LazyTensor:
     """What it cannot answer by itself, the computed tensor does: subclasses say what they can."""
 
     if TYPE_CHECKING:
@@ -43,18 +43,18 @@ class TensorLike:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = tree_map(computed, (args, kwargs or {}))
+        args, kwargs = tree_map(materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def computed(x: Any) -> Any:
+def materialize(x: Any) -> Any:
     """x, or the tensor that it stands for."""
-    return x.tensor() if isinstance(x, TensorLike) else x
+    return x.tensor() if isinstance(x, LazyTensor) else x
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    def answer(self: TensorLike, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*map(computed, args))
+    def answer(self: LazyTensor, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*map(materialize, args))
 
     return answer
 
@@ -64,5 +64,5 @@ for _name in (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs",
     "lt", "le", "gt", "ge", "eq", "ne", "getitem", "iter",
 ):  # fmt: skip
-    setattr(TensorLike, f"__{_name}__", _operator(f"__{_name}__"))
-TensorLike.__hash__ = object.__hash__  # type: ignore[method-assign]
+    setattr(LazyTensor, f"__{_name}__", _operator(f"__{_name}__"))
+LazyTensor.__hash__ = object.__hash__  # type: ignore[method-assign]
