@@ -18,9 +18,8 @@ from fastvlm import ops
 from fastvlm.compat import pytorch
 from fastvlm.cpu import pages
 from fastvlm.nn.linear import DENSE, Linear
+from fastvlm.nn.weight_mark import WeightMark
 from fastvlm.ops._autograd import needs_grad
-
-_SAMPLES = 64
 
 
 class _Copy:
@@ -32,28 +31,16 @@ class _Copy:
     def __init__(self, weight: Tensor, storage: str):
         # a tensor made under inference_mode could not be used outside of it
         with torch.inference_mode(False), torch.no_grad():
-            weight = weight.detach()
             if storage == "bf16":
-                self.weight, self.scale = weight.to(torch.bfloat16).contiguous(), None
+                self.weight, self.scale = weight.detach().to(torch.bfloat16).contiguous(), None
             else:
-                self.weight, self.scale = ops.quantize_rows(weight)
+                self.weight, self.scale = ops.quantize_rows(weight.detach())
             pages.gather([self.weight])
-            # a view: while it is held, no other tensor can come to lie at the weight's address
-            self._sample = _sample(weight)
-            self._values = self._sample.clone()
+            self._mark = WeightMark(weight)
 
-    def is_fresh(self) -> bool:
-        """Whether a few elements are as they were.
-
-        Updates in place through ``.data`` (a merged adapter) leave no trace but the values.
-        """
-        return torch.equal(self._sample, self._values)
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """A view of a few elements in different rows and columns."""
-    line = weight.view(-1) if weight.is_contiguous() else weight.diagonal()
-    return line[:: max(1, line.numel() // _SAMPLES) | 1]
+    def is_fresh(self, weight: Tensor) -> bool:
+        """Whether the weight is as it was, as far as a `WeightMark` can tell."""
+        return self._mark.is_current(weight)
 
 
 _Key = tuple[object, ...]
@@ -72,9 +59,9 @@ def stored_copy(module: nn.Module, storage: str) -> tuple[Tensor, Tensor | None]
     place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
     key = storage, pytorch.version_of(weight), *place
     known, copy = _copies.get(module, (None, None))
-    if copy is None or known != key or not copy.is_fresh():
+    if copy is None or known != key or not copy.is_fresh(weight):
         copy = _shared.get(key)
-        if copy is None or not copy.is_fresh():
+        if copy is None or not copy.is_fresh(weight):
             forget(module)  # before the new one takes its memory
             copy = _shared[key] = _Copy(weight, storage)
         _copies[module] = key, copy

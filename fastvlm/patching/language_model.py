@@ -47,7 +47,7 @@ class LossHead(Host):
             ranking = ranking_for(self)
         if (request is None and ranking is None) or not is_plain(self):
             return super().forward(input)
-        state = State.now(input, self.weight)
+        state = State.now(input, None if request is None else self.weight)
         casts = state.autocast is not None and input.dtype != torch.float64
         dtype = state.autocast if casts and state.autocast is not None else input.dtype
         if request is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvlm import ops
 from fastvlm.compat import pytorch
+from fastvlm.nn.weight_mark import WeightMark
 from fastvlm.ops._autograd import autocasts
 from fastvlm.patching.lazy_tensor import LazyTensor
 from fastvlm.patching.loss_request import LossRequest
@@ -48,27 +49,31 @@ class Packed:
 
 @dataclass(frozen=True)
 class State:
-    """How the head was called: with gradients or not, under autocast, on which weight's values."""
+    """How the head was called: with gradients or not, under autocast.
+
+    weight: the parameter, and what shows whether it has changed since; None for logits that nobody
+    keeps (a decoding loop, which may run beside a training one).
+    """
 
     grad: bool
     autocast: torch.dtype | None
-    version: int | None
+    weight: tuple[Tensor, WeightMark] | None = None
 
     @classmethod
-    def now(cls, x: Tensor, weight: Tensor) -> State:
+    def now(cls, x: Tensor, weight: Tensor | None = None) -> State:
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if autocasts(kind) else None
-        version = pytorch.version_of(weight)
-        return cls(torch.is_grad_enabled(), autocast, version)
+        marked = None if weight is None else (weight, WeightMark(weight))
+        return cls(torch.is_grad_enabled(), autocast, marked)
 
     @contextmanager
-    def restored(self, weight: Tensor) -> Iterator[None]:
-        if self.version is not None and pytorch.version_of(weight) != self.version:
+    def restored(self, kind: str) -> Iterator[None]:
+        """kind: of the device."""
+        if self.weight is not None and not self.weight[1].is_current(self.weight[0]):
             raise RuntimeError(
                 "fastvlm: outputs.logits must be looked at before the weights change "
                 "(optimizer.step()): a patched model computes them only then"
             )
-        kind = weight.device.type
         with torch.set_grad_enabled(self.grad), ExitStack() as stack:
             if kind != "meta":
                 on = self.autocast is not None
@@ -97,7 +102,7 @@ class LazyLogits(LazyTensor):
 
     def tensor(self) -> Tensor:
         """RuntimeError where the weight has changed since: these would be other logits."""
-        with self.state.restored(self.weight):
+        with self.state.restored(self.device.type):
             return self._computed()
 
     def _computed(self) -> Tensor:

@@ -51,14 +51,16 @@ class Program:
     """The instructions of a stack's layers. Register 0 holds the embedded tokens.
 
     widths: the elements of a register's rows. layers: the self-attention caches, in the order in
-    which instructions number them. Each method adds an instruction and gives its results; it raises
-    Unplanned where a module has to be called.
+    which instructions number them. copied: the weights of which instructions hold copies. Each
+    method adds an instruction and gives its results; it raises Unplanned where a module has to be
+    called.
     """
 
     def __init__(self, width: int) -> None:
         self.instructions: list[Instruction] = []
         self.widths = [width]
         self.layers: list[Any] = []
+        self.copied: list[Tensor] = []
 
     def _add(
         self,
@@ -76,6 +78,7 @@ class Program:
     def linear(self, x: int, *modules: Any) -> list[int]:
         """x times the weight of each module, plus its bias."""
         parts = [_parts(module) for module in modules]
+        self.copied += [module.weight for module in modules if is_low_precision(module)]
         widths = [weight.shape[0] for weight, _, _ in parts]
         return self._add("linear", widths, (x,), tuple(t for part in parts for t in part))
 

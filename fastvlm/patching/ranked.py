@@ -151,7 +151,7 @@ class RankedScores(LazyTensor):
             values = torch.zeros(tokens.shape, device=logits.device)
             values[:, taken.numel() :] = float("-inf")
             return values, tokens
-        with logits.state.restored(logits.weight):
+        with logits.state.restored(logits.device.type):
             values, tokens, total = ops.linear_topk(
                 logits.h, logits.weight, k, bias=logits.bias, softcap=logits.softcap
             )

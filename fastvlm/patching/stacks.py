@@ -327,7 +327,7 @@ class DecoderStack(_Stack):
         if ids is None or not usual(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
             return None
         plans = PLANS.setdefault(past, {})
-        if id(self) not in plans:
+        if id(self) not in plans or ((known := plans[id(self)]) is not None and known.is_stale):
             plans[id(self)] = self._plan(past)
         plan = plans[id(self)]
         if plan is None or plan.stack() is not self:

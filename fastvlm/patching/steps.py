@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm.cpu.step import CpuStep
+from fastvlm.nn.weight_mark import WrittenTo
 from fastvlm.ops.attention import arguments_of
 from fastvlm.patching import graphs
 from fastvlm.patching.program import Instruction, Program, quiet
@@ -56,6 +57,8 @@ class Plan:
         self._results = [i.results for i in instructions]
         self._on_cpu = CpuStep(program.instructions, program.widths)
         self._captured = graphs.CapturedStep()
+        # parameters are read where they lie, but for copies of them in fewer bits
+        self.is_stale = WrittenTo(program.copied)
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], the stack's last states."""

@@ -53,7 +53,7 @@ def logits(dtype: torch.dtype = torch.float32, bias: Tensor | None = None) -> Ra
     torch.manual_seed(4)
     h, weight = torch.randn(ROWS, 1, WIDTH), nn.Parameter(torch.randn(VOCAB, WIDTH))
     h, weight = h.to(dtype), nn.Parameter(weight.to(dtype), requires_grad=False)
-    return RankedLogits(h, weight, bias, LossRequest(), dtype, State.now(h, weight))
+    return RankedLogits(h, weight, bias, LossRequest(), dtype, State.now(h))
 
 
 def scores_of(lazy: Any, normal: bool) -> Any:
@@ -114,7 +114,7 @@ def test_equal_scores_go_by_index() -> None:
     with torch.no_grad():
         lazy.weight.copy_(lazy.weight[:1].expand(VOCAB, -1).clone())
     h = lazy.h[:1].expand(ROWS, -1, -1)
-    same = RankedLogits(h, lazy.weight, None, LossRequest(), h.dtype, State.now(h, lazy.weight))
+    same = RankedLogits(h, lazy.weight, None, LossRequest(), h.dtype, State.now(h))
     scores = RankedProcessors([PROCESSORS["suppress"]])(ids(), scores_of(same, True))
     found = torch.topk(beams_of(scores, torch.zeros(IMAGES, BEAMS)), k=6).indices
     assert found.tolist() == [[0, 3, 4, 5, 6, 7]] * IMAGES
