@@ -31,7 +31,8 @@ class FlorenzConfig(PreTrainedConfig):
     """
 
     model_type = "florenz"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # a list, to which Trainer adds others
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     sub_configs_defaults = {  # noqa: RUF012 (transformers rewrites it when the class is made)
         "vision_config": Florence2VisionConfig,
         "encoder": SubConfigSpec(config_class=AutoConfig, model_type="bart"),

@@ -10,9 +10,8 @@ What escapes: a write through ``.data`` (or from outside of PyTorch) that is no 
 
 from __future__ import annotations
 
-import itertools
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,30 +24,37 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Steps:
-    """How often optimizers have stepped in this process, and which did so last when."""
+    """How often optimizers have stepped in this process, and which weights they held."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._counter = itertools.count(1)
-        self._last: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
+        self._moved: dict[int, int] = {}
         self._listens = False
 
-    def listen(self) -> None:
-        """From now on. All other marks ask for it: who never uses one pays nothing."""
+    def watch(self, weight: Tensor) -> None:
+        """Note from now on when an optimizer moves this weight, as long as it is there."""
         if not self._listens:
             self._listens = True
             register_optimizer_step_post_hook(self._stepped)
+        key = id(weight)
+        if key not in self._watched:
+            self._watched[key] = weakref.ref(weight, lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        self._watched.pop(key, None)
+        self._moved.pop(key, None)
 
     def _stepped(self, optimizer: Optimizer, *arguments: Any) -> None:
-        self.count = self._last[optimizer] = next(self._counter)
+        self.count += 1
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if id(weight) in self._watched and weight.requires_grad:
+                    self._moved[id(weight)] = self.count
 
     def has_moved(self, weight: Tensor, since: int) -> bool:
         """Whether an optimizer that holds the weight has stepped since that count."""
-        if not weight.requires_grad:
-            return False
-        stepped = [o for o, last in list(self._last.items()) if last > since]
-        groups = (group for optimizer in stepped for group in optimizer.param_groups)
-        return any(weight is parameter for group in groups for parameter in group["params"])
+        return self._moved.get(id(weight), 0) > since
 
 
 _steps = _Steps()
@@ -59,7 +65,7 @@ class WeightMark:
     elements, and waits for no device; `is_current` does."""
 
     def __init__(self, weight: Tensor) -> None:
-        _steps.listen()
+        _steps.watch(weight)
         self._since = _steps.count
         self._version = pytorch.version_of(weight)
         self._values: Tensor | None = None
@@ -73,11 +79,8 @@ class WeightMark:
         """Whether the weight that this was made of, the same tensor, holds the same values."""
         if self._version is not None and pytorch.version_of(weight) != self._version:
             return False
-        if _steps.count != self._since:
-            now = _steps.count
-            if _steps.has_moved(weight, self._since):
-                return False
-            self._since = now
+        if _steps.has_moved(weight, self._since):
+            return False
         if self._values is None:
             return True
         if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
@@ -91,20 +94,15 @@ class WrittenTo:
     asked at every step and made anew now and then. Writes through ``.data`` escape it."""
 
     def __init__(self, weights: list[Tensor]) -> None:
-        _steps.listen()
+        for weight in weights:
+            _steps.watch(weight)
         self._since, self._weights = _steps.count, weights
         self._versions = [pytorch.version_of(weight) for weight in weights]
 
     def __bool__(self) -> bool:
         if any(pytorch.version_of(w) != v for w, v in zip(self._weights, self._versions)):
             return True
-        if _steps.count == self._since:
-            return False
-        now = _steps.count
-        if any(_steps.has_moved(weight, self._since) for weight in self._weights):
-            return True
-        self._since = now
-        return False
+        return any(_steps.has_moved(weight, self._since) for weight in self._weights)
 
 
 def _sample(weight: Tensor) -> Tensor:

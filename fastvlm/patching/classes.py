@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from functools import cache
 from typing import Any
 
@@ -42,10 +43,13 @@ def swapped(base: Any, swap: Swap) -> Any:
 def _as_signed(signed: Any, forward: Any) -> Any:
     """forward under the signature of another, by which trainers choose a data set's columns."""
 
-    @functools.wraps(signed)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
+    functools.update_wrapper(call, signed)
+    call.__signature__ = inspect.signature(signed)  # type: ignore[attr-defined]
+    # whoever unwraps a forward (Accelerate) would leave ours out
+    del call.__wrapped__  # type: ignore[attr-defined]
     return call
 
 

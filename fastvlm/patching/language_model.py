@@ -122,7 +122,7 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
                     return super().forward(**kwargs)
             with requesting(None), forward_of(self) as ranked:
                 outputs = super().forward(**kwargs)
-                return settled(outputs, training=False) if ranked else outputs
+                return settled(outputs) if ranked else outputs
         hidden = self._hides_labels(kwargs, labels)
         if self.training:  # in evaluation logits and caches are looked at, there too
             if kwargs.get("use_cache") is None:
@@ -131,16 +131,13 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
         head = self.get_output_embeddings()
         request = LossRequest(head, decoder, groups, num_groups, hidden_labels=hidden)
         with requesting(request):
-            outputs = settled(super().forward(**kwargs), self.training)
+            outputs = settled(super().forward(**kwargs), request, self.training)
         request.done()
-        if groups is not None:
-            if request.group_losses is None or isinstance(outputs, tuple):
-                raise ValueError(
-                    "fastvlm: groups must be left out where the head is no plain nn.Linear (an "
-                    "adapter, a hook), the loss is not transformers' own, or return_dict=False"
-                )
-            outputs.group_losses = request.group_losses
-            outputs.group_tokens = request.group_tokens
+        if groups is not None and (request.group_losses is None or isinstance(outputs, tuple)):
+            raise ValueError(
+                "fastvlm: groups must be left out where the head is no plain nn.Linear (an "
+                "adapter, a hook), the loss is not transformers' own, or return_dict=False"
+            )
         return outputs
 
     def _check(self, kwargs: dict[str, Any], labels: Any, groups: Any, num_groups: Any) -> None:

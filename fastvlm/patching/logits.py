@@ -7,10 +7,11 @@ transformers does between head and loss (bias, softcap, float(), view) is kept i
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import ops
-from fastvlm.compat import pytorch
+from fastvlm.compat import pytorch, walks
 from fastvlm.nn.weight_mark import WeightMark
 from fastvlm.ops._autograd import autocasts
 from fastvlm.patching.lazy_tensor import LazyTensor
@@ -243,8 +244,9 @@ def _of_all(loss: Tensor, left_out: Tensor) -> Tensor:
 class _Lazily:
     """An output of transformers whose logits are computed at the first look.
 
-    In training they stay lazy among items() and values(), which data-parallel wrappers walk
-    through; in evaluation whoever walks through them gets tensors.
+    In training they stay lazy among items() and values() for the wrappers (data-parallel ones,
+    mixed precision) that walk through them before the call is over; whoever else does gets tensors.
+    Of a call with groups their losses and tokens are fields like others, which wrappers hand on.
     """
 
     _fastvlm_training = True
@@ -277,38 +279,50 @@ class _Lazily:
             return default
 
     def items(self) -> Any:
-        if not self._fastvlm_training:
+        if not (self._fastvlm_training and walks.is_wrappers(sys._getframe(1))):
             _ = self.logits
         return super().items()  # type: ignore[misc]
 
     def values(self) -> Any:
-        if not self._fastvlm_training:
+        if not (self._fastvlm_training and walks.is_wrappers(sys._getframe(1))):
             _ = self.logits
         return super().values()  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         _ = self.logits
         reduced: Any = super().__reduce__()
-        return (type(self).__mro__[2], *reduced[1:])  # this class itself has no importable name
+        base: Any = type(self).__mro__[2]  # this class itself has no importable name
+        return (base, reduced[1][: len(fields(base))], *reduced[2:])
 
 
 @cache
 def _lazily(base: Any, training: bool) -> Any:
-    name = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base)(base.__name__, (_Lazily, base), {**name, "_fastvlm_training": training})
+    groups: Any = ("group_losses", "group_tokens")
+    attributes = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__annotations__": dict.fromkeys(groups, Tensor | None),
+        "_fastvlm_training": training,
+        **dict.fromkeys(groups),
+    }
+    cls = type(base)(base.__name__, (_Lazily, base), attributes)
+    return dataclass(repr=False, eq=False)(cls)
 
 
-def settled(outputs: Any, training: bool) -> Any:
-    """A model's outputs with logits that are tensors to everyone who looks."""
+def settled(outputs: Any, request: LossRequest | None = None, training: bool = False) -> Any:
+    """A model's outputs with logits that are tensors to everyone who looks, and the losses of
+    groups, where the request had some."""
     if isinstance(outputs, tuple):
         return tuple(x.tensor() if isinstance(x, LazyLogits) else x for x in outputs)
     if not isinstance(getattr(outputs, "logits", None), LazyLogits):
         return outputs
     kind: Any = type(outputs)
-    fields = dict(outputs.items())
-    if fields["logits"].packed is not None:
-        fields["logits"] = replace(fields["logits"], packed=None)
-    return _lazily(kind, training)(**fields)
+    values = dict(outputs.items())
+    if values["logits"].packed is not None:
+        values["logits"] = replace(values["logits"], packed=None)
+    if request is not None:
+        values |= {"group_losses": request.group_losses, "group_tokens": request.group_tokens}
+    return _lazily(kind, training)(**values)
 
 
 def show_lazily(outputs: Any) -> None:
