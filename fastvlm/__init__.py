@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastvlm import nn, ops
     from fastvlm.captioning.captioner import Captioner
+    from fastvlm.checking.check import check
+    from fastvlm.checking.result import Check
     from fastvlm.decoding.caption import Caption, caption
     from fastvlm.layout import Layout
     from fastvlm.ops.dispatch import use
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Caption",
     "Captioner",
+    "Check",
     "Layout",
     "PatchError",
     "caption",
+    "check",
     "log_prob_change",
     "nn",
     "ops",
@@ -36,6 +40,8 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("Caption", "caption"), "fastvlm.decoding.caption"),
     "Captioner": "fastvlm.captioning.captioner",
+    "Check": "fastvlm.checking.result",
+    "check": "fastvlm.checking.check",
     "Layout": "fastvlm.layout",
     "use": "fastvlm.ops.dispatch",
     "log_prob_change": "fastvlm.patching.log_probs",

@@ -94,6 +94,10 @@ def _compile(args: argparse.Namespace) -> int:
     return int(importlib.import_module("fastvlm.triton.compiling.command").run(args))
 
 
+def _check(args: argparse.Namespace) -> int:
+    return int(importlib.import_module("fastvlm.checking.command").run(args))
+
+
 def _demo(args: argparse.Namespace) -> int:
     return int(importlib.import_module("fastvlm.demo").run(args))
 
@@ -147,6 +151,14 @@ COMMANDS = {
         "the reference workload, arXiv 2503.09443: its training data",
         _florenz,
         _florenz_arguments,
+    ),
+    "check": Command(
+        "run a model with and without fastvlm, and say whether anything differs",
+        _check,
+        _arguments_of("fastvlm.checking.arguments"),
+        "Run a checkpoint without and with fastvlm on a photo and prompts: logits, loss, every "
+        "gradient, the tokens of greedy and of beam search, times and memory. Exit code 0 where "
+        "nothing differs, 1 where something does, 2 where it cannot be run.",
     ),
     "bench": Command(
         "run the kernel benchmarks (from a checkout)",

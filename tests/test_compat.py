@@ -207,3 +207,35 @@ def test_classes_are_known_by_their_names() -> None:
 
     assert hf.is_named(Derived(), "RMSNorm")
     assert not hf.is_named(nn.LayerNorm(2), "RMSNorm")
+
+
+def test_hooks_after_a_gradient_are_silent_while_their_table_is_empty() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert not pytorch.after_grad_hooks(x)
+    seen: list[int] = []
+    x.register_post_accumulate_grad_hook(lambda p: seen.append(1))
+    hooks = pytorch.after_grad_hooks(x)
+    assert hooks is not None
+    own = dict(hooks)
+    hooks.clear()
+    x.sum().backward()
+    assert not seen
+    hooks.update(own)
+    x.sum().backward()
+    assert seen == [1]
+
+
+def test_dropouts_are_told_from_other_modules() -> None:
+    assert pytorch.drops(nn.Dropout(0.1))
+    assert pytorch.drops(nn.Dropout2d(0.1))
+    assert not pytorch.drops(nn.Linear(1, 1))
+
+
+def test_the_place_of_an_attention_setting() -> None:
+    given = config()
+    own, key = hf.attention_settings(given) or ({}, "")
+    own[key] = "eager"
+    assert hf.attention_of(given) == "eager"
+    own[key] = "sdpa"
+    assert hf.attention_of(given) == "sdpa"
+    assert hf.attention_settings(object.__new__(type("Empty", (), {}))) is None

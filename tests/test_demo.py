@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastvlm.__main__ import main
+from fastvlm.checking import meters
 from fastvlm.demo import compare as comparing
 from fastvlm.demo import timing, workload
 
@@ -153,7 +154,7 @@ def test_hooks_are_gone_and_phases_add_up() -> None:
 
 
 def test_memory_without_a_resettable_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing._HighWaterMeter, "permitted", staticmethod(lambda: False))
+    monkeypatch.setattr(meters.HighWaterMeter, "permitted", staticmethod(lambda: False))
     photo, _ = workload.load_photo(None)
     work = workload.random_workload(photo, beams=2, new_tokens=4, tiny=True)
     mib, method = timing.peak_memory(work)

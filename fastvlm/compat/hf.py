@@ -84,6 +84,15 @@ def commit_of(config: Any) -> str | None:
     return commit
 
 
+def attention_settings(config: Any) -> tuple[dict[str, Any], str] | None:
+    """Where a config keeps its implementation of attention: a dict and the key in it; None if not.
+
+    Written there, it is unchecked, and the configs inside this one keep theirs.
+    """
+    key = "_attn_implementation_internal"
+    return (vars(config), key) if key in vars(config) else None
+
+
 def mask_maker() -> Callable[..., Any] | None:
     """transformers.masking_utils.create_masks_for_generate; None on 4.48 to 4.52."""
     try:

@@ -52,6 +52,20 @@ def has_hooks_of_all() -> bool:
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
+def after_grad_hooks(parameter: Tensor) -> dict[Any, Any] | None:
+    """The hooks that are told when a parameter's gradient is there, by their ids; None without any.
+
+    autograd goes through this dict itself: who empties it silences them.
+    """
+    hooks: dict[Any, Any] | None = parameter._post_accumulate_grad_hooks
+    return hooks
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's dropouts, whose rate is called p."""
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
 def has_onednn_linear() -> bool:
     """Whether this build calls oneDNN's product directly."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

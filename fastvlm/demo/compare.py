@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import fastvlm
+from fastvlm.checking.sides import SIDES
+from fastvlm.checking.tokens import first_difference
 from fastvlm.demo.timing import Run, peak_memory, timed_run
 from fastvlm.demo.workload import Workload
 from fastvlm.patching.log_probs import LogProbChange
 
-SIDES = ("transformers", "fastvlm")
 PHASES = {"vision": "vision", "prefill": "prefill", "decoding": "decoding", "total": "whole call"}
 
 
@@ -45,12 +46,14 @@ class Comparison:
         first = self.runs[SIDES[0]][0].tokens
         for side in SIDES:
             for number, run in enumerate(self.runs[side], 1):
-                if run.tokens.shape != first.shape:
-                    shapes = f"{tuple(run.tokens.shape)} and not {tuple(first.shape)}"
+                found = first_difference(run.tokens, first)
+                if found is None:
+                    continue
+                if found.shapes is not None:
+                    shapes = "{} and not {}".format(*found.shapes)
                     return f"run {number} of {side} returned tokens of shape {shapes}"
-                if not torch.equal(run.tokens, first):
-                    beam, position = (run.tokens != first).nonzero()[0].tolist()
-                    return f"run {number} of {side} differs first at beam {beam}, token {position}"
+                where = f"beam {found.row}, token {found.place}"
+                return f"run {number} of {side} differs first at {where}"
         return ""
 
     def seconds(self, side: str, phase: str) -> float:

@@ -1,0 +1,1 @@
+"""fastvlm.check: a user's own batch through a model with and without fastvlm, compared."""

@@ -1,0 +1,167 @@
+"""``python -m fastvlm check``: a checkpoint, a photo and prompts through `fastvlm.check`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastvlm
+from fastvlm.demo.arguments import UsageError
+
+TASKS = ("<CAPTION>", "<MORE_DETAILED_CAPTION>")  # Florence-2's processor spells them out
+TEXTS = ("What does the image show?", "Describe it.")
+RANDOM_LENGTHS = (12, 7)
+# how the names of a tokenizer's or a processor's files begin
+_FILES = (
+    "tokenizer",
+    "vocab",
+    "spiece",
+    "sentencepiece",
+    "processor_config",
+    "preprocessor_config",
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """With parsed arguments (`fastvlm.checking.arguments`); 0 where nothing differs, else 1."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device", "a device that is there", "cuda (PyTorch sees no GPU)")
+    if args.small and args.model is not None:
+        raise UsageError("--small", "no --model beside it", args.model)
+    dtype = getattr(torch, args.dtype)
+    if args.model is None:
+        if args.text:
+            raise UsageError("--text", "--model beside it: random weights know no words", args.text)
+        model, inputs = _random(args)
+    else:
+        model, inputs = _pretrained(args)
+    model = model.to(args.device, dtype)
+    inputs = {n: _placed(v, args.device, dtype) for n, v in inputs.items()}
+    generate: dict[str, Any] = {"max_new_tokens": args.new_tokens, "num_beams": args.beams}
+    try:
+        result = fastvlm.check(
+            model, inputs, generate=generate, train=not args.no_train, exact=args.exact
+        )
+    except (ValueError, TypeError) as error:  # PatchError among them
+        wanted = "a model that fastvlm.check can run"
+        raise UsageError("--model", wanted, f"{args.model} ({_first_line(error)})") from None
+    print(json.dumps(result.as_dict(), indent=1) if args.json else result)
+    return result.exit_code
+
+
+def _placed(value: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    """Florence-2-base's shapes, or a tiny model's; two prompts, one of them padded."""
+    from fastvlm.demo import workload
+
+    photo, _ = workload.load_photo(args.image)
+    model = workload.random_model(workload.small() if args.small else workload.florence2_base())
+    size = 96 if args.small else workload.IMAGE_SIZE
+    image_token = model.config.image_token_id
+    ids, mask = _random_ids(4, image_token, model.config.text_config.pad_token_id)
+    image = torch.full((len(ids), 1 + (size // 32) ** 2), image_token)
+    return model, {
+        "input_ids": torch.cat([image, ids], 1),
+        "attention_mask": torch.cat([torch.ones_like(image), mask], 1),
+        "pixel_values": workload.to_pixels(photo, size).expand(len(ids), -1, -1, -1).contiguous(),
+    }
+
+
+def _random_ids(
+    first: int, last: int, pad: int | None, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        first, last, (len(RANDOM_LENGTHS), max(RANDOM_LENGTHS)), generator=generator
+    )
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(RANDOM_LENGTHS)[:, None]).long()
+    mask = mask.flip(1) if left else mask
+    return ids.masked_fill(mask == 0, pad or 0), mask
+
+
+def _pretrained(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    import transformers
+
+    try:
+        kinds = transformers.PretrainedConfig.get_config_dict(args.model)[0]
+        model = _class_of(kinds).from_pretrained(args.model, dtype=torch.float32).eval()
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        wanted = "a model id or folder that transformers can load"
+        raise UsageError("--model", wanted, f"{args.model} ({_first_line(error)})") from None
+    processor = _processor_of(args.model)
+    if hasattr(processor, "image_processor"):
+        return model, _of_image(args, processor)
+    if args.image is not None:
+        raise UsageError("--image", "a model with an image processor", args.model)
+    encodes = model.config.is_encoder_decoder
+    if processor is None:
+        if args.text:
+            raise UsageError("--text", "a model with a tokenizer beside it", args.model)
+        if hasattr(model.config, "vision_config"):
+            raise UsageError("--model", "a folder with its processor too", args.model)
+        last = model.get_input_embeddings().num_embeddings - 1
+        ids, mask = _random_ids(min(4, last - 1), last, model.config.pad_token_id, not encodes)
+        return model, {"input_ids": ids, "attention_mask": mask}
+    if processor.pad_token is None:
+        processor.pad_token = processor.eos_token
+    processor.padding_side = "right" if encodes else "left"
+    found = processor(args.text or list(TEXTS), padding=True, return_tensors="pt")
+    return model, {n: v for n, v in found.items() if n != "token_type_ids"}
+
+
+def _class_of(kinds: dict[str, Any]) -> Any:
+    import transformers
+
+    if kinds.get("model_type") == "florenz":
+        from fastvlm.florenz import FlorenzForConditionalGeneration
+
+        return FlorenzForConditionalGeneration
+    names = kinds.get("architectures") or ["no architectures in its config.json"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ValueError(f"transformers has no {names[0]}")
+    return found
+
+
+def _processor_of(model_id: str) -> Any:
+    """Its processor or tokenizer; None where it has neither.
+
+    transformers makes an empty tokenizer for a folder without one.
+    """
+    import transformers
+
+    folder = Path(model_id)
+    if folder.is_dir() and not any(path.name.startswith(_FILES) for path in folder.iterdir()):
+        return None
+    for kind in (transformers.AutoProcessor, transformers.AutoTokenizer):
+        try:
+            return kind.from_pretrained(model_id)
+        except (OSError, ValueError, ImportError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _of_image(args: argparse.Namespace, processor: Any) -> dict[str, Tensor]:
+    from fastvlm.demo.workload import load_photo
+
+    photo, _ = load_photo(args.image)
+    florence = "florence" in type(processor).__name__.lower()
+    texts = args.text or list(TASKS if florence else TEXTS)
+    if not florence and "paligemma" in type(processor).__name__.lower():
+        texts = [text if "<image>" in text else f"<image>{text}" for text in texts]
+    return dict(
+        processor(text=texts, images=[photo] * len(texts), padding=True, return_tensors="pt")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
