@@ -27,18 +27,23 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 BASE = "sdpa"
 ROUNDS = 5
 Run = Callable[[], Any]
+Timed = Callable[[], float]
 
 
-def rounds(runs: dict[str, Run], share: float, most: int) -> dict[str, list[float]]:
+def seconds_of(run: Run) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def rounds(runs: dict[str, Timed], share: float, most: int) -> dict[str, list[float]]:
     """Seconds of each side, in turns, until the share of time is spent."""
     found: dict[str, list[float]] = {side: [] for side in runs}
     begin = time.perf_counter()
     for number in range(most):
         start = time.perf_counter()
         for side, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            found[side].append(time.perf_counter() - begun)
+            found[side].append(run())
         now = time.perf_counter()
         print(f"  round {number + 1}: {now - start:.1f} s", file=sys.stderr, flush=True)
         if now - begin + (now - start) > share:
@@ -78,10 +83,12 @@ class Job:
             print(_table(found[-1:]), flush=True)
         return found
 
-    def side(self, side: str, run: Run) -> Run:
-        def within() -> Any:
+    def side(self, side: str, run: Run) -> Timed:
+        """Seconds of a run, without those of patching before it and taking back after it."""
+
+        def within() -> float:
             with side_of(side, self.model):
-                return run()
+                return seconds_of(run)
 
         return within
 
@@ -91,22 +98,33 @@ class Job:
         pixels = captioning(self.model, self.sizes, 1)["pixel_values"]
         tower = self.model.model.vision_tower
 
-        def features() -> torch.Tensor:
-            with torch.inference_mode():
-                out: torch.Tensor = tower(pixels).last_hidden_state
-                return out
+        answers: dict[str, torch.Tensor] = {}
 
-        runs = {side: self.side(side, features) for side in (BASE, OURS)}
+        def features(side: str) -> Timed:
+            def run() -> None:
+                with torch.inference_mode():
+                    answers[side] = tower(pixels).last_hidden_state
+
+            return self.side(side, run)
+
+        def another(name: str, run: Callable[[torch.Tensor], torch.Tensor]) -> Timed:
+            def keep() -> None:
+                with torch.inference_mode():
+                    answers[name] = run(pixels)
+
+            return lambda: seconds_of(keep)
+
+        runs = {side: features(side) for side in (BASE, OURS)}
         others = {"openvino": sides_of.openvino_tower}
         if self.compiles:
             others["compile"] = sides_of.compiled_tower
         for name, make in others.items():
             try:
-                other = make(self.model, pixels)
-                runs[name] = lambda other=other: _without_gradients(other, pixels)  # type: ignore[misc]
+                runs[name] = another(name, make(self.model, pixels))
             except Exception as error:  # a baseline that cannot be had is named, whatever it is
                 self.missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
-        answers = {side: run() for side, run in runs.items()}
+        for warm_up in runs.values():
+            warm_up()
         largest = answers[BASE].abs().max()
         off = {s: float((a - answers[BASE]).abs().max() / largest) for s, a in answers.items()}
         seconds = rounds(runs, share, ROUNDS)
@@ -117,7 +135,7 @@ class Job:
         inputs = captioning(self.model, self.sizes, photos)
         tokens: dict[str, torch.Tensor] = {}
 
-        def generate(side: str, new: int) -> Run:
+        def generate(side: str, new: int) -> Timed:
             def run() -> None:
                 tokens[side] = self.model.generate(
                     **inputs, num_beams=3, do_sample=False, no_repeat_ngram_size=3,
@@ -145,7 +163,7 @@ class Job:
         self.model.model.vision_tower.requires_grad_(False)
         losses: dict[str, float] = {}
 
-        def step(side: str) -> Run:
+        def step(side: str) -> Timed:
             def run() -> None:
                 self.model.zero_grad(set_to_none=True)
                 loss = self.model(**batch, use_cache=False).loss
@@ -168,11 +186,6 @@ class Job:
         self.model.zero_grad(set_to_none=True)
         facts = {"pixels": pixels, "batch": size, "prompt_tokens": list(s.prompts)}
         return case_of(name, seconds, **facts, label_tokens=list(s.labels), eval_loss=losses)
-
-
-def _without_gradients(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
-    with torch.inference_mode():
-        return run(x)
 
 
 def _table(cases: list[dict[str, Any]]) -> str:
