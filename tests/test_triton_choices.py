@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import emulator
@@ -11,6 +12,7 @@ import torch
 from fastvlm import ops, triton
 from fastvlm.triton import configs
 from fastvlm.triton.common import dot_precision
+from fastvlm.triton.configs import older
 
 F32, BF16 = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
 
@@ -102,3 +104,23 @@ def test_the_best_config_that_fails_gives_way_to_the_first() -> None:
     configs._run_the_best([good, bad], run, ("a kernel",))
     assert ran == [good]
     assert configs._best.pop(("a kernel",)) is good
+
+
+def test_an_older_triton_chooses_no_config_that_spills_there() -> None:
+    """Every config that is named is in the tables, each case has one left, and no other changes."""
+    now = importlib.import_module("fastvlm.triton.configs.sm90")
+    table = {**now.ATTENTION, **now.MLP, **now.LOSS}
+    assert older.without_spills("sm90", table, (3, 7, 1)) is table
+    assert older.without_spills("sm90", table, None) is table
+    changed = older.without_spills("sm90", table, (3, 6, 0))
+    assert {kernel for kernel in table if changed[kernel] is not table[kernel]} == set(
+        older.SPILLING["sm90"]
+    )
+    for kernel, pairs in older.SPILLING["sm90"].items():
+        before = [config for case in table[kernel] for config in case.configs]
+        after = [config for case in changed[kernel] for config in case.configs]
+        assert all(old in before and old not in after for old, _ in pairs)
+        assert all(new in after for _, instead in pairs for new in instead)
+        assert all(case.configs for case in changed[kernel])
+    sm80 = importlib.import_module("fastvlm.triton.configs.sm80")
+    assert older.without_spills("sm80", {**sm80.MLP}, (3, 6, 0)) == sm80.MLP

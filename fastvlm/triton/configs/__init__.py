@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.compat import versions
+
 VARIABLE = "FASTVLM_AUTOTUNE"
 FAMILIES = ("sm80", "sm86", "sm90", "sm100", "gfx9")
 
@@ -86,9 +88,13 @@ def family(x: Tensor) -> str:
 
 @functools.cache
 def table(name: str) -> Table:
-    """All kernels of one family."""
+    """All kernels of one family, as the Triton that is installed may choose from it."""
     module = importlib.import_module(f"fastvlm.triton.configs.{name}")
-    return {**module.ATTENTION, **module.MLP, **module.LOSS}
+    older = importlib.import_module("fastvlm.triton.configs.older")
+    found: Table = {**module.ATTENTION, **module.MLP, **module.LOSS}
+    installed = versions.installed("triton")
+    version = None if installed is None else versions.parsed(installed)
+    return older.without_spills(name, found, version)
 
 
 def options(kernel: str, x: Tensor, **key: int) -> list[Config]:
