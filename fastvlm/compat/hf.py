@@ -71,6 +71,13 @@ def attention_of(config: Any) -> str | None:
     return name
 
 
+def attention_function(name: str) -> Any:
+    """The attention that is registered under a name; None where none is (5.0: eager)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(name, None)
+
+
 def config_with_attention(config: Any, name: str) -> Any:
     """A copy of a config that names another implementation of attention, unchecked."""
     config = copy.copy(config)

@@ -38,6 +38,12 @@ def has_hooks(module: nn.Module, backward: bool = True) -> bool:
     return any(getattr(module, name) for name in (_HOOKS if backward else _HOOKS[:2]))
 
 
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """All hooks of a module, forward and backward."""
+    own = vars(module)
+    return tuple(hook for name in _HOOKS if own[name] for hook in own[name].values())
+
+
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks before and after a module's forward."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]

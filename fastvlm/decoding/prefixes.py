@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.compat import pytorch
+from fastvlm.nn.wrapped import unwrapped
 
 
 def left_padded(
@@ -38,7 +39,7 @@ def left_padded(
 def decoder_stack(model: Any) -> Any:
     """The stack of layers that decodes, or None where none is found.
 
-    A composed model's get_decoder() may give a model that has one.
+    A composed model's get_decoder() may give a model that has one, or a wrapper around one.
     """
     found = model
     while not hasattr(found, "layers"):
@@ -46,7 +47,7 @@ def decoder_stack(model: Any) -> Any:
         if inner is None or inner is found:
             return None
         found = inner
-    return found
+    return unwrapped(found, "layers") or found
 
 
 def _learned_positions(stack: Any) -> nn.Embedding | None:

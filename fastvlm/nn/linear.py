@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,23 @@ def original(cls: type) -> Any:
     return cls._fastvlm_base
 
 
+def runs_another_forward(module: nn.Module) -> bool:
+    """Whether a forward set on the instance takes the place of its class's.
+
+    Accelerate leaves the class's own there when it takes its hooks away.
+    """
+    forward = vars(module).get("forward")
+    if forward is None:
+        return False
+    bound = isinstance(forward, MethodType) and forward.__self__ is module
+    return not (bound and forward.__func__ is type(module).forward)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of module runs more than its class's forward: a hook, a forward of its own."""
+    return runs_another_forward(module) or pytorch.has_hooks(module)
+
+
 def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a fused kernel may read module.weight and module.bias instead of calling it.
 
@@ -56,6 +74,4 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
 def is_bare(module: object) -> bool:
     """Whether nobody listens at a module's call: no hook, also of all modules, and no forward of
     the instance's own (an offloader sets one)."""
-    if "forward" in vars(module) or pytorch.has_hooks(module):  # type: ignore[arg-type]
-        return False
-    return not pytorch.has_hooks_of_all()
+    return not is_watched(module) and not pytorch.has_hooks_of_all()  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlm import ops
-from fastvlm.nn.linear import Linear, is_plain
+from fastvlm.nn.linear import Linear, is_plain, is_watched
 
 
 def gelu_kind(act: Callable[[Tensor], Tensor]) -> str | None:
@@ -38,6 +38,7 @@ class GegluMLP(nn.Module):
     """
 
     approximate: str = "tanh"
+    activation: str = ""  # the kind of the module that computes it, where there is one
 
     def __init__(self, hidden_size: int, intermediate_size: int, approximate: str = "tanh"):
         super().__init__()
@@ -48,20 +49,38 @@ class GegluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        dropout = getattr(self, "dropout", None)
+        act, dropout = getattr(self, "act_fn", None), getattr(self, "dropout", None)
         drops = dropout is not None and self.training and dropout.p > 0
         bias = gate.bias, up.bias, down.bias
-        if bias == (None, None, None) and not drops and all(map(is_plain, (gate, up, down))):
+        fuses = bias == (None, None, None) and all(map(is_plain, (gate, up, down)))
+        known = act is None or is_known_gelu(act, self.activation)
+        if fuses and known and not drops and (dropout is None or not is_watched(dropout)):
             return ops.geglu_mlp(
                 x, gate.weight, up.weight, down.weight, approximate=self.approximate
             )
-        hidden = F.gelu(gate(x), approximate=self.approximate) * up(x)
+        hidden = F.gelu(gate(x), approximate=self.approximate) if known else act(gate(x))
+        hidden = hidden * up(x)
         return down(dropout(hidden) if dropout is not None else hidden)
 
 
-def gelu_mlp(x: Tensor, fc1: Any, fc2: Any, approximate: str, dropout_p: float) -> Tensor:
-    """fc2(dropout(gelu(fc1 x))) in one op where both layers may be bypassed, called otherwise."""
-    if is_plain(fc1) and is_plain(fc2):
+def kind_of(act: Any) -> str:
+    """By which an activation that was evaluated once is known again."""
+    return f"{type(act).__module__}.{type(act).__qualname__}"
+
+
+def is_known_gelu(act: Any, kind: str) -> bool:
+    """Whether an activation is of the kind that was evaluated, and nobody watches it."""
+    return kind_of(act) == kind and not (isinstance(act, nn.Module) and is_watched(act))
+
+
+def gelu_mlp(
+    x: Tensor, fc1: Any, fc2: Any, approximate: str, dropout_p: float, act: Any = None
+) -> Tensor:
+    """fc2(dropout(gelu(fc1 x))) in one op where both layers may be bypassed, called otherwise.
+
+    act: what to call in place of the GELU, for one that is not what it was, or that has a hook.
+    """
+    if act is None and is_plain(fc1) and is_plain(fc2):
         return ops.gelu_mlp(
             x,
             fc1.weight,
@@ -71,7 +90,8 @@ def gelu_mlp(x: Tensor, fc1: Any, fc2: Any, approximate: str, dropout_p: float) 
             approximate=approximate,
             dropout_p=dropout_p,
         )
-    hidden = F.gelu(fc1(x), approximate=approximate)
+    hidden = fc1(x)
+    hidden = F.gelu(hidden, approximate=approximate) if act is None else act(hidden)
     return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
 
 

@@ -12,11 +12,21 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from fastvlm import ops
 from fastvlm.compat import hf
 from fastvlm.nn.linear import is_plain
-from fastvlm.nn.mlp import gelu_kind, gelu_mlp
+from fastvlm.nn.mlp import gelu_kind, gelu_mlp, is_known_gelu, kind_of
+from fastvlm.nn.wrapped import owns
 from fastvlm.patching import bart_step
 from fastvlm.patching.attention import cross_attend, heads, self_attend
-from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
+from fastvlm.patching.layouts import entered, taken
+from fastvlm.patching.rules import (
+    Host,
+    Rule,
+    StackRule,
+    Swap,
+    extra_parts,
+    first_layer,
+    has,
+    takes,
+)
 from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 
 
@@ -31,7 +41,7 @@ class BartAttention(Host):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        layouts = kwargs.pop(KEYWORD, None)
+        layouts = taken(kwargs, self)
         is_self = key_value_states is None
         if layouts is None or (is_self and not layouts.fuses(attention_mask, hidden_states)):
             return super().forward(
@@ -70,18 +80,18 @@ class BartAttention(Host):
         return self.out_proj(out), None
 
 
-def _enter(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """BART's stack adds positions by column, so it is the first layer that packs."""
-    layouts = kwargs.get(KEYWORD)
-    return hidden_states if layouts is None else layouts.enter(hidden_states)
-
-
 class _Layer(Host):
     """The MLP and the residual tails that encoder and decoder layers share."""
 
     pre_norm = False
     approximate = "none"
+    activation = ""
     runs_packed = True
+
+    def _enter(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """BART's stack adds positions by column, so it is the first layer that packs."""
+        layouts = entered(kwargs, self)
+        return hidden_states if layouts is None else layouts.enter(hidden_states)
 
     def _branch_in(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return norm(x) if self.pre_norm else x
@@ -99,13 +109,14 @@ class _Layer(Host):
         p = self.activation_dropout if self.training else 0.0
         norm = self.final_layer_norm
         x = self._branch_in(hidden_states, norm)
-        x = gelu_mlp(x, self.fc1, self.fc2, self.approximate, p)
+        act = None if is_known_gelu(self.activation_fn, self.activation) else self.activation_fn
+        x = gelu_mlp(x, self.fc1, self.fc2, self.approximate, p, act)
         return self._branch_out(x, hidden_states, norm)
 
 
 class BartEncoderLayer(_Layer):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-        hidden_states = _enter(hidden_states, kwargs)
+        hidden_states = self._enter(hidden_states, kwargs)
         norm = self.self_attn_layer_norm
         x = self._branch_in(hidden_states, norm)
         x, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
@@ -129,7 +140,7 @@ class BartDecoderLayer(_Layer):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
-        hidden_states = _enter(hidden_states, kwargs)
+        hidden_states = self._enter(hidden_states, kwargs)
         norm = self.self_attn_layer_norm
         x, _ = self.self_attn(
             self._branch_in(hidden_states, norm),
@@ -161,6 +172,7 @@ class PreNormDecoderLayer(BartDecoderLayer):
 
 class BartDecoder(DecoderStack):
     has_cross_attention = True
+    attentions = ("self_attn", "encoder_attn")
 
     def _plan(self, past: Any) -> Any:
         return bart_step.plan(self, past, BartDecoderLayer)
@@ -230,14 +242,15 @@ def _layer(module: Any) -> Swap | str:
     norms = [m for m in module.children() if isinstance(m, nn.LayerNorm)]
     if any(not norm.elementwise_affine or norm.bias is None for norm in norms):
         return "a LayerNorm without weight and bias"
-    decoder = hasattr(module, "encoder_attn")
+    decoder = owns(module, "encoder_attn")
     mixin: type[_Layer]
     if pre_norm:
         mixin = PreNormDecoderLayer if decoder else PreNormEncoderLayer
     else:
         mixin = BartDecoderLayer if decoder else BartEncoderLayer
     tail = () if pre_norm else ("residual_layer_norm",)
-    return Swap(mixin, ("gelu_mlp", *tail), (("approximate", kind),))
+    act = kind_of(module.activation_fn)
+    return Swap(mixin, ("gelu_mlp", *tail), (("approximate", kind), ("activation", act)))
 
 
 _LAYER = ("self_attn", "fc1", "fc2", "activation_fn", "self_attn_layer_norm", "final_layer_norm")
@@ -256,9 +269,8 @@ _STACK = ("layers", "embed_tokens", "embed_positions", "layernorm_embedding")
 
 def _first_layer_has(name: str, wanted: bool) -> Any:
     def test(module: Any) -> bool:
-        if not has(*_STACK)(module) or len(module.layers) == 0:
-            return False
-        return hasattr(module.layers[0], name) == wanted and hasattr(module.layers[0], "fc1")
+        layer = first_layer(module, "fc1") if has(*_STACK)(module) else None
+        return layer is not None and owns(layer, name) == wanted
 
     return test
 

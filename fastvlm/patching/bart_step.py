@@ -11,6 +11,7 @@ from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
 from fastvlm.decoding.prefixes import only_counts, starts_of
 from fastvlm.nn.linear import is_plain
+from fastvlm.nn.mlp import is_known_gelu
 from fastvlm.patching.program import Program, Unplanned, quiet, require
 from fastvlm.patching.steps import Plan
 from fastvlm.patching.tied import factor_of
@@ -53,7 +54,7 @@ def embedded(stack: Any, ids: Tensor, filled: int) -> Tensor:
 
 def _layer(program: Program, x: int, layer: Any, past: Any, index: int) -> int:
     own, cross = layer.self_attn, layer.encoder_attn
-    require(quiet(layer, own, cross, layer.activation_fn))
+    require(quiet(layer, own, cross) and is_known_gelu(layer.activation_fn, layer.activation))
     q, k, v = program.linear(x, own.q_proj, own.k_proj, own.v_proj)
     cache = kept.layer_of(past.self_attention_cache, index)
     y = program.self_attention(q, k, v, own, cache)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from fastvlm.nn.linear import original
+from fastvlm.patching.interposed import bound_forward, forget, without_look
 from fastvlm.patching.rules import Swap
 from fastvlm.patching.weights import forget_copy
 
@@ -29,6 +31,8 @@ def swapped(base: Any, swap: Swap) -> Any:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": _reduce,
+            "_slow_forward": _refuse_tracing,
+            "qconfig": property(_no_qconfig, _refuse_quantizing),
             "_fastvlm_base": base,
             "_fastvlm_swap": swap,
             **dict(swap.attributes),
@@ -40,11 +44,37 @@ def swapped(base: Any, swap: Swap) -> Any:
     return cls
 
 
+def _refuse_tracing(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What PyTorch calls while torch.jit.trace runs; it would keep the example's mask for all."""
+    raise RuntimeError(
+        "fastvlm: a patched model cannot be traced (torch.jit.trace, torch.onnx.export with "
+        "dynamo=False): which rows are padding would be taken from the example; call "
+        "fastvlm.unpatch(model) first"
+    )
+
+
+def _no_qconfig(module: nn.Module) -> Any:
+    raise AttributeError("qconfig")
+
+
+def _refuse_quantizing(module: nn.Module, value: Any) -> None:
+    """torch.ao.quantization marks the modules it may replace, and knows them by their class."""
+    raise RuntimeError(
+        "fastvlm: torch.ao.quantization does not find the layers of a patched model; call "
+        'fastvlm.unpatch(model) first, or let fastvlm.patch(model, weights="int8") store them'
+    )
+
+
 def _as_signed(signed: Any, forward: Any) -> Any:
-    """forward under the signature of another, by which trainers choose a data set's columns."""
+    """forward under the signature of another, by which trainers choose a data set's columns.
+
+    Somebody may have kept it, bound to a module that is unpatched by now: torch.compile(m.forward).
+    """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        if hasattr(type(self), "_fastvlm_base"):
+            return forward(self, *args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
 
     functools.update_wrapper(call, signed)
     call.__signature__ = inspect.signature(signed)  # type: ignore[attr-defined]
@@ -61,7 +91,8 @@ def _rebuild(base: Any, swap: Swap) -> Any:
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle by base and swap: the subclass itself has no importable name."""
     cls = type(module)
-    return _rebuild, (cls._fastvlm_base, cls._fastvlm_swap), module.__dict__  # type: ignore[attr-defined]
+    state = without_look(module.__dict__)
+    return _rebuild, (cls._fastvlm_base, cls._fastvlm_swap), state  # type: ignore[attr-defined]
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -72,6 +103,16 @@ def unpatched_class(module: Any) -> Any:
     return original(type(module))
 
 
+def keeps_forward(module: nn.Module) -> bool:
+    """Whether what holds our forward of a module may call it when the module is patched no more."""
+    return getattr(type(module), "keeps_signature", False)
+
+
 def become(module: nn.Module, cls: Any) -> None:
     forget_copy(module)
+    forget(module)
+    before = type(module).forward
     module.__class__ = cls
+    for name in ("forward", "_old_forward"):  # Accelerate's, around the class's
+        if bound_forward(module, name) is before:
+            vars(module)[name] = MethodType(cls.forward, module)

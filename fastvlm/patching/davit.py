@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlm.nn.linear import is_plain
-from fastvlm.nn.mlp import gelu_kind, gelu_mlp
+from fastvlm.nn.mlp import gelu_kind, gelu_mlp, is_known_gelu, kind_of
 from fastvlm.ops._autograd import autocast, autocasts
 from fastvlm.patching import davit_block
 from fastvlm.patching.classes import is_patched
+from fastvlm.patching.interposed import as_written
 from fastvlm.patching.rules import Host, Rule, Swap, extra_parts, has, takes
 
 # top, left, number of windows down and across, their height and width
@@ -166,6 +167,8 @@ class _Windows(Host):
 class WindowAttention(_Windows):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, H, W, C] -> [B, H * W, C]."""
+        if as_written(self):
+            return super().forward(hidden_states)
         return self._attend(hidden_states)
 
 
@@ -174,6 +177,8 @@ class SizedWindowAttention(_Windows):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """x [B, H * W, C], size (H, W) -> the same."""
+        if as_written(self):
+            return super().forward(x, size)
         return self._attend(x.unflatten(1, size)), size
 
 
@@ -190,12 +195,16 @@ class _Channels(Host):
 class ChannelAttention(_Channels):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, N, C] -> [B, N, C]."""
+        if as_written(self):
+            return super().forward(hidden_states)
         return self._attend(hidden_states)
 
 
 class SizedChannelAttention(_Channels):
     def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """x [B, N, C], size (H, W) -> the same."""
+        if as_written(self):
+            return super().forward(x, size)
         return self._attend(x), size
 
 
@@ -221,9 +230,11 @@ class VisionMLP(Host):
     """fc2(gelu(fc1 x)), in one op where both layers may be bypassed."""
 
     approximate = "none"
+    activation = ""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate, 0.0)
+        act = None if is_known_gelu(self.activation_fn, self.activation) else self.activation_fn
+        return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate, 0.0, act)
 
 
 def channels_together(x: Tensor) -> Tensor:
@@ -270,7 +281,9 @@ def _mlp(module: Any) -> Swap | str:
     if not takes(module, "hidden_states"):
         return "its forward has other arguments than transformers' (hidden_states)"
     extra = extra_parts(module, "fc1", "fc2", "activation_fn")
-    return extra or Swap(VisionMLP, ("gelu_mlp",), (("approximate", kind),))
+    act = kind_of(module.activation_fn)
+    attributes = (("approximate", kind), ("activation", act))
+    return extra or Swap(VisionMLP, ("gelu_mlp",), attributes)
 
 
 _ATTENTION = (

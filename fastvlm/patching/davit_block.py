@@ -21,6 +21,7 @@ from fastvlm.nn.mlp import gelu_kind
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
+from fastvlm.patching.interposed import as_written
 from fastvlm.patching.rules import Host, Swap, extra_parts, takes
 
 _STOCHASTIC_DEPTH = "Florence2DropPath"
@@ -65,6 +66,8 @@ class _Half(Host):
         linears = (attention.qkv, attention.proj, ffn.fc1, ffn.fc2)
         convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
         if not (is_bare(attention) and is_bare(ffn) and all(map(is_plain, linears))):
+            return False
+        if as_written(attention) or not is_bare(ffn.activation_fn):
             return False
         if not all(is_plain(conv, nn.Conv2d) for conv in convs):
             return False

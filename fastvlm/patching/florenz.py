@@ -8,8 +8,18 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from fastvlm.nn.wrapped import unwrapped
 from fastvlm.patching import gemma2, gemma_step, t5gemma
-from fastvlm.patching.rules import Rule, StackRule, Swap, extra_parts, has, takes
+from fastvlm.patching.layouts import entered
+from fastvlm.patching.rules import (
+    Rule,
+    StackRule,
+    Swap,
+    extra_parts,
+    first_layer,
+    has,
+    takes,
+)
 from fastvlm.patching.stacks import Call
 
 
@@ -25,6 +35,7 @@ class FlorenzLayer(gemma2.SandwichLayer):
         encoder_attention_mask: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        entered(kwargs, self)
         own = past_key_values
         if isinstance(own, EncoderDecoderCache):
             own = own.self_attention_cache
@@ -55,6 +66,7 @@ class FlorenzLayer(gemma2.SandwichLayer):
 
 class FlorenzDecoder(gemma2.GemmaSteps):
     has_cross_attention = True
+    attentions = ("self_attn", "encoder_attn")
 
     def _plan(self, past: Any) -> Any:
         return gemma_step.plan(self, past, FlorenzLayer, gemma2.is_fusable)
@@ -92,21 +104,21 @@ _LAYER = ("self_attn", "encoder_attn", "encoder_attn_gate", "post_feedforward_la
 
 
 def _is_stack(module: Any) -> bool:
-    if not has("layers", "norm", "rotary_emb", "embed_tokens")(module) or not len(module.layers):
+    if not has("layers", "norm", "rotary_emb", "embed_tokens")(module):
         return False
-    return has(*_LAYER)(module.layers[0])
+    layer = first_layer(module, "encoder_attn_gate")
+    return layer is not None and has(*_LAYER)(layer)
 
 
 def _choose_stack(module: Any) -> Swap | str:
     cross_attention, *_ = t5gemma.RULES
-    for index, layer in enumerate(module.layers):
-        if not has(*_LAYER)(layer):
+    for index, outer in enumerate(module.layers):
+        layer = unwrapped(outer, "encoder_attn_gate")
+        if layer is None or not has(*_LAYER)(layer):
             return f"its layer {index} has no gated cross-attention"
-        if not cross_attention.matches(layer.encoder_attn):
+        cross = unwrapped(layer.encoder_attn, "q_proj")
+        if cross is None or not cross_attention.matches(cross):
             return f"the encoder_attn of its layer {index} is not like T5Gemma's cross-attention"
-        kinds = {p.kind for p in inspect.signature(type(layer).forward).parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            return f"its layer {index} does not hand keyword arguments down to its attention"
     if not takes(module, "past_key_values", "inputs_embeds", "encoder_attention_mask"):
         return "its forward has other arguments than transformers 5"
     return Swap(FlorenzDecoder, ("Layout",))

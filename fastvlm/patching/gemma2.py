@@ -10,14 +10,24 @@ from transformers.cache_utils import DynamicCache
 
 from fastvlm import ops
 from fastvlm.compat import hf
-from fastvlm.nn.linear import is_plain
-from fastvlm.nn.mlp import GegluMLP, gelu_kind
+from fastvlm.nn.linear import is_plain, is_watched
+from fastvlm.nn.mlp import GegluMLP, gelu_kind, kind_of
 from fastvlm.nn.norm import RMSNorm
+from fastvlm.nn.wrapped import owns
 from fastvlm.patching import gemma_step
 from fastvlm.patching.attention import heads, self_attend
 from fastvlm.patching.classes import unpatched_class
-from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
+from fastvlm.patching.layouts import entered, taken
+from fastvlm.patching.rules import (
+    Host,
+    Rule,
+    StackRule,
+    Swap,
+    extra_parts,
+    first_layer,
+    has,
+    takes,
+)
 from fastvlm.patching.stacks import Call, DecoderStack
 
 MASKLESS = {"full_attention": None, "sliding_attention": None}
@@ -34,7 +44,7 @@ class GemmaAttention(Host):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        layouts = kwargs.pop(KEYWORD, None)
+        layouts = taken(kwargs, self)
         if layouts is None or not layouts.fuses(attention_mask, hidden_states):
             return super().forward(
                 hidden_states=hidden_states,
@@ -128,10 +138,11 @@ class SandwichLayer(Host):
         self, x: Tensor, residual: Tensor, post: Any, following: Any = None, gate: Any = None
     ) -> Any:
         """h = residual + [tanh(gate)] post(x), and where a norm follows also following(h)."""
-        p = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
+        dropout = getattr(self, "dropout", None)
+        drops = dropout is not None and (is_watched(dropout) or (self.training and dropout.p > 0))
         norms = [post] if following is None else [post, following]
         alike = {(norm.eps, norm.offset) for norm in norms if is_fusable(norm)}
-        if p == 0 and len(alike) == 1 and all(map(is_fusable, norms)):
+        if not drops and len(alike) == 1 and all(map(is_fusable, norms)):
             return ops.residual_rms_norm(
                 x,
                 residual,
@@ -142,7 +153,7 @@ class SandwichLayer(Host):
                 offset=post.offset,
             )
         x = post(x) if gate is None else torch.tanh(gate) * post(x)
-        h = residual + (self.dropout(x) if p > 0 else x)
+        h = residual + (self.dropout(x) if drops else x)
         return h if following is None else (h, following(h))
 
     def _mlp(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -160,6 +171,7 @@ class GemmaLayer(SandwichLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        entered(kwargs, self)
         x, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -192,7 +204,8 @@ def choose_mlp(module: Any) -> Swap | str:
         return f"its activation {type(module.act_fn).__name__} is not GELU"
     if extra := extra_parts(module, "gate_proj", "up_proj", "down_proj", "act_fn", "dropout"):
         return extra
-    return Swap(GegluMLP, ("geglu_mlp",), (("approximate", kind),))
+    act = kind_of(module.act_fn)
+    return Swap(GegluMLP, ("geglu_mlp",), (("approximate", kind), ("activation", act)))
 
 
 def choose_norm(module: Any) -> Swap | str:
@@ -229,8 +242,8 @@ def _choose_layer(module: Any) -> Swap | str:
 
 def is_rms_norm(module: Any) -> bool:
     named = hf.is_named(module, "RMSNorm")
-    has_eps = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
-    return named and has_eps and isinstance(getattr(module, "weight", None), Tensor)
+    has_eps = owns(module, "eps") or owns(module, "variance_epsilon")
+    return named and has_eps and isinstance(module._parameters.get("weight"), Tensor)
 
 
 RULES = (
@@ -246,11 +259,10 @@ RULES = (
 
 
 def _is_stack(module: Any) -> bool:
-    if not has("layers", "norm", "rotary_emb", "embed_tokens")(module) or not len(module.layers):
+    if not has("layers", "norm", "rotary_emb", "embed_tokens")(module):
         return False
-    return hasattr(module.layers[0], "post_feedforward_layernorm") and not hasattr(
-        module.layers[0], "cross_attn"
-    )
+    layer = first_layer(module, "post_feedforward_layernorm")
+    return layer is not None and not owns(layer, "cross_attn")
 
 
 def _choose_stack(module: Any) -> Swap | str:

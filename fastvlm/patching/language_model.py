@@ -17,6 +17,7 @@ from fastvlm.checks import describe
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
+from fastvlm.patching.interposed import NOTHING, interposed
 from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, settled
 from fastvlm.patching.loss_request import LossRequest, loss_request, requesting
@@ -163,6 +164,8 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
         decoder = _decoder_of(self)
         if decoder is None or mask is not None or labels.dim() != 2:
             return
+        if interposed(decoder) != NOTHING:
+            return  # somebody looks at these rows
         if wants_hidden_states(decoder, kwargs) or wants_attentions(decoder, kwargs):
             return
         if restarts(kwargs.get(prefix + "position_ids")):

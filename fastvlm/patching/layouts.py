@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,20 @@ READERS = "prompt_of_target"
 _warned = False  # of zeros that no mask hides
 
 
+class Marks:
+    """Which parts of a stack took their layouts in one call: ids of its attentions and layers.
+
+    unknown: a compiled part did, which notes no names: each note would be a guard of its graph.
+    """
+
+    __slots__ = ("attentions", "layers", "unknown")
+
+    def __init__(self) -> None:
+        self.attentions: set[int] = set()
+        self.layers: set[int] = set()
+        self.unknown = False
+
+
 @dataclass(frozen=True)
 class Layouts:
     """What an attention module needs to know of the batch.
@@ -40,6 +54,7 @@ class Layouts:
     packed: the whole stack runs on the tokens alone: hidden states are [1, tokens, d], the
         encoder's states too, and padding is neither computed nor differentiated.
     static: of a call with transformers' StaticCache, which has no layouts.
+    marks: who took them.
     """
 
     rows: Layout | None = None
@@ -48,6 +63,12 @@ class Layouts:
     fused_self: bool = True
     packed: bool = False
     static: Static | None = None
+    marks: Marks = field(default_factory=Marks)
+
+    @property
+    def has_cross(self) -> bool:
+        """Whether the query rows read an encoder."""
+        return self.cross is not None or (self.static is not None and self.static.cross is not None)
 
     def fuses(self, mask: Any, states: Tensor) -> bool:
         """Whether a layer's self-attention over states [B, L, d] is an op of ours."""
@@ -79,6 +100,25 @@ class Layouts:
         """The encoder's states as the layers get them -> [encoder tokens, d]."""
         assert self.cross is not None
         return encoder_states.flatten(0, 1) if self.packed else self.cross.pack_kv(encoder_states)
+
+
+def taken(kwargs: dict[str, Any], attention: Any) -> Layouts | None:
+    """Take what a stack hands down to an attention out of its keyword arguments, and say so."""
+    layouts: Layouts | None = kwargs.pop(KEYWORD, None)
+    if layouts is not None:
+        if torch.compiler.is_compiling():
+            layouts.marks.unknown = True
+        else:
+            layouts.marks.attentions.add(id(attention))
+    return layouts
+
+
+def entered(kwargs: Mapping[str, Any], layer: Any) -> Layouts | None:
+    """What a stack hands down to a layer, which says so."""
+    layouts: Layouts | None = kwargs.get(KEYWORD)
+    if layouts is not None and not torch.compiler.is_compiling():
+        layouts.marks.layers.add(id(layer))
+    return layouts
 
 
 def wants_attentions(module: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from fastvlm.cpu import pages
-from fastvlm.patching.classes import PatchError, become, is_patched, swapped, unpatched_class
+from fastvlm.patching.classes import (
+    PatchError,
+    become,
+    is_patched,
+    keeps_forward,
+    swapped,
+    unpatched_class,
+)
+from fastvlm.patching.interposed import own_forward
 from fastvlm.patching.plan import entries_of, plan, streamed
 from fastvlm.patching.report import Report
 from fastvlm.patching.rules import FLOORS
@@ -76,12 +85,21 @@ def patch(
     for change in changes:
         if change.swap is not None:
             become(change.module, swapped(unpatched_class(change.module), change.swap))
+            _PATCHED_BY.setdefault(change.module, WeakSet()).add(model)
     report.huge_bytes = pages.gather(streamed(changes))
     return report
 
 
+# the models by which a module was patched: a copy may share its layers with its original
+_PATCHED_BY: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+
+
 def unpatch(model: nn.Module) -> None:
     """Take all of fastvlm out of a patched model; it is exactly as before.
+
+    Layers that it shares with another patched model of which it is a copy (`copy.copy`,
+    Accelerate's `compile_regions`) stay patched for that one: they compute for this one what they
+    did.
 
     Raises TypeError for what is no nn.Module, PatchError where a patched module's class was wrapped
     by another library since (then nothing is changed). A model that is not patched is left alone.
@@ -94,9 +112,28 @@ def unpatch(model: nn.Module) -> None:
                 f"fastvlm.unpatch: {name} was wrapped after patching by {type(module).__name__}; "
                 "undo that first"
             )
+        reason = own_forward(module) if is_patched(module) else None
+        if reason is not None and not keeps_forward(module):
+            raise PatchError(f"fastvlm.unpatch: {name}: {reason}; undo that first")
+    elsewhere = _used_elsewhere(model)
     for module in model.modules():
-        if is_patched(module):
+        if is_patched(module) and module not in elsewhere:
             become(module, unpatched_class(module))
+            _PATCHED_BY.pop(module, None)
+
+
+def _used_elsewhere(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model that other patched models have, neither parts of it nor wholes."""
+    inside = set(model.modules())
+    shared: set[nn.Module] = set()
+    others = {owner for module in inside for owner in _PATCHED_BY.get(module, ())} - inside
+    for owner in others:
+        parts = set(owner.modules())
+        if model not in parts:
+            shared |= {m for m in parts & inside if owner in _PATCHED_BY.get(m, ())}
+    for module in inside & shared:
+        _PATCHED_BY[module].discard(model)
+    return shared
 
 
 @contextlib.contextmanager
@@ -120,6 +157,8 @@ def patched(
             cls = before.get(module, unpatched_class(module))
             if is_patched(module) and type(module) is not cls:
                 become(module, cls)
+                if not is_patched(module):
+                    _PATCHED_BY.pop(module, None)
 
 
 def _wanted(only: Collection[str] | str | None) -> frozenset[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat.versions import attention_refused
 from fastvlm.nn.linear import Linear
+from fastvlm.patching import interposed
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
 from fastvlm.patching.rules import Rule, StackRule, Swap, takes
@@ -98,6 +99,9 @@ def _plan_stack(
     bad = next(((n, c) for n, c in attention if isinstance(c, str)), None)
     if bad is not None and not isinstance(chosen, str):
         chosen = bad[1] if "not in only" in bad[1] else f"{bad[0]} was skipped ({bad[1]})"
+    if not isinstance(chosen, str):
+        patched = {m for _, m, _, choice in found if isinstance(choice, Swap)}
+        chosen = _in_the_way(stack, chosen, patched) or chosen
     add(_change(prefix, stack, ("attention",), chosen))
     for name, module, inner, choice in found:
         if inner.floors == ("attention",) and isinstance(chosen, str) and isinstance(choice, Swap):
@@ -105,6 +109,13 @@ def _plan_stack(
         step = inner is _LINEAR and rule.decodes and module not in per_image
         add(_change(name, module, inner.floors, choice, step))
     return isinstance(chosen, Swap) and getattr(chosen.mixin, "has_cross_attention", False)
+
+
+def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
+    """Why a stack stays with transformers though the rules would have it."""
+    names: tuple[str, ...] = swap.mixin.attentions  # type: ignore[attr-defined]
+    reason = interposed.look(stack, names, patched.__contains__).unfused
+    return reason or interposed.attention_of_others(interposed.configs_of(stack, names))
 
 
 def _plan_outside(
@@ -151,7 +162,7 @@ _LINEAR = Rule(("linear",), _is_linear, lambda m: LINEAR)
 
 
 def _choose_linear(module: nn.Module, wanted: frozenset[str], storage: str | None) -> Swap | str:
-    missing = _missing(_LINEAR, wanted)
+    missing = _missing(_LINEAR, wanted) or interposed.other_forward(module)
     if missing is None and not _is_linear(module):
         return f"{type(module).__name__} is called as it is: it does more than nn.Linear"
     return missing or choose_linear(module, storage)
@@ -178,7 +189,7 @@ def _choose(module: nn.Module, rule: Rule, wanted: frozenset[str]) -> Swap | str
     if is_patched(module):
         swap: Swap = type(module)._fastvlm_swap  # type: ignore[attr-defined]
         return swap
-    return rule.choose(module)
+    return interposed.other_forward(module) or rule.choose(module)
 
 
 def _change(

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastvlm.compat import pytorch
-from fastvlm.nn.linear import is_plain
+from fastvlm.nn.linear import is_plain, runs_another_forward
+from fastvlm.nn.mlp import is_known_gelu
 from fastvlm.patching.weights import is_low_precision
 
 
@@ -38,7 +39,8 @@ class Instruction(NamedTuple):
 def quiet(*modules: Any) -> bool:
     """Whether calling these would run nothing but their forward."""
     return not pytorch.has_hooks_of_all() and not any(
-        "forward" in vars(module) or pytorch.has_hooks(module, backward=False) for module in modules
+        runs_another_forward(module) or pytorch.has_hooks(module, backward=False)
+        for module in modules
     )
 
 
@@ -92,7 +94,9 @@ class Program:
 
     def geglu_mlp(self, x: int, mlp: Any) -> int:
         parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        require(quiet(mlp))
+        dropout = getattr(mlp, "dropout", None)
+        require(quiet(mlp) and is_known_gelu(mlp.act_fn, mlp.activation))
+        require(dropout is None or quiet(dropout))
         tanh = mlp.approximate == "tanh"
         if all(map(is_plain, parts)) and all(part.bias is None for part in parts):
             weights = tuple(part.weight for part in parts)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastvlm.nn.wrapped import owns, unwrapped
+
 if TYPE_CHECKING:
 
     class Host(nn.Module):
@@ -59,8 +61,20 @@ class StackRule:
 
 
 def has(*names: str) -> Callable[[nn.Module], bool]:
-    """A test for the presence of attributes."""
-    return lambda module: all(hasattr(module, name) for name in names)
+    """A test for the presence of attributes of a module's own."""
+    return lambda module: all(owns(module, name) for name in names)
+
+
+def first_layer(stack: Any, name: str) -> Any:
+    """The first layer of a stack if it has, or wraps what has, a part of this name; else None."""
+    layers = stack._modules.get("layers")
+    return unwrapped(layers[0], name) if isinstance(layers, nn.ModuleList) and layers else None
+
+
+def hands_down(module: nn.Module) -> bool:
+    """Whether module.forward takes any keyword argument."""
+    kinds = {p.kind for p in inspect.signature(type(module).forward).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def extra_parts(module: nn.Module, *known: str) -> str | None:

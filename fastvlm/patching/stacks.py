@@ -27,6 +27,7 @@ from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
 from fastvlm.layout import Layout
 from fastvlm.patching import static
+from fastvlm.patching.interposed import NOTHING, Interposed, check_taken, interposed
 from fastvlm.patching.layouts import (
     KEYWORD,
     READERS,
@@ -58,6 +59,9 @@ def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, 
 class _Stack(Host):
     """What encoders and decoders share."""
 
+    keeps_signature = True
+    # the attentions of each layer, that of its own rows first
+    attentions: tuple[str, ...] = ("self_attn",)
     # whether the stack takes packed token ids with their positions; otherwise its layers pack
     packs_ids = False
 
@@ -69,13 +73,18 @@ class _Stack(Host):
         """What to pass as attention_mask so that transformers builds no 4-D mask."""
         return None
 
-    def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any]) -> bool:
+    def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any], found: Interposed) -> bool:
         """Whether there is padding, and every layer can do without it."""
         if rows.q_padding is None or rows.q_padding.index is None:
             return False
-        if wants_hidden_states(self, kwargs):
+        if found.padded is not None or wants_hidden_states(self, kwargs):
             return False
         return self.packs_ids or all(getattr(layer, "runs_packed", False) for layer in self.layers)
+
+    def _settled(self, output: Any, layouts: Layouts) -> Any:
+        """The output of a call in which every attention took its layouts, zeros at padding."""
+        check_taken(self, layouts.marks, layouts.has_cross)
+        return zero_padding(output, layouts)
 
     def _pack_ids(self, arguments: dict[str, Any], layouts: Layouts) -> None:
         """Token ids or embeddings and positions of the tokens alone, in place."""
@@ -104,7 +113,8 @@ class EncoderStack(_Stack):
         plain = not args and length > 0 and is_2d(attention_mask)
         if plain and attention_mask is not None:
             plain = attention_mask.shape == (batch, length)
-        if not plain or wants_attentions(self, kwargs):
+        found = interposed(self)
+        if not plain or found.unfused is not None or wants_attentions(self, kwargs):
             return super().forward(
                 input_ids, attention_mask, *args, inputs_embeds=inputs_embeds, **kwargs
             )
@@ -114,11 +124,11 @@ class EncoderStack(_Stack):
         if unhidden or window_needs_columns(self, mask):
             return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
-        layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs))
+        layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs, found))
         arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
         self._pack_ids(arguments, layouts)
         arguments |= {"attention_mask": self.no_mask(), KEYWORD: layouts}
-        return zero_padding(super().forward(**arguments), layouts)
+        return self._settled(super().forward(**arguments), layouts)
 
 
 @dataclass
@@ -163,6 +173,10 @@ class DecoderStack(_Stack):
             if not self._knows(call.past):
                 return None
             filled = call.past.get_seq_length()
+        # what a cache began with it goes on with: it holds keys and values as those read them
+        found = interposed(self) if filled == 0 else NOTHING
+        if found.unfused is not None:
+            return None
         mask = call.attention_mask
         inferred = mask is None and call.past is None
         if inferred:
@@ -184,7 +198,7 @@ class DecoderStack(_Stack):
         cross = self._cross(call, mask, batch, length, filled, device)
         if filled == 0:
             rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
-            packed = call.past is None and self._runs_packed(rows, kwargs)
+            packed = call.past is None and self._runs_packed(rows, kwargs, found)
             return Layouts(rows=rows, cross=cross, packed=packed)
         if length > 1:
             return Layouts(cross=cross, fused_self=False)
@@ -260,7 +274,7 @@ class DecoderStack(_Stack):
             **kwargs,
         }
         if fixed and self._static(call, arguments):
-            return super().forward(**arguments)
+            return self._settled(super().forward(**arguments), arguments[KEYWORD])
         if layouts is None:
             dtype = self.embed_tokens.weight.dtype
             arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
@@ -290,7 +304,7 @@ class DecoderStack(_Stack):
                 return output
         self._pack_ids(arguments, layouts)
         arguments[KEYWORD] = layouts
-        return zero_padding(super().forward(**arguments), layouts)
+        return self._settled(super().forward(**arguments), layouts)
 
     def _static(self, call: Call, arguments: dict[str, Any]) -> bool:
         """Fill in the arguments of a call with a static cache; False for transformers' own path."""

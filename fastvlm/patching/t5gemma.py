@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from fastvlm.nn.wrapped import owns
 from fastvlm.patching import gemma2, gemma_step
 from fastvlm.patching.attention import cross_attend, heads
-from fastvlm.patching.layouts import KEYWORD
-from fastvlm.patching.rules import Host, Rule, StackRule, Swap, extra_parts, has, takes
+from fastvlm.patching.layouts import entered, taken
+from fastvlm.patching.rules import (
+    Host,
+    Rule,
+    StackRule,
+    Swap,
+    extra_parts,
+    first_layer,
+    has,
+    takes,
+)
 from fastvlm.patching.stacks import Call, EncoderStack
 
 
@@ -26,7 +36,7 @@ class T5GemmaCrossAttention(Host):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        layouts = kwargs.pop(KEYWORD, None)
+        layouts = taken(kwargs, self)
         if layouts is None or encoder_hidden_states is None:
             return super().forward(
                 hidden_states=hidden_states,
@@ -56,6 +66,7 @@ class T5GemmaEncoderLayer(gemma2.SandwichLayer):
         position_ids: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        entered(kwargs, self)
         x, _ = self.self_attn(
             hidden_states=self.pre_self_attn_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -82,6 +93,7 @@ class T5GemmaDecoderLayer(gemma2.SandwichLayer):
         encoder_attention_mask: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        entered(kwargs, self)
         own = past_key_values.self_attention_cache if past_key_values is not None else None
         x, _ = self.self_attn(
             hidden_states=self.pre_self_attn_layernorm(hidden_states),
@@ -126,6 +138,7 @@ class T5GemmaEncoder(_DefaultMask, EncoderStack):
 
 class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
     has_cross_attention = True
+    attentions = ("self_attn", "cross_attn")
 
     def _plan(self, past: Any) -> Any:
         return gemma_step.plan(self, past, T5GemmaDecoderLayer, gemma2.is_fusable)
@@ -180,7 +193,7 @@ _MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def _choose_layer(module: Any) -> Swap | str:
-    decoder = hasattr(module, "cross_attn")
+    decoder = owns(module, "cross_attn")
     parts = ("self_attn", "mlp", "dropout", *_SELF, *_MLP)
     if extra := extra_parts(module, *parts, *(("cross_attn", *_CROSS) if decoder else ())):
         return extra
@@ -205,12 +218,8 @@ RULES = (
 def _stack(decoder: bool) -> Any:
     def test(module: Any) -> bool:
         named = has("layers", "norm", "rotary_emb", "embed_tokens", "dropout")(module)
-        if not named or not len(module.layers):
-            return False
-        layer = module.layers[0]
-        return hasattr(layer, "pre_self_attn_layernorm") and (
-            hasattr(layer, "cross_attn") == decoder
-        )
+        layer = first_layer(module, "pre_self_attn_layernorm") if named else None
+        return layer is not None and owns(layer, "cross_attn") == decoder
 
     return test
 

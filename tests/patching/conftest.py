@@ -7,6 +7,8 @@ import pytest
 import torch
 from models import FAMILIES, Family
 
+from fastvlm.patching import interposed
+
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> Family:
@@ -29,3 +31,11 @@ def young_collector() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def told_anew() -> Iterator[None]:
+    """Warnings come once for a kind of stack: each test is the first to hear them."""
+    interposed._told.clear()
+    yield
+    interposed._told.clear()

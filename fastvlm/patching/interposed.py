@@ -1,0 +1,376 @@
+"""What stands between a stack and its parts: hooks, wrappers, forwards and attention of others.
+
+A patched stack packs its rows and gives its attention layouts in place of masks. Whoever looks at a
+part, or takes its place, must find what would be there without fastvlm. So the stack is looked at
+when it is patched, and again before each call that fills no cache or begins one: a hook on an
+embedding keeps the padded grid, and anything else that no table here calls harmless makes
+transformers' own attention run, masks and padding included.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastvlm.compat import hf, pytorch
+from fastvlm.nn.linear import original
+from fastvlm.nn.wrapped import unwrapped
+from fastvlm.patching.rules import hands_down
+
+# hooks that neither look at shapes nor change values: (where they are defined, their name or any)
+_HARMLESS_HOOKS = (
+    ("torch.distributed", None),  # FSDP2, replicate
+    ("torch.nn.utils", None),  # weight_norm, spectral_norm, prune: of weights
+    ("torch.utils.module_tracker", None),
+    ("deepspeed", None),
+    ("fastvlm", None),
+    ("transformers.utils.output_capturing", "output_capturing_hook"),
+    ("transformers", "make_inputs_require_grads"),
+    ("peft", "make_inputs_require_grad"),
+)
+# whose modules see each row by itself, or hand everything on
+_HARMLESS_HOMES = (
+    "torch.nn",
+    "torch.distributed",
+    "torch._dynamo",
+    "transformers",
+    "fastvlm",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+)
+# called before the first layer: padding there holds what it holds without fastvlm
+_EMBEDDINGS = ("embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb")
+# read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
+_ACTIVATIONS = ("activation_fn", "act_fn")
+
+
+class Interposed(NamedTuple):
+    """What one stack cannot do, and why; None where nothing is in the way.
+
+    unfused: run its attention on layouts. padded: run on the tokens alone.
+    """
+
+    unfused: str | None = None
+    padded: str | None = None
+
+
+NOTHING = Interposed()
+
+
+def _is_of(home: str, where: str) -> bool:
+    return home == where or home.startswith(where + ".")
+
+
+def _origin(function: Any) -> tuple[str, str]:
+    """Where a hook is defined, and its name."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    if not hasattr(function, "__qualname__"):
+        function = type(function)
+    return function.__module__ or "", function.__qualname__.rsplit(".", 1)[-1]
+
+
+def _is_harmless(hook: Any) -> bool:
+    home, name = _origin(hook)
+    return any(_is_of(home, where) and known in (None, name) for where, known in _HARMLESS_HOOKS)
+
+
+def foreign_hook(module: nn.Module) -> str | None:
+    """The name of a hook on a module that may look at what it is given, or None."""
+    return next(
+        (_origin(hook)[1] for hook in pytorch.hooks_of(module) if not _is_harmless(hook)), None
+    )
+
+
+def _is_accelerates(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward is the one with which Accelerate runs its own hooks around a module's."""
+    if not isinstance(forward, functools.partial) or "_hf_hook" not in vars(module):
+        return False
+    hook = module._hf_hook
+    hooks = [hook, *getattr(hook, "hooks", ())]
+    return all(_is_of(type(each).__module__, "accelerate") for each in hooks)
+
+
+def bound_forward(module: nn.Module, name: str = "forward") -> Any:
+    """The function that an instance's attribute binds to the module itself, or None."""
+    found = vars(module).get(name)
+    if isinstance(found, types.MethodType) and found.__self__ is module:
+        return found.__func__
+    return None
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Why a call of module does not run its class's forward; None where it does."""
+    forward = vars(module).get("forward")
+    if forward is None or _is_of(type(module).__module__, "torch._dynamo"):
+        return None
+    name = "_old_forward" if _is_accelerates(module, forward) else "forward"
+    if bound_forward(module, name) is type(module).forward:
+        return None
+    return f"its forward is one of its own ({_origin(forward)[1]})"
+
+
+def replaced_forward(cls: Any) -> str | None:
+    """Why a class does not compute what its module says: somebody put another forward there."""
+    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
+    home = getattr(owner.forward, "__module__", None)
+    if home in (owner.__module__, None):
+        return None
+    return f"the forward of {owner.__name__} was replaced by one of {home}"
+
+
+def other_forward(module: Any) -> str | None:
+    """Why a call of module does not compute what its class says."""
+    return own_forward(module) or replaced_forward(original(type(module)))
+
+
+def parts_of(stack: Any, names: tuple[str, ...]) -> list[tuple[str, Any]] | str:
+    """(path, module) of each attention in the layers of a stack, or why it has others.
+
+    names: of the attentions in each layer. Sees through wrappers.
+    """
+    found = []
+    for index, outer in enumerate(stack.layers):
+        layer = unwrapped(outer, names[0])
+        if layer is None:
+            return f"its layer {index} ({type(outer).__name__}) has no {names[0]}"
+        for name in names:
+            part = layer._modules.get(name)
+            inner = None if part is None else unwrapped(part, "q_proj")
+            if inner is None:
+                return f"its layers.{index}.{name} is no attention that fastvlm knows"
+            for wrapper in (*_around(outer, layer), *_around(part, inner)):
+                if not hands_down(wrapper):
+                    kind = type(wrapper).__name__
+                    return f"{kind} in its layer {index} hands no keyword arguments down"
+            found.append((f"layers.{index}.{name}", inner))
+    return found
+
+
+def _around(outer: Any, inner: Any) -> list[Any]:
+    """The wrappers from outer to inner, without inner."""
+    found = []
+    while outer is not inner:
+        found.append(outer)
+        (outer,) = outer._modules.values()
+    return found
+
+
+def attention_of_others(configs: list[Any]) -> str | None:
+    """Why attention is not what transformers itself computes by one of its implementations."""
+    for config in configs:
+        name = hf.attention_of(config)
+        if name is None:
+            continue
+        function = hf.attention_function(name)
+        if function is None and name != "eager":
+            return f"its attention implementation {name!r} is not registered"
+        if "paged" in name or (
+            function is not None and not _is_of(_origin(function)[0], "transformers")
+        ):
+            return f"its attention implementation {name!r} is not one of transformers' own"
+    return None
+
+
+def as_written(attention: Any) -> bool:
+    """Whether an attention must run as its authors wrote it: it was given another attention
+    function, or somebody looks at a part of it."""
+    config = getattr(attention, "config", None)
+    if config is not None and attention_of_others([config]) is not None:
+        return True
+    return any(foreign_hook(part) or own_forward(part) for part in attention.children())
+
+
+def configs_of(stack: Any, names: tuple[str, ...]) -> list[Any]:
+    """The configs by which a stack and its attentions choose an implementation."""
+    parts = parts_of(stack, names)
+    modules = [stack] if isinstance(parts, str) else [stack, *(m for _, m in parts)]
+    configs = [getattr(module, "config", None) for module in modules]
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def runs_ours(module: Any) -> bool:
+    """Whether a module is patched, and its class, or one made of it, still runs our forward."""
+    cls = type(module)
+    ours = getattr(cls, "_fastvlm_class", None)
+    return ours is not None and cls.forward is ours.forward
+
+
+def look(stack: Any, names: tuple[str, ...], is_ours: Callable[[Any], bool]) -> Interposed:
+    """What stands in the way in a stack. is_ours: whether a module is patched, or is to be."""
+    attentions = parts_of(stack, names)
+    if isinstance(attentions, str):
+        return Interposed(attentions)
+    for path, module in attentions:
+        if not is_ours(module):
+            kind = type(module).__name__
+            return Interposed(f"its {path} ({kind}) is no attention that fastvlm knows")
+    layers = {unwrapped(layer, names[0]) for layer in stack.layers}
+    padded = None
+    for path, module in stack.named_modules():
+        if module is stack:
+            continue
+        top = path.partition(".")[0]
+        reason = _of_part(path, module, is_ours(module) or module in layers, is_ours)
+        if reason is None:
+            continue
+        if top not in _EMBEDDINGS:
+            return Interposed(reason)
+        padded = padded or reason
+    return Interposed(None, padded)
+
+
+def _of_part(path: str, module: Any, known: bool, is_ours: Callable[[Any], bool]) -> str | None:
+    hook = foreign_hook(module)
+    if hook is not None:
+        return f"there is a hook on {path} ({hook})"
+    reason = own_forward(module)
+    if reason is not None:
+        return f"{path}: {reason}"
+    cls = type(module)
+    if is_ours(module):
+        return replaced_forward(original(cls))
+    if known or path.rsplit(".", 1)[-1] in _ACTIVATIONS:
+        return None
+    if not any(_is_of(cls.__module__, home) for home in _HARMLESS_HOMES) or _is_of(
+        cls.__module__, "torch.nn.quantized"
+    ):
+        return f"{path} is a {cls.__module__}.{cls.__name__}, which fastvlm does not know"
+    return None
+
+
+class _State(NamedTuple):
+    """All of a module by which a later look could come out differently."""
+
+    module: Any
+    cls: Any
+    forward: Any
+    inner: Any
+    children: tuple[Any, ...]
+    hooks: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, module: Any) -> _State:
+        own = vars(module)
+        return cls(
+            module,
+            type(module),
+            own.get("forward"),
+            own.get("_old_forward"),
+            tuple(own["_modules"].values()),
+            pytorch.hooks_of(module),
+        )
+
+    def holds(self, module: Any) -> bool:
+        own = vars(module)
+        return (
+            type(module) is self.cls
+            and own.get("forward") is self.forward
+            and own.get("_old_forward") is self.inner
+            and tuple(own["_modules"].values()) == self.children
+            and pytorch.hooks_of(module) == self.hooks
+        )
+
+
+class _Look:
+    """What was found in a stack, and all that it was found by. It lies in the stack's own dict, so
+    that the two go together; a copy of the stack does not take it for its own."""
+
+    def __init__(self, stack: Any) -> None:
+        self.stack = weakref.ref(stack)
+        self.found = look(stack, stack.attentions, runs_ours)
+        parts = parts_of(stack, stack.attentions)
+        self.attentions = [] if isinstance(parts, str) else parts
+        self.layers = [unwrapped(layer, stack.attentions[0]) for layer in stack.layers]
+        self.own = _State.of(stack)._replace(module=None)
+        self.states = [_State.of(m) for m in stack.modules() if m is not stack]
+        bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
+        self.forwards = [(base, base.forward) for base in bases]
+        self.configs = configs_of(stack, stack.attentions)
+
+    def holds(self, stack: Any) -> bool:
+        return (
+            self.stack() is stack
+            and self.own.holds(stack)
+            and all(base.forward is forward for base, forward in self.forwards)
+            and all(state.holds(state.module) for state in self.states)
+        )
+
+
+_LOOK = "_fastvlm_look"
+_told: set[tuple[Any, str]] = set()
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of what was found in a stack."""
+    vars(module).pop(_LOOK, None)
+
+
+def without_look(own: dict[str, Any]) -> dict[str, Any]:
+    """The dict of a module as it is copied and saved."""
+    return {name: value for name, value in own.items() if name != _LOOK}
+
+
+def interposed(stack: Any) -> Interposed:
+    """What stands in the way in a patched stack now; says so once.
+
+    An exported program is for batches of other sizes and masks than the one it is made with.
+    """
+    if torch.compiler.is_exporting():
+        return Interposed("torch.export")
+    return _looked_at(stack)
+
+
+@torch.compiler.disable  # what it looks at is no part of a graph
+def _looked_at(stack: Any) -> Interposed:
+    known = vars(stack).get(_LOOK)
+    if known is None or not known.holds(stack):
+        known = vars(stack)[_LOOK] = _Look(stack)
+    found: Interposed = known.found
+    if found.unfused is None:
+        reason = attention_of_others(known.configs)
+        if reason is None and pytorch.has_hooks_of_all():
+            reason = "there is a hook of all modules"
+        if reason is not None:
+            found = Interposed(reason)
+    for reason, instead in zip(found, ("as transformers computes it", "on the padded batch")):
+        if reason is not None and (type(stack), reason) not in _told:
+            _told.add((type(stack), reason))
+            warnings.warn(f"fastvlm: {type(stack).__name__} runs {instead}: {reason}", stacklevel=4)
+    return found
+
+
+def check_taken(stack: Any, marks: Any, cross: bool) -> None:
+    """Refuse what a stack computed if one of its attentions never saw the layouts: it had no mask.
+
+    marks: of the call's `Layouts`. cross: whether its cross-attentions were called. A layer that
+    was left out (LayerDrop, an early exit) has nothing to say. RuntimeError names the attention.
+    """
+    known: _Look | None = vars(stack).get(_LOOK)
+    if marks.unknown or known is None or known.stack() is not stack:
+        return
+    each = len(stack.attentions) if cross else 1
+    if len(marks.attentions) == each * len(known.layers):
+        return
+    skips = stack.training and getattr(stack, "layerdrop", 0) > 0
+    count = getattr(stack.config, "num_hidden_layers", len(known.layers))
+    for place, (path, module) in enumerate(known.attentions):
+        index, which = divmod(place, len(stack.attentions))
+        layer = known.layers[index]
+        called = id(layer) in marks.layers if runs_ours(layer) else not skips and index < count
+        if called and which < each and id(module) not in marks.attentions:
+            raise RuntimeError(
+                f"fastvlm: {path} of {type(stack).__name__} ran without the layouts that its stack "
+                "hands down in place of masks, so its result would be wrong: something between "
+                "them drops keyword arguments, or calls another module; fastvlm.unpatch(model) "
+                "runs it"
+            )
