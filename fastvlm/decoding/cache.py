@@ -1,8 +1,16 @@
-"""The cross-attention cache of a patched model: K/V once per image, never expanded or reordered."""
+"""The cross-attention cache of a patched model: K/V once per image, never expanded or reordered.
+
+Which image a row reads is a table of the cache: where rows are reordered, repeated or selected, the
+table is, and the keys and values stay.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from fastvlm.checks import describe
 from fastvlm.compat import hf
-from fastvlm.layout import Layout
+from fastvlm.layout import Layout, Padding
 from fastvlm.nn.linear import original
 
 DynamicLayer: Any = hf.cache_layer("DynamicLayer")
@@ -20,21 +29,116 @@ DynamicLayer: Any = hf.cache_layer("DynamicLayer")
 _FILLED_BY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
+class Readers:
+    """What all layers of one cross cache share: which image each row reads.
+
+    layout: of the prefill. image_of: int64 [R], the image of each row; None where rows are still
+    those of the prefill. in_groups: reordering changes places among the rows of an image only.
+    """
+
+    def __init__(self, in_groups: bool = False) -> None:
+        self.layers = 0
+        self.in_groups = in_groups
+        self.forget()
+
+    def forget(self) -> None:
+        self.layout: Layout | None = None
+        self.image_of: Tensor | None = None
+        self._mask: Tensor | None = None  # of the encoder, known to be the prefill's
+        self._steps: dict[tuple[int, int], Layout] = {}
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Other rows than there were: change gives theirs from a tensor [R, ...] of those now."""
+        if self.layout is None:
+            return
+        now = self.layout.image_of.long() if self.image_of is None else self.image_of
+        then = change(now)
+        if then.shape != now.shape or not torch.equal(then, now):
+            self.image_of, self._mask, self._steps = then, None, {}
+
+    def step(
+        self, batch: int, length: int, mask: Tensor | None, image_of: Tensor | None = None
+    ) -> Layout:
+        """The layout of batch rows of length new tokens each, kept for the next step.
+
+        mask: the encoder's, [images or batch, K], as at the prefill. image_of: what the caller says
+        that its rows read. ValueError where the two do not fit the cache.
+        """
+        found = self._steps.get((batch, length))
+        if found is not None and mask is self._mask:
+            return found
+        layout = self.layout
+        assert layout is not None
+        rows = self._rows(layout, batch, image_of)
+        self._check(layout, rows, mask)
+        self._mask = mask
+        if found is None:
+            lengths = layout.kv_offsets.diff()
+            found = Layout.from_lengths([length] * batch, lengths, rows, device=layout.device)
+            grid = Padding(batch, length, None)
+            found = replace(found, q_padding=grid, kv_padding=layout.kv_padding)
+            self._steps[batch, length] = found
+        return found
+
+    def _rows(self, layout: Layout, batch: int, image_of: Tensor | None) -> Tensor:
+        rows = self.image_of
+        if rows is None:
+            rows = layout.image_of.long() if image_of is None else image_of
+            images = layout.num_images
+            if rows.shape[0] != batch and image_of is None and images and batch % images == 0:
+                # consecutive rows read one image, as transformers expands a batch
+                rows = torch.arange(batch, device=layout.device) // (batch // images)
+        if rows.shape[0] != batch:
+            raise ValueError(
+                f"fastvlm: input_ids must have {rows.shape[0]} rows, as the cross-attention cache "
+                f"has; got {batch}"
+            )
+        return rows
+
+    def _check(self, layout: Layout, rows: Tensor, mask: Tensor | None) -> None:
+        grid = layout.kv_padding
+        if grid is None:
+            return
+        kept = torch.ones(grid.batch * grid.length, dtype=torch.bool, device=layout.device)
+        if grid.index is not None:
+            kept = torch.zeros_like(kept).index_fill(0, grid.index, True)
+        kept = kept.view(grid.batch, grid.length)
+        given = torch.ones_like(kept) if mask is None else mask != 0
+        same = given.shape == kept.shape and torch.equal(given, kept)
+        if not same or self.image_of is not None:
+            each = kept[rows]
+            count = len(given)
+            if count and each.shape[0] % count == 0:
+                given = given.repeat_interleave(each.shape[0] // count, 0)
+            same = given.shape == each.shape and torch.equal(given, each)
+        if not same:
+            raise ValueError(
+                "fastvlm: attention_mask of a decoding step must hide what it hid at the prefill, "
+                f"in each row what is padding of the prompt it reads now; got {describe(mask)}"
+            )
+
+
 class SharedCrossLayer(DynamicLayer):
     """Cross K/V of one decoder layer, packed [Tk, Hkv, D], whatever the number of readers.
 
-    Beams of an image only change places among themselves, so reordering has nothing to do.
-    ``keys`` and ``values`` are transformers' view of it: [images, Hkv, length, D].
+    ``keys`` and ``values`` are transformers' view of it: [images, Hkv, length, D], or a row for
+    each reader once these are not those of the prefill.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, readers: Readers) -> None:
         super().__init__()
+        self.readers = readers
+        self.first = readers.layers == 0  # of the layers of its cache: it changes the table
+        readers.layers += 1
         self.packed: tuple[Tensor, Tensor] | None = None
         self.layout: Layout | None = None
 
     def fill(self, k: Tensor, v: Tensor, layout: Layout, module: torch.nn.Module) -> None:
         _FILLED_BY[self] = weakref.ref(module)
         self.packed, self.layout = (k, v), layout
+        if self.first:
+            self.readers.forget()
+            self.readers.layout = layout
         self.dtype, self.device = k.dtype, k.device
         self.is_initialized = True
 
@@ -42,14 +146,16 @@ class SharedCrossLayer(DynamicLayer):
         if self.packed is None or self.layout is None:
             return None
         module = _FILLED_BY[self]() if self in _FILLED_BY else None
-        shared = self.layout.num_segments != self.layout.num_images
+        rows = self.readers.image_of
+        shared = rows is None and self.layout.num_segments != self.layout.num_images
         if shared and module is not None and original(type(module)) is type(module):
             raise RuntimeError(
                 "fastvlm: fastvlm.unpatch(model) came while this cache was in use: it holds the "
                 "keys and values of an image once for all beams, which only a patched model reads; "
                 "unpatch when generate() has returned"
             )
-        return self.layout.unpack_kv(self.packed[which]).transpose(1, 2)
+        padded = self.layout.unpack_kv(self.packed[which]).transpose(1, 2)
+        return padded if rows is None else padded[rows]
 
     @property
     def keys(self) -> Tensor | None:
@@ -78,33 +184,69 @@ class SharedCrossLayer(DynamicLayer):
         return self.layout.kv_padding.length
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        pass
+        if not self.readers.in_groups:
+            self._changed(lambda rows: rows[beam_idx.to(rows.device)])
 
     def reset(self) -> None:
         self.packed = self.layout = None
         self.is_initialized = False
+        if self.first:
+            self.readers.forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        pass
+        self._changed(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise NotImplementedError(
-            "fastvlm: rows of a shared cross-attention cache cannot be selected one by one; "
-            "decode this batch with fastvlm.unpatch(model)"
-        )
+        self._changed(lambda rows: rows[indices.to(rows.device)])
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.first:
+            self.readers.change(change)
+
+
+_IN_GROUPS = "fastvlm_in_groups"
+
+
+@contextlib.contextmanager
+def in_groups(cache: Any) -> Iterator[None]:
+    """A loop whose rows change places among those of one image only: nothing is to be compared.
+
+    cache: an EncoderDecoderCache, or another, to which this says nothing.
+    """
+    cross = getattr(cache, "cross_attention_cache", None)
+    if cross is None:
+        yield
+        return
+    cross.__dict__[_IN_GROUPS] = True
+    if is_shared(cross):
+        readers_of(cross).in_groups = True
+    try:
+        yield
+    finally:
+        cross.__dict__.pop(_IN_GROUPS, None)
+        if is_shared(cross):
+            readers_of(cross).in_groups = False
 
 
 def share(cross: Cache) -> None:
     """Turn a still empty cross-attention cache into a shared one, in place."""
-    hf.set_layer_maker(cross, SharedCrossLayer)
+    readers = Readers(cross.__dict__.get(_IN_GROUPS, False))
+    hf.set_layer_maker(cross, partial(SharedCrossLayer, readers))
 
 
 def is_shared(cross: Cache) -> bool:
-    return hf.layer_maker(cross) is SharedCrossLayer
+    made = hf.layer_maker(cross)
+    return isinstance(made, partial) and made.func is SharedCrossLayer
+
+
+def readers_of(cross: Cache) -> Readers:
+    """Which image each row of a shared cache reads."""
+    readers: Readers = hf.layer_maker(cross).args[0]
+    return readers
 
 
 def layer_of(cross: Cache, index: int) -> SharedCrossLayer:
     while len(cross.layers) <= index:
-        cross.layers.append(SharedCrossLayer())
+        cross.layers.append(hf.layer_maker(cross)())
     layer: SharedCrossLayer = cross.layers[index]
     return layer

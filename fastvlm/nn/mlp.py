@@ -58,7 +58,11 @@ class GegluMLP(nn.Module):
             return ops.geglu_mlp(
                 x, gate.weight, up.weight, down.weight, approximate=self.approximate
             )
-        hidden = F.gelu(gate(x), approximate=self.approximate) if known else act(gate(x))
+        hidden = gate(x)
+        if act is None or known:
+            hidden = F.gelu(hidden, approximate=self.approximate)
+        else:
+            hidden = act(hidden)
         hidden = hidden * up(x)
         return down(dropout(hidden) if dropout is not None else hidden)
 

@@ -103,9 +103,12 @@ def unpatched_class(module: Any) -> Any:
     return original(type(module))
 
 
-def keeps_forward(module: nn.Module) -> bool:
-    """Whether what holds our forward of a module may call it when the module is patched no more."""
-    return getattr(type(module), "keeps_signature", False)
+def holds_our_forward(module: nn.Module) -> bool:
+    """Whether what stands on a patched instance in place of its forward may hold ours, which would
+    not do for the module once it is patched no more."""
+    cls = type(module)
+    ours = cls.forward is not original(cls).forward
+    return ours and not getattr(cls, "keeps_signature", False)
 
 
 def become(module: nn.Module, cls: Any) -> None:

@@ -116,7 +116,7 @@ def own_forward(module: nn.Module) -> str | None:
     name = "_old_forward" if _is_accelerates(module, forward) else "forward"
     if bound_forward(module, name) is type(module).forward:
         return None
-    return f"its forward is one of its own ({_origin(forward)[1]})"
+    return f"it has a forward of its own ({_origin(forward)[1]})"
 
 
 def replaced_forward(cls: Any) -> str | None:
@@ -297,9 +297,12 @@ class _Look:
         self.forwards = [(base, base.forward) for base in bases]
         self.configs = configs_of(stack, stack.attentions)
 
+    def is_of(self, stack: Any) -> bool:
+        return self.stack() is stack
+
     def holds(self, stack: Any) -> bool:
         return (
-            self.stack() is stack
+            self.is_of(stack)
             and self.own.holds(stack)
             and all(base.forward is forward for base, forward in self.forwards)
             and all(state.holds(state.module) for state in self.states)
@@ -356,7 +359,7 @@ def check_taken(stack: Any, marks: Any, cross: bool) -> None:
     was left out (LayerDrop, an early exit) has nothing to say. RuntimeError names the attention.
     """
     known: _Look | None = vars(stack).get(_LOOK)
-    if marks.unknown or known is None or known.stack() is not stack:
+    if marks.unknown or known is None or not known.is_of(stack):
         return
     each = len(stack.attentions) if cross else 1
     if len(marks.attentions) == each * len(known.layers):

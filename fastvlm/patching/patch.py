@@ -18,8 +18,8 @@ from fastvlm.cpu import pages
 from fastvlm.patching.classes import (
     PatchError,
     become,
+    holds_our_forward,
     is_patched,
-    keeps_forward,
     swapped,
     unpatched_class,
 )
@@ -113,7 +113,7 @@ def unpatch(model: nn.Module) -> None:
                 "undo that first"
             )
         reason = own_forward(module) if is_patched(module) else None
-        if reason is not None and not keeps_forward(module):
+        if reason is not None and holds_our_forward(module):
             raise PatchError(f"fastvlm.unpatch: {name}: {reason}; undo that first")
     elsewhere = _used_elsewhere(model)
     for module in model.modules():

@@ -129,7 +129,8 @@ def _plan_outside(
     trains = head is not None and hasattr(type(module), "get_output_embeddings")
     trains = trains and takes(module, "labels") and hasattr(module, "config")
     loss = "loss" in wanted or language_model.has_loss(module)
-    loss = loss and trains and _is_linear(head) and weights is None
+    other = interposed.other_forward(module) if trains and not is_patched(module) else None
+    loss = loss and trains and _is_linear(head) and weights is None and other is None
     shares |= language_model.shares_states(module)
     if head is not None and (_is_linear(head) or weights is not None):
         at = next(n for n, m in module.named_modules(prefix=name) if m is head)
@@ -149,6 +150,7 @@ def _plan_outside(
         add(_change(name, module, ("attention", "loss"), language_model.choose(shares, loss)))
     elif trains and "loss" in wanted:
         why = "weights= is for decoding" if weights else f"its head {type(head).__name__} is called"
+        why = other or why
         add(_change(name, module, ("loss",), why))
 
 

@@ -1,4 +1,4 @@
-"""generate() knows how long its rows may get: their cache is allocated once."""
+"""generate() knows how long its rows may get, and that beams stay with their image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.patching.loss_request import generating
@@ -31,3 +32,8 @@ class RoomForAll(Host):
         if isinstance(cache, Cache) and length is not None:
             rows.make_room(cache, length)
         return result
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        search: Any = super()._beam_search  # type: ignore[misc]
+        with shared.in_groups(kwargs.get("past_key_values")):
+            return search(*args, **kwargs)

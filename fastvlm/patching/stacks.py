@@ -159,6 +159,10 @@ class DecoderStack(_Stack):
         """The cache that the model would make when asked to use one and given none."""
         raise NotImplementedError
 
+    def new_own_cache(self) -> Cache:
+        """The same for a decoder that has cross-attention and nothing to read."""
+        return DynamicCache(config=self.config)
+
     def _wants_cache(self, use_cache: bool | None) -> bool:
         wanted = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
         return bool(wanted) and not (self.gradient_checkpointing and self.training)
@@ -170,7 +174,7 @@ class DecoderStack(_Stack):
             return None
         filled = 0
         if call.past is not None:
-            if not self._knows(call.past):
+            if not self._knows(call.past, call.encoder_states is not None):
                 return None
             filled = call.past.get_seq_length()
         # what a cache began with it goes on with: it holds keys and values as those read them
@@ -204,9 +208,13 @@ class DecoderStack(_Stack):
             return Layouts(cross=cross, fused_self=False)
         return Layouts(cross=cross, visible=visible_positions(mask))
 
-    def _knows(self, past: Any) -> bool:
-        """A cache whose keys lie as the fused path reads them, or that is empty still."""
-        if self.has_cross_attention != isinstance(past, EncoderDecoderCache):
+    def _knows(self, past: Any, encodes: bool) -> bool:
+        """A cache whose keys lie as the fused path reads them, or that is empty still.
+
+        encodes: whether there are states of an encoder; without, a decoder's own cache will do.
+        """
+        two = isinstance(past, EncoderDecoderCache)
+        if (two and not self.has_cross_attention) or (encodes and not two):
             return False
         parts = [past]
         if isinstance(past, EncoderDecoderCache):
@@ -231,15 +239,10 @@ class DecoderStack(_Stack):
             return None
         if filled > 0 or mask is None:
             mask = ones(batch, length, device)
-        # a decoding step has the same layout each time: kept beside the cache it belongs to
-        known: dict[tuple[int, int], Layout] = {}
-        if call.past is not None:
-            known = call.past.cross_attention_cache.__dict__.setdefault("fastvlm_layouts", {})
-        key = (batch, length)
-        if filled == 0:
-            known.clear()  # a new prefill, perhaps of a cache that was reset
-        elif key in known:
-            return known[key]
+        if filled > 0 and shared.is_shared(call.past.cross_attention_cache):
+            readers = shared.readers_of(call.past.cross_attention_cache)
+            if readers.layout is not None:
+                return readers.step(batch, length, call.encoder_mask, call.readers)
         images, tokens = call.encoder_states.shape[:2]
         kv_mask = call.encoder_mask
         if kv_mask is not None and filled == 0 and kv_mask.shape != (images, tokens):
@@ -251,10 +254,7 @@ class DecoderStack(_Stack):
             kv_mask = ones(images, tokens, device)
             if filled == 0:
                 warn_of_zeros(call.encoder_states)
-        layout = Layout.from_padded(mask, kv_mask, call.readers)
-        if filled > 0:
-            known[key] = layout
-        return layout
+        return Layout.from_padded(mask, kv_mask, call.readers)
 
     def _run(self, call: Call, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
@@ -262,9 +262,10 @@ class DecoderStack(_Stack):
         asks = wants_attentions(self, kwargs)
         fixed = not asks and static.knows(call.past, self.has_cross_attention)
         if not (asks or fixed):
-            alone = self.has_cross_attention and call.encoder_states is None
-            if call.past is None and self._wants_cache(use_cache) and not alone:
-                call.past = self.new_cache()
+            if call.past is None and self._wants_cache(use_cache):
+                encodes = call.encoder_states is not None or self.config.is_encoder_decoder
+                makes = self.new_cache if encodes else self.new_own_cache
+                call.past = makes()
             layouts = self._layouts(call, kwargs)
         arguments: dict[str, Any] = {
             "input_ids": call.input_ids,
@@ -316,7 +317,7 @@ class DecoderStack(_Stack):
         batch = _grid(call.input_ids, call.inputs_embeds)[0]
         if states is None or not is_2d(mask) or (call.readers is None and batch % len(states)):
             return False
-        static.share(call.past.cross_attention_cache, states.shape[1])
+        static.share(call.past, states.shape[1])
         arguments["encoder_hidden_states"] = states
         arguments["encoder_attention_mask"] = self.no_cross_mask()
         reads = static.readers(batch, states, mask, call.readers)
@@ -338,6 +339,8 @@ class DecoderStack(_Stack):
     def _planned(self, call: Call, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
         """A decoding step by its plan; None where the modules must be called."""
         ids, past = call.input_ids, call.past
+        if self.has_cross_attention and layouts.cross is None:
+            return None
         if ids is None or not usual(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
             return None
         plans = PLANS.setdefault(past, {})

@@ -70,10 +70,23 @@ def _is_shared(cross: Cache) -> bool:
     return all(type(layer) is SharedStaticLayer for layer in cross.layers)
 
 
-def share(cross: Cache, length: int) -> None:
-    """Turn a still empty cross-attention cache into one with a row for each image."""
-    if not _is_shared(cross):
-        cross.layers = [SharedStaticLayer(max_cache_len=length) for _ in cross.layers]
+def share(past: EncoderDecoderCache, length: int) -> None:
+    """Turn a still empty cross-attention cache into one with a row for each image.
+
+    It keeps the room that it has, and is made anew for a longer prompt. ValueError where it holds a
+    shorter one already.
+    """
+    cross = past.cross_attention_cache
+    room = min((layer.max_cache_len for layer in cross.layers), default=0)
+    if _is_shared(cross) and length <= room:
+        return
+    if hf.cross_is_filled(past):
+        raise ValueError(
+            f"fastvlm: encoder_outputs must be those of which past_key_values holds the keys; got "
+            f"{length} positions for a cross-attention cache of {room}: past_key_values.reset() "
+            "comes before another prompt"
+        )
+    cross.layers = [SharedStaticLayer(max_cache_len=max(length, room)) for _ in cross.layers]
 
 
 def readers(batch: int, states: Tensor, mask: Tensor | None, of_row: Tensor | None) -> Tensor:

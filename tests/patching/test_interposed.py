@@ -204,8 +204,8 @@ def test_a_patched_original_and_its_copy_go_their_own_ways() -> None:
         ("patch m", "copy", "unpatch m", "patch c", "patch m", "unpatch c"),
     ]
     copies = {"regions": lambda m: compile_regions(m, backend="eager"), "copy": copy.copy}
-    for name, how in (("bart", "regions"), ("gemma2", "regions"), ("t5gemma", "copy")):
-        for order in orders:
+    for name, how in (("bart", "regions"), ("t5gemma", "copy")):
+        for order in orders[: 3 if how == "regions" else None]:
             m = FAMILIES[name].build()
             batch = FAMILIES[name].training(m)
             with torch.no_grad():
@@ -285,9 +285,9 @@ def test_an_attention_function_of_the_users_is_called(
     usual, _ = numbers(model, batch)
     model.set_attn_implementation("mine")
     want, tokens = numbers(model, batch), generate(model.eval(), inputs, num_beams=2)
-    assert not torch.allclose(want[0], usual, rtol=1e-3)
+    assert not torch.allclose(want[0], usual, rtol=1e-4)
     if when == "after":
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("eager")
     report = fastvlm.patch(model)
     model.set_attn_implementation("mine")
     if when == "before":
@@ -305,9 +305,9 @@ def test_an_attention_function_of_the_users_is_called(
 def test_an_implementation_that_was_replaced_is_called(monkeypatch: Any) -> None:
     from transformers import AttentionInterface
 
-    model = FAMILIES["gemma2"].build()
+    model = FAMILIES["bart"].build()
     model.set_attn_implementation("sdpa")
-    batch = FAMILIES["gemma2"].training(model)
+    batch = FAMILIES["bart"].training(model)
     fastvlm.patch(model)
     usual, _ = numbers(model, batch)
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", mine)
