@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Collection, Iterator
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 
 from fastvlm.cpu import pages
@@ -106,6 +107,7 @@ def unpatch(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastvlm.unpatch: model must be a torch.nn.Module; got {type(model)!r}")
+    compiled = False
     for name, module in model.named_modules():
         if not is_patched(module) and hasattr(type(module), "_fastvlm_base"):
             raise PatchError(
@@ -115,11 +117,14 @@ def unpatch(model: nn.Module) -> None:
         reason = own_forward(module) if is_patched(module) else None
         if reason is not None and holds_our_forward(module):
             raise PatchError(f"fastvlm.unpatch: {name}: {reason}; undo that first")
+        compiled |= reason is not None
     elsewhere = _used_elsewhere(model)
     for module in model.modules():
         if is_patched(module) and module not in elsewhere:
             become(module, unpatched_class(module))
             _PATCHED_BY.pop(module, None)
+    if compiled:  # no guard of torch.compile(model.forward) sees that a class has changed
+        torch.compiler.reset()
 
 
 def _used_elsewhere(model: nn.Module) -> set[nn.Module]:

@@ -191,6 +191,7 @@ def test_one_layer_of_another_kind_leaves_its_stack_alone() -> None:
     assert_the_same(numbers(model, batch), want)
 
 
+@pytest.mark.slow
 def test_a_patched_original_and_its_copy_go_their_own_ways() -> None:
     """Layers that two models share: in every order each of them computes what it did."""
     from accelerate.utils import compile_regions
@@ -224,6 +225,25 @@ def test_a_patched_original_and_its_copy_go_their_own_ways() -> None:
                         seen = batch["labels"] != -100
                         assert torch.allclose(got[seen], want[seen], atol=1e-4), (name, order, act)
             torch.compiler.reset()
+
+
+@pytest.mark.parametrize("act", ["unpatch copy", "unpatch original"])
+def test_shared_layers_unpatched_by_one_of_two(act: str) -> None:
+    model = FAMILIES["bart"].build()
+    batch = FAMILIES["bart"].training(model)
+    with torch.no_grad():
+        want = model(**batch).loss
+        fastvlm.patch(model)
+        twin = copy.copy(model)
+        twin.__dict__["_modules"] = dict(model._modules)
+        twin.model = copy.copy(model.model)
+        twin.model.__dict__["_modules"] = dict(model.model._modules)
+        twin.model.decoder = copy.copy(model.model.decoder)
+        fastvlm.unpatch(twin if act == "unpatch copy" else model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.allclose(model(**batch).loss, want, rtol=1e-5)
+            assert torch.allclose(twin(**batch).loss, want, rtol=1e-5)
 
 
 def test_a_copy_unpatched_leaves_the_original_fast() -> None:

@@ -89,7 +89,15 @@ def test_everything_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     images, keys = [], []
     model.model.vision_tower.register_forward_hook(lambda m, args, out: images.append(len(args[0])))
     layer = model.model.language_model.decoder.layers[0].encoder_attn
-    layer.k_proj.register_forward_hook(lambda m, args, out: keys.append(out.shape[:-1].numel()))
+    project = type(layer.k_proj).forward
+
+    def seen(module: nn.Module, x: Tensor) -> Tensor:
+        if module is layer.k_proj:
+            keys.append(x.shape[:-1].numel())
+        return project(module, x)
+
+    # not by a hook, for which the keys would be projected as transformers does
+    monkeypatch.setattr(type(layer.k_proj), "forward", seen)
     calls = Calls(monkeypatch, "gelu_mlp")
     model(**batch)
     prompts = int(batch["attention_mask"].sum())
