@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from fastvlm.nn.linear import Linear, is_plain, is_watched
 def gelu_kind(act: Callable[[Tensor], Tensor]) -> str | None:
     """ "none" for the exact GELU, "tanh" for its tanh form, None for any other function.
 
-    Decided by evaluating it, since the same function goes by many class names.
+    Decided by evaluating it, since the same function goes by many class names; not its hooks.
     """
+    run = partial(type(act).forward, act) if isinstance(act, nn.Module) else act
     x = torch.linspace(-4, 4, 65, dtype=torch.float64)
     try:
         with torch.no_grad():
-            y = act(x)
+            y = run(x)
     except (RuntimeError, TypeError):
         return None
     for kind in ("none", "tanh"):

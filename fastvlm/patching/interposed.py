@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastvlm.compat import hf, pytorch
-from fastvlm.nn.linear import original
+from fastvlm.nn.linear import is_watched, original
 from fastvlm.nn.wrapped import unwrapped
 from fastvlm.patching.rules import hands_down
 
@@ -46,6 +46,7 @@ _HARMLESS_HOMES = (
     "bitsandbytes",
     "torchao",
 )
+_TRANSFORMERS_OWN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # called before the first layer: padding there holds what it holds without fastvlm
 _EMBEDDINGS = ("embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb")
 # read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
@@ -169,7 +170,7 @@ def attention_of_others(configs: list[Any]) -> str | None:
     """Why attention is not what transformers itself computes by one of its implementations."""
     for config in configs:
         name = hf.attention_of(config)
-        if name is None:
+        if name is None or (torch.compiler.is_compiling() and name in _TRANSFORMERS_OWN):
             continue
         function = hf.attention_function(name)
         if function is None and name != "eager":
@@ -184,10 +185,15 @@ def attention_of_others(configs: list[Any]) -> str | None:
 def as_written(attention: Any) -> bool:
     """Whether an attention must run as its authors wrote it: it was given another attention
     function, or somebody looks at a part of it."""
+    if torch.compiler.is_compiling() and any(map(is_watched, attention.children())):
+        return True
     config = getattr(attention, "config", None)
     if config is not None and attention_of_others([config]) is not None:
         return True
-    return any(foreign_hook(part) or own_forward(part) for part in attention.children())
+    return any(
+        is_watched(part) and (foreign_hook(part) or own_forward(part))
+        for part in attention.children()
+    )
 
 
 def configs_of(stack: Any, names: tuple[str, ...]) -> list[Any]:

@@ -167,8 +167,8 @@ def test_pad_keys_add_up_to_their_count(dtype: torch.dtype) -> None:
         assert len(biases) <= 2
 
 
-def test_rows_of_qkv_and_proj_are_those_of_the_map() -> None:
-    """14 x 14 in windows of 12: 196 rows and one that stands for all padding, in place of 576."""
+def test_a_hook_on_qkv_or_proj_sees_the_rows_of_padded_windows() -> None:
+    """14 x 14 in windows of 12: 576 rows, as without fastvlm, which alone makes 196 and one."""
     module = windows(window=12)
     counts: dict[str, int] = {}
 
@@ -186,7 +186,7 @@ def test_rows_of_qkv_and_proj_are_those_of_the_map() -> None:
     ours = patched(module)
     counts.clear()
     ours(x)
-    assert counts == {"qkv": 197, "proj": 196}
+    assert counts == {"qkv": 576, "proj": 576}
 
 
 def test_products_of_the_map_only() -> None:
