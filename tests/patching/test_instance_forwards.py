@@ -1,4 +1,4 @@
-"""Forwards that stand on an instance: Accelerate's, torch.compile(m.forward), a user's own."""
+"""Forwards that stand on an instance: Accelerate's, a user's own."""
 
 from __future__ import annotations
 
@@ -155,41 +155,3 @@ def test_a_forward_of_the_users(name: str, part: str, when: str) -> None:
         assert is_patched(ours.get_decoder())
     else:
         fastvlm.unpatch(ours)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bart", "gemma2"])
-def test_a_compiled_forward_of_an_instance(name: str) -> None:
-    """As the README has it; then unpatched, and patched again."""
-    torch.compiler.reset()
-    model = FAMILIES[name].build()
-    inputs = FAMILIES[name].inputs(model)
-    batch = FAMILIES[name].training(model)
-    with torch.no_grad():
-        want = model(**batch).loss
-    tokens = generate(model, inputs)
-    fastvlm.patch(model)
-    model.forward = torch.compile(model.forward, backend="eager")
-    for act in (None, fastvlm.unpatch, fastvlm.patch, fastvlm.unpatch):
-        if act is not None:
-            act(model)
-        with torch.no_grad():
-            assert torch.allclose(model(**batch).loss, want, rtol=1e-4)
-    assert torch.equal(generate(model, inputs), tokens)
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
-def test_a_compiled_stack_outlives_the_patch() -> None:
-    torch.compiler.reset()
-    model = FAMILIES["bart"].build()
-    batch = FAMILIES["bart"].training(model)
-    with torch.no_grad():
-        want = model(**batch).loss
-        fastvlm.patch(model)
-        stack = model.model.decoder
-        stack.forward = torch.compile(stack.forward, backend="eager")
-        assert torch.allclose(model(**batch).loss, want, rtol=1e-4)
-        fastvlm.unpatch(model)
-        assert torch.allclose(model(**batch).loss, want, rtol=1e-4)
-    torch.compiler.reset()

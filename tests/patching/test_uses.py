@@ -61,16 +61,16 @@ def test_beams_while_the_weights_change(name: str) -> None:
     assert torch.equal(generate(model, inputs, num_beams=3), want)
 
 
-@pytest.mark.parametrize("name", ["bart", "t5gemma", "florence2"])
+@pytest.mark.parametrize("name", ["bart", "florence2"])
 def test_a_static_cache_used_again_for_longer_prompts(name: str) -> None:
     model = FAMILIES[name].build()
     inputs = FAMILIES[name].inputs(model)
     states = torch.randn(3, 9, 32)
 
-    def run(model: Any, lengths: tuple[int, ...]) -> list[Tensor]:
+    def run(model: Any, lengths: tuple[int, ...], room: int = 5) -> list[Tensor]:
         decoder = model.config.get_text_config(decoder=True)
         cache = EncoderDecoderCache(
-            StaticCache(decoder, max_cache_len=16), StaticCache(decoder, max_cache_len=9)
+            StaticCache(decoder, max_cache_len=16), StaticCache(decoder, max_cache_len=room)
         )
         found = []
         for length in lengths:
@@ -87,7 +87,7 @@ def test_a_static_cache_used_again_for_longer_prompts(name: str) -> None:
     ours = copy.deepcopy(model)
     fastvlm.patch(ours)
     with torch.no_grad():
-        # of the unpatched model a cache for each: transformers reads what is behind a short prompt
-        want = [logits for length in (4, 9, 6) for logits in run(model, (length,))]
+        # of the unpatched model a cache for each, as it is filled in one go
+        want = [logits for length in (4, 9, 6) for logits in run(model, (length,), length)]
         for got, expected in zip(run(ours, (4, 9, 6)), want, strict=True):
-            assert got.shape == expected.shape
+            assert torch.allclose(got, expected, atol=1e-4)
