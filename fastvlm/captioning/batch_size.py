@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,15 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
     )
+
+
+def give_back() -> None:
+    """Free memory that the allocator of C keeps, back to the system; where that is glibc.
+
+    Pixels are made in one thread and freed in another, so that its arenas fill up with holes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class BatchSize:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.captioning.answers import Answer
+from fastvlm.captioning.batch_size import give_back
 from fastvlm.captioning.captioner import Captioner, ModelError
 from fastvlm.captioning.ledger import Done, Ledger, LedgerError, parts_of, rewrite
 from fastvlm.captioning.processes import Processes
@@ -22,6 +23,8 @@ from fastvlm.demo.arguments import UsageError
 
 # as many failures of the model, and nothing that went well: it is not the pictures
 _HOPELESS = 3
+# pictures, between two times that the memory of freed pixels goes back to the system
+_GIVE_BACK_EVERY = 64
 # called with each picture, its answers and their questions before the line is written
 Beside = Callable[[Item, Sequence[Question], Sequence[Answer]], None]
 
@@ -67,6 +70,8 @@ class Output:
 
         Rank 0 puts what several processes left into one file first.
         """
+        # nobody makes the file before the last one has seen that it is not there
+        processes.wait_for_all()
         lock = None
         done = Done(self.retry)
         if processes.rank == 0:
@@ -126,7 +131,7 @@ class Job:
         self._processes = processes
         self._summary = Summary()
         self._pending: deque[tuple[Item, list[Question], Future[list[Answer]]]] = deque()
-        self._hopeless = 0
+        self._hopeless = self._since_given_back = 0
         show = self.show and processes.rank == 0
         self._progress = Progress(show, self._count)
         try:
@@ -188,6 +193,10 @@ class Job:
             ledger.append(lines)
             self._summary.pictures += pictures
             self._progress.step(pictures)
+            self._since_given_back += pictures
+            if self._since_given_back >= _GIVE_BACK_EVERY:
+                self._since_given_back = 0
+                give_back()
 
     def _lines(
         self, item: Item, wanted: list[Question], future: Future[list[Answer]]
