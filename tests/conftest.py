@@ -82,7 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # what a test file may import at its head, and a machine may lack
-OPTIONAL = ("hypothesis",)
+OPTIONAL = ("hypothesis", "webdataset")
 _left_out: list[str] = []
 
 
