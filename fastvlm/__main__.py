@@ -110,20 +110,32 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case", nargs="*", help="only cases whose name contains one of these")
 
 
+# the steps of the reference workload, and the module of each
+_FLORENZ = {
+    "data": (
+        "fastvlm.florenz.data.command",
+        "make training data, or look through it",
+        "Training data in the published form: WebDataset shards of images with texts, each with "
+        "task, language and prompt. Of a small world that needs no download, or of images and "
+        "texts of your own.",
+    ),
+    "scaling": (
+        "fastvlm.florenz.scaling.command",
+        "fit the two scaling laws to runs of your own",
+        "Loss over compute, and loss over parameters and samples (arXiv 2503.09443, equations 1 "
+        "and 3), fitted in log space with 95 % confidence intervals and p-values.",
+    ),
+}
+
+
 def _florenz(args: argparse.Namespace) -> int:
-    return int(importlib.import_module("fastvlm.florenz.data.command").run(args))
+    return int(importlib.import_module(_FLORENZ[args.step][0]).run(args))
 
 
 def _florenz_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    data = steps.add_parser(
-        "data",
-        help="make training data, or look through it",
-        description="Training data in the published form: WebDataset shards of images with texts, "
-        "each with task, language and prompt. Of a small world that needs no download, or of "
-        "images and texts of your own.",
-    )
-    importlib.import_module("fastvlm.florenz.data.command").add(data)
+    for name, (module, words, description) in _FLORENZ.items():
+        _arguments_of(module)(steps.add_parser(name, help=words, description=description))
 
 
 COMMANDS = {
@@ -148,7 +160,7 @@ COMMANDS = {
         "wherever it ended; under torchrun several processes share the work.",
     ),
     "florenz": Command(
-        "the reference workload, arXiv 2503.09443: its training data",
+        "the reference workload, arXiv 2503.09443: its training data and scaling laws",
         _florenz,
         _florenz_arguments,
     ),

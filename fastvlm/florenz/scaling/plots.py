@@ -1,0 +1,87 @@
+"""Pictures of the two laws: loss over compute, and loss over parameters, each with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvlm.florenz.scaling.laws import Fit, pareto_frontier
+from fastvlm.florenz.scaling.runs import Run
+
+_STEPS = 60
+
+
+def _axes(title: str, across: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.set(xscale="log", yscale="log", title=title, xlabel=across, ylabel="loss")
+    axes.grid(True, which="both", alpha=0.2)
+    return figure, axes
+
+
+def _spread(low: float, high: float) -> list[float]:
+    return [low * (high / low) ** (step / _STEPS) for step in range(_STEPS + 1)]
+
+
+def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    paths = [folder / f"{name}.svg", folder / f"{name}.png"]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return paths
+
+
+def plot_compute(runs: Sequence[Run], fit: Fit, folder: Path) -> list[Path]:
+    """Loss over compute: all runs, the frontier, the law and its interval; the files written."""
+    figure, axes = _axes(f"{fit.group}: {fit.law}", "compute (10$^9$ multiply-adds)")
+    frontier = pareto_frontier(runs, fit.group)
+    for size in dict.fromkeys(run.size for run in runs):
+        some = sorted((run for run in runs if run.size == size), key=lambda run: run.gmacs)
+        axes.plot(
+            [r.gmacs for r in some], [r.losses[fit.group] for r in some], ".-", alpha=0.5,
+            label=size,
+        )  # fmt: skip
+    points = [run.gmacs for run in frontier]
+    axes.plot(points, [r.losses[fit.group] for r in frontier], "ko", mfc="none", label="frontier")
+    at = _spread(min(points), max(points))
+    _law(axes, at, [fit.predict(C=c) for c in at], str(fit.coefficients[1]))
+    axes.legend(fontsize=7)
+    return _save(figure, folder, f"compute-{fit.group}")
+
+
+def plot_size(runs: Sequence[Run], fit: Fit, folder: Path) -> list[Path]:
+    """Loss over parameters, a line for each number of samples; the files written."""
+    figure, axes = _axes(f"{fit.group}: {fit.law}", "parameters")
+    most = max((run.languages or 0 for run in runs), default=0)
+    shown = [run for run in runs if "T^b3" not in fit.law or run.languages == most]
+    at = _spread(min(r.parameters for r in shown), max(r.parameters for r in shown))
+    for number, samples in enumerate(sorted({run.samples for run in shown})):
+        some = [run for run in shown if run.samples == samples]
+        colour = f"C{number}"
+        axes.plot(
+            [r.parameters for r in some], [r.losses[fit.group] for r in some], "o", color=colour
+        )
+        others = {"T": float(most)} if "T^b3" in fit.law else {}
+        law = [fit.predict(P=p, S=samples, **others) for p in at]
+        _law(axes, at, law, f"{samples:,} samples", colour)
+    axes.legend(fontsize=7)
+    return _save(figure, folder, f"size-{fit.group}")
+
+
+def _law(
+    axes: Any,
+    at: Sequence[float],
+    predicted: Sequence[tuple[float, float, float]],
+    label: str,
+    colour: str = "k",
+) -> None:
+    value, low, high = zip(*predicted)
+    axes.plot(at, value, color=colour, lw=1, label=label)
+    axes.fill_between(at, low, high, color=colour, alpha=0.12, lw=0)
