@@ -1,4 +1,4 @@
-# make demo | test | test-triton | test-cuda | compile-check | test-oldest | sanitize | lint | types | bench
+# make demo | test | test-triton | test-cuda | compile-check | matrix | sanitize | lint | types | bench
 #      gpu-check | gpu-baselines | rehearse-gpu | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
@@ -19,7 +19,7 @@ ARGS   ?=
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-triton test-cuda compile-check test-oldest sanitize lint types bench gpu-check gpu-baselines rehearse-gpu build clean
+.PHONY: demo test test-triton test-cuda compile-check matrix sanitize lint types bench gpu-check gpu-baselines rehearse-gpu build clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -46,13 +46,12 @@ test-cuda: $(VENV)/.dev $(VENV)/.emulator
 	$(RUN) fastvlm compile --cuda --check benchmarks/results/cuda-compiled.json
 	$(RUN) pytest tests/ops tests/test_cuda_*.py -m "cuda and not gpu" --cuda full -n auto $(ARGS)
 
-# the lowest transformers that is supported, in an environment of its own
-OLDEST := $(VENV)-oldest
-test-oldest: build
-	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -c "import torch" 2>/dev/null || $(OLDEST)/bin/python -m pip install $(TORCH)
-	$(OLDEST)/bin/python -m pip install -q transformers==4.48.1 pytest pytest-benchmark -e .
-	$(OLDEST)/bin/python -m pytest tests/patching/test_oldest.py
+# other versions of transformers, torch and Python, each in an environment of its own that is kept:
+# make matrix ROWS="transformers-5.17.0 python-3.12" PARTS="names families"
+ROWS ?=
+PARTS ?=
+matrix: build
+	$(PY) tests/matrix.py $(ROWS) $(if $(PARTS),--parts $(PARTS)) $(ARGS)
 
 # the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++); Python itself is not
 # built for them, so leaks are not looked for and its own interpreter is preloaded with the runtime

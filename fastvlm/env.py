@@ -50,6 +50,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def _tested() -> str:
+    module = importlib.import_module("fastvlm.compat.versions")
+    return "\n".join(module.outside()) or "all of these versions"
+
+
 def _cpuinfo(key: str) -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
@@ -152,6 +157,7 @@ def describe() -> str:
 def _describe() -> str:
     processor = _ask(cpu)
     facts: list[tuple[str, str]] = list(versions().items())
+    facts.append(("tested", str(_ask(_tested))))
     facts.append(("system", platform.platform()))
     if isinstance(processor, dict):
         facts.append(("cpu", f"{processor['model']}, {processor['cores']} usable cores"))

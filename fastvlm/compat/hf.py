@@ -1,13 +1,16 @@
 """Names of transformers that it does not promise.
 
-Unless a function says otherwise it is right for transformers 5.0 to 5.24. Nothing here imports
+Unless a function says otherwise it is right for transformers 5.5 to 5.24. Nothing here imports
 transformers before it is called: fastvlm's ops stand without it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +29,65 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "inputs_tensor", "generation_config", "model_kwargs",
     ),
 }  # fmt: skip
+
+
+def encode_method(config: Any) -> str | None:
+    """The method in which generate() encodes the inputs of a model of this config.
+
+    To 5.22 it has another name, and there is none for a model without an encoder.
+    """
+    from transformers import GenerationMixin
+
+    if hasattr(GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
+        return "_maybe_prepare_encoder_kwargs_for_generation"
+    return "_prepare_encoder_decoder_kwargs_for_generation" if config.is_encoder_decoder else None
+
+
+_cache_argument: str | None = None  # no functools.cache: torch.compile would look behind it
+
+
+def cache_argument() -> str:
+    """The name of a cache among arguments and outputs: "past_key_values", from 5.24 on "cache"."""
+    global _cache_argument
+    if _cache_argument is None:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        names = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+        _cache_argument = "cache" if "cache" in names else "past_key_values"
+    return _cache_argument
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument of a module, or as the field of an output."""
+    return {cache_argument(): cache}
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, under whichever name; None where there is none."""
+    found = kwargs.get(cache_argument())
+    return kwargs.get("past_key_values") if found is None else found
+
+
+def takes_cache(forward: Any) -> Any:
+    """A forward with an argument past_key_values, which from transformers 5.24 on is called with
+    ``cache=`` as well, and says so in its signature."""
+    name = cache_argument()
+    if name == "past_key_values":
+        return forward
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if name in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(name)
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    renamed = [
+        p.replace(name=name) if p.name == "past_key_values" else p
+        for p in signature.parameters.values()
+    ]
+    call.__signature__ = signature.replace(parameters=renamed)  # type: ignore[attr-defined]
+    return call
 
 
 def cache_layer(name: str) -> Any:
@@ -76,6 +138,23 @@ def attention_function(name: str) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS.get(name, None)
+
+
+def sdpa_leaves_out_softcap() -> bool:
+    """Whether transformers' sdpa takes a cap on the scores and leaves it out without a word.
+
+    On versions where it does, Gemma-2 and T5Gemma choose sdpa by themselves; on others it raises.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    x = torch.zeros(1, 1, 1, 8)
+    module = torch.nn.Module()
+    module.is_causal = False  # type: ignore[assignment]
+    try:
+        sdpa_attention_forward(module, x, x, x, None, softcap=1.0)
+    except ValueError:
+        return False
+    return True
 
 
 def config_with_attention(config: Any, name: str) -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import re
 from functools import cache
 
 Version = tuple[int, ...]
 
-# oldest and newest minor of each library that the tests have passed on
+# Oldest and newest minor that the tests have passed on (CONTRIBUTING.md, Versions).
 TESTED: dict[str, tuple[Version, Version]] = {
-    "transformers": ((5, 0), (5, 24)),
+    "transformers": ((5, 5), (5, 24)),
     "torch": ((2, 13), (2, 13)),
+    "python": ((3, 11), (3, 11)),
 }
-# the oldest transformers in which linear layers, MLPs and norms are patched at all
-OLDEST_TRANSFORMERS: Version = (4, 48, 1)
+# Attention, its caches and decoding: to 5.4 layers get `cache_position`, BART's give tuples and
+# hand nothing down to their attention, and Gemma-2's stack scales its embeddings itself.
+OLDEST_ATTENTION: Version = TESTED["transformers"][0]
+TESTED_NAMES = "transformers 5.5 to 5.24"
 
 
 def parsed(version: str) -> Version:
@@ -25,7 +29,9 @@ def parsed(version: str) -> Version:
 
 @cache
 def installed(package: str) -> str | None:
-    """The version of an installed package; None where there is none."""
+    """The version of an installed package, or of Python; None where there is none."""
+    if package == "python":
+        return platform.python_version()
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -34,15 +40,35 @@ def installed(package: str) -> str | None:
 
 def attention_refused() -> str | None:
     """Why attention and its caches stay with transformers here; None where they need not."""
-    version = installed("transformers")
-    if version is None or parsed(version) >= (5,):
-        return None
-    return f"attention and its caches need transformers 5, here is {version}"
+    return needs_newer_transformers("attention and its caches")
 
 
-def without_transformers_5(what: str) -> str | None:
-    """Why a part of fastvlm, named what, cannot be imported here; None where it can."""
+def needs_newer_transformers(what: str) -> str | None:
+    """Why a part of fastvlm, named what, does not work beside this transformers; None: it does."""
     version = installed("transformers")
-    if version is None or parsed(version) >= (5,):
+    if version is None or parsed(version) >= OLDEST_ATTENTION:
         return None
-    return f"{what} needs transformers 5, here is {version}"
+    verb = "need" if " and " in what else "needs"
+    return f"{what} {verb} transformers {_text(OLDEST_ATTENTION)} or newer, here is {version}"
+
+
+def outside() -> list[str]:
+    """What is installed here in a version that fastvlm is not tested on, and what follows."""
+    found = []
+    for package, (oldest, newest) in TESTED.items():
+        version = installed(package)
+        minor = parsed(version or "")[:2]
+        if not minor or oldest <= minor <= newest:
+            continue
+        tested = _text(oldest) if oldest == newest else f"{_text(oldest)} to {_text(newest)}"
+        fact = f"{package} {version} is not among the versions tested ({tested})"
+        if package == "transformers" and minor < oldest:
+            fact += ": attention, its caches and decoding are left to transformers"
+        elif package == "transformers":
+            fact += ": compare a patched model's outputs with its own before you rely on them"
+        found.append(fact)
+    return found
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))

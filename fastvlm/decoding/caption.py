@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, overload
 
 from fastvlm.checks import fail
-from fastvlm.compat.versions import without_transformers_5
+from fastvlm.compat.versions import needs_newer_transformers
 from fastvlm.decoding.images import is_stream, to_pixels
 from fastvlm.decoding.languages import OP, Language, chosen, prompt_texts
 from fastvlm.decoding.writer import Asked, Writer
@@ -16,7 +16,7 @@ from fastvlm.decoding.writer import Asked, Writer
 if TYPE_CHECKING:
     from fastvlm.decoding.images import Images
 
-if why := without_transformers_5("fastvlm.caption"):
+if why := needs_newer_transformers("fastvlm.caption"):
     raise ImportError(why)
 
 

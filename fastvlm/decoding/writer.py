@@ -22,7 +22,8 @@ from fastvlm.decoding.scores import TokenScores, ended
 # what a writer makes itself, or what would make rows depend on each other
 _REFUSED = (
     "input_ids", "inputs", "inputs_embeds", "pixel_values", "attention_mask", "decoder_input_ids",
-    "decoder_attention_mask", "encoder_outputs", "past_key_values", "return_dict_in_generate",
+    "decoder_attention_mask", "encoder_outputs", "past_key_values", "cache",
+    "return_dict_in_generate",
     "output_scores", "output_logits", "max_length", "custom_generate", "assistant_model",
     "prompt_lookup_num_tokens", "prompt_of_target", "image_of_prompt",
 )  # fmt: skip

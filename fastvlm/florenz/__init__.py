@@ -1,6 +1,6 @@
 """The reference workload: the Florenz models of arXiv 2503.09443, their data, and a small world.
 
-The models need transformers 5; `fastvlm.florenz.data` and `fastvlm.florenz.world` do not.
+The models need transformers 5.5; `fastvlm.florenz.data` and `fastvlm.florenz.world` do not.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fastvlm.florenz' has no attribute {name!r}")
 
-    from fastvlm.compat.versions import without_transformers_5
+    from fastvlm.compat.versions import needs_newer_transformers
 
-    if why := without_transformers_5(f"fastvlm.florenz.{name}"):
+    if why := needs_newer_transformers(f"fastvlm.florenz.{name}"):
         raise ImportError(why)
     value = globals()[name] = getattr(import_module(f"fastvlm.florenz.{_HOME[name]}"), name)
     return value

@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Florence2VisionConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from fastvlm.checks import choice, fail
 from fastvlm.florenz.sizes import SIZES, reduced_size
@@ -32,11 +31,11 @@ class FlorenzConfig(PreTrainedConfig):
 
     model_type = "florenz"
     # a list, to which Trainer adds others
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    sub_configs_defaults = {  # noqa: RUF012 (transformers rewrites it when the class is made)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    sub_configs = {  # noqa: RUF012 (as transformers declares it)
         "vision_config": Florence2VisionConfig,
-        "encoder": SubConfigSpec(config_class=AutoConfig, model_type="bart"),
-        "decoder": SubConfigSpec(config_class=AutoConfig, model_type="bart"),
+        "encoder": AutoConfig,
+        "decoder": AutoConfig,
     }
 
     vision_config: Any = None
@@ -52,6 +51,8 @@ class FlorenzConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.sub_configs:
+            setattr(self, name, _part(name, getattr(self, name)))
         super().__post_init__(**kwargs)
         vision, encoder, decoder = self.vision_config, self.encoder, self.decoder
         choice(_OP, "encoder.model_type", encoder.model_type, ("bart",))
@@ -109,6 +110,18 @@ class FlorenzConfig(PreTrainedConfig):
             raise fail(op, "width", "a multiple of 16", width)
         small = reduced_size(SIZES[size], layers, width, vocab_size, encoder_vocab_size)
         return cls(**merged(small, overrides))
+
+
+def _part(name: str, given: Any) -> Any:
+    """The config of a part from a config, a dict of its fields (BART's without model_type), or
+    None for the default."""
+    if given is not None and not isinstance(given, dict):
+        return given
+    fields = dict(given or {})
+    if name == "vision_config":
+        return Florence2VisionConfig(**fields)
+    kind = fields.pop("model_type", "bart")
+    return AutoConfig.for_model(kind, **fields)
 
 
 def merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

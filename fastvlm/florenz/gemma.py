@@ -24,8 +24,9 @@ from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2TextScaledWordEmbedding,
 )
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaCrossAttention
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder
+
+from fastvlm.compat import hf
+from fastvlm.compat.modeling import OutputRecorder, merge_with_config_defaults
 
 
 class FlorenzGemmaLayer(Gemma2DecoderLayer):
@@ -51,6 +52,7 @@ class FlorenzGemmaLayer(Gemma2DecoderLayer):
         output: Tensor = super().__call__(hidden_states, encoder_hidden_states, **kwargs)
         return output
 
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -72,7 +74,7 @@ class FlorenzGemmaLayer(Gemma2DecoderLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=own,
+            **hf.cached(own),
             **kwargs,
         )
         h = h + self.post_attention_layernorm(branch)
@@ -81,7 +83,7 @@ class FlorenzGemmaLayer(Gemma2DecoderLayer):
                 h,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
-                past_key_values=past_key_values,
+                **hf.cached(past_key_values),
                 **kwargs,
             )
             gate = torch.tanh(self.encoder_attn_gate)
@@ -104,6 +106,8 @@ class FlorenzGemmaDecoder(Gemma2Model):
             T5GemmaCrossAttention, index=1, layer_name="encoder_attn"
         ),
     }
+
+    _supports_sdpa = False  # it knows no softcap, and Gemma-2 to transformers 5.22 would choose it
 
     def __init__(self, config: Gemma2Config):
         # not Gemma2Model's: it would make, and throw away, a second set of layers
@@ -140,6 +144,7 @@ class FlorenzGemmaDecoder(Gemma2Model):
         return chosen
 
     @merge_with_config_defaults
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -176,7 +181,7 @@ class FlorenzGemmaDecoder(Gemma2Model):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": own,
+                **hf.cached(own),
                 "position_ids": position_ids,
             }
             attention_mask = {
@@ -195,7 +200,7 @@ class FlorenzGemmaDecoder(Gemma2Model):
         output = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from fastvlm.checks import fail
+from fastvlm.compat import hf
 from fastvlm.florenz.config import FlorenzConfig
 from fastvlm.florenz.readers import OP
 
@@ -47,6 +48,9 @@ class FlorenzGeneration(GenerationMixin):
         )
         return model_kwargs
 
+    # its name to transformers 5.22
+    _prepare_encoder_decoder_kwargs_for_generation = _maybe_prepare_encoder_kwargs_for_generation
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
@@ -65,16 +69,16 @@ class FlorenzGeneration(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = hf.cache_in(model_kwargs)
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = hf.cache_in(model_kwargs)
         if given is None and isinstance(cache, EncoderDecoderCache):
             cross = cache.cross_attention_cache
             # Gemma's sliding window is of the targets, not of what they read
-            if type(cross) is DynamicCache and not cross.offloading:
-                model_kwargs["past_key_values"] = EncoderDecoderCache(
+            if type(cross) is DynamicCache and not hf.is_offloaded(cross):
+                model_kwargs[hf.cache_argument()] = EncoderDecoderCache(
                     cache.self_attention_cache, DynamicCache()
                 )
             elif type(cross) is StaticCache:
@@ -82,8 +86,8 @@ class FlorenzGeneration(GenerationMixin):
                 if getattr(text, "layer_types", None) is not None:
                     text.layer_types = ["full_attention"] * len(text.layer_types)
                 length = model_kwargs["encoder_outputs"][0].shape[1]
-                model_kwargs["past_key_values"] = EncoderDecoderCache(
+                model_kwargs[hf.cache_argument()] = EncoderDecoderCache(
                     cache.self_attention_cache,
-                    StaticCache(text, max_cache_len=length, offloading=cross.offloading),
+                    StaticCache(text, max_cache_len=length, offloading=hf.is_offloaded(cross)),
                 )
         return result

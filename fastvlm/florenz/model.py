@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.bart.modeling_bart import BartDecoder, BartEncoder
 from transformers.models.florence2.modeling_florence2 import (
     Florence2MultiModalProjector,
@@ -17,9 +16,14 @@ from transformers.models.florence2.modeling_florence2 import (
     Florence2VisionBackbone,
     shift_tokens_right,
 )
-from transformers.utils import can_return_tuple, torch_compilable_check
 
 from fastvlm.checks import fail
+from fastvlm.compat import hf
+from fastvlm.compat.modeling import (
+    can_return_tuple,
+    slice_logits_to_keep,
+    torch_compilable_check,
+)
 from fastvlm.florenz.config import FlorenzConfig
 from fastvlm.florenz.gemma import FlorenzGemmaDecoder
 from fastvlm.florenz.generation import FlorenzGeneration
@@ -119,6 +123,7 @@ class FlorenzModel(FlorenzPreTrainedModel):
         return words.masked_scatter(is_image.unsqueeze(-1), read), features
 
     @can_return_tuple
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -174,14 +179,14 @@ class FlorenzModel(FlorenzPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         return Florence2Seq2SeqModelOutput(
             last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
+            **hf.cached(hf.cache_in(output)),
             decoder_hidden_states=output.hidden_states,
             decoder_attentions=output.attentions,
             cross_attentions=output.cross_attentions,
@@ -239,6 +244,7 @@ class FlorenzForConditionalGeneration(
         return shifted
 
     @can_return_tuple
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -284,7 +290,7 @@ class FlorenzForConditionalGeneration(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -308,7 +314,7 @@ class FlorenzForConditionalGeneration(
         return Florence2Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **hf.cached(hf.cache_in(outputs)),
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Florence2ForConditionalGeneration, Gemma2ForCausalLM
-from transformers.initialization import no_init_weights
 
 from fastvlm.checks import fail
+from fastvlm.compat.modeling import no_init_weights
 from fastvlm.florenz.config import FlorenzConfig, merged
 from fastvlm.florenz.freezing import is_inserted
 from fastvlm.florenz.model import FlorenzForConditionalGeneration

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.utils import torch_compilable_check
 
 from fastvlm.checks import fail
+from fastvlm.compat.modeling import torch_compilable_check
 
 OP = "florenz"
 

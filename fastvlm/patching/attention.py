@@ -15,6 +15,29 @@ from fastvlm.decoding import rows as kept
 from fastvlm.patching import static
 from fastvlm.patching.layouts import Layouts
 
+_SDPA_LEAVES_OUT_SOFTCAP = hf.sdpa_leaves_out_softcap()
+
+
+def softcap_of(module: Any) -> float | None:
+    """The cap on the scores of an attention module, where transformers computes it."""
+    cap: float | None = getattr(module, "attn_logit_softcapping", None)
+    return None if cap is None or _leaves_out_softcap(module) else cap
+
+
+def _leaves_out_softcap(module: Any) -> bool:
+    return _SDPA_LEAVES_OUT_SOFTCAP and hf.attention_of(module.config) == "sdpa"
+
+
+def left_out_softcaps(model: torch.nn.Module) -> list[str]:
+    """What a reader of the report should know of attention whose config has a cap in vain."""
+    capped = (m for m in model.modules() if getattr(m, "attn_logit_softcapping", None) is not None)
+    if not any(map(_leaves_out_softcap, capped)):
+        return []
+    return [
+        "transformers' sdpa leaves out attn_logit_softcapping, and so does fastvlm then: "
+        "model.set_attn_implementation('eager') computes with it"
+    ]
+
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(-1, (-1, head_dim))

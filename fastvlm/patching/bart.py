@@ -22,10 +22,11 @@ from fastvlm.patching.rules import (
     Rule,
     StackRule,
     Swap,
+    choose_stack,
     extra_parts,
     first_layer,
     has,
-    takes,
+    mistaken,
 )
 from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 
@@ -33,6 +34,7 @@ from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
 class BartAttention(Host):
     """Self- or cross-attention; transformers' own forward where no layouts were handed down."""
 
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -130,6 +132,7 @@ class BartEncoderLayer(_Layer):
 
 
 class BartDecoderLayer(_Layer):
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -144,7 +147,7 @@ class BartDecoderLayer(_Layer):
         norm = self.self_attn_layer_norm
         x, _ = self.self_attn(
             self._branch_in(hidden_states, norm),
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             attention_mask=attention_mask,
             **kwargs,
         )
@@ -155,7 +158,7 @@ class BartDecoderLayer(_Layer):
                 self._branch_in(hidden_states, norm),
                 key_value_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
+                **hf.cached(past_key_values),
                 **kwargs,
             )
             hidden_states = self._branch_out(x, hidden_states, norm)
@@ -185,6 +188,7 @@ class BartDecoder(DecoderStack):
             DynamicCache(config=self.config), DynamicCache(config=self.config)
         )
 
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -208,8 +212,8 @@ class BartDecoder(DecoderStack):
 
 
 def _attention(module: Any) -> Swap | str:
-    if not takes(module, "key_value_states", "past_key_values"):
-        return "its forward has other arguments than transformers 5 (past_key_values as a Cache)"
+    if why := mistaken(module, BartAttention):
+        return why
     if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "out_proj"):
         return extra
     if module.is_decoder and not module.is_causal:
@@ -237,8 +241,6 @@ def _layer(module: Any) -> Swap | str:
     pre_norm = _pre_norm(module)
     if pre_norm is None:
         return f"{type(module).__name__} does not tell whether it normalizes before or after"
-    if not takes(module, "hidden_states", "attention_mask") or takes(module, "layer_head_mask"):
-        return "its forward has other arguments than transformers 5"
     norms = [m for m in module.children() if isinstance(m, nn.LayerNorm)]
     if any(not norm.elementwise_affine or norm.bias is None for norm in norms):
         return "a LayerNorm without weight and bias"
@@ -248,6 +250,8 @@ def _layer(module: Any) -> Swap | str:
         mixin = PreNormDecoderLayer if decoder else PreNormEncoderLayer
     else:
         mixin = BartDecoderLayer if decoder else BartEncoderLayer
+    if why := mistaken(module, mixin):
+        return why
     tail = () if pre_norm else ("residual_layer_norm",)
     act = kind_of(module.activation_fn)
     return Swap(mixin, ("gelu_mlp", *tail), (("approximate", kind), ("activation", act)))
@@ -278,11 +282,13 @@ def _first_layer_has(name: str, wanted: bool) -> Any:
 STACKS = (
     StackRule(
         _first_layer_has("encoder_attn", False),
-        lambda m: Swap(EncoderStack, ("Layout",)),
+        choose_stack(EncoderStack),
         RULES,
         decodes=False,
     ),
     StackRule(
-        _first_layer_has("encoder_attn", True), lambda m: Swap(BartDecoder, ("Layout",)), RULES
+        _first_layer_has("encoder_attn", True),
+        choose_stack(BartDecoder),
+        RULES,
     ),
 )

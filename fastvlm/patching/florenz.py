@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from fastvlm.compat import hf
 from fastvlm.nn.wrapped import unwrapped
 from fastvlm.patching import gemma2, gemma_step, t5gemma
 from fastvlm.patching.layouts import entered
@@ -17,13 +18,15 @@ from fastvlm.patching.rules import (
     Swap,
     extra_parts,
     first_layer,
+    hands_down,
     has,
-    takes,
+    mistaken,
 )
 from fastvlm.patching.stacks import Call
 
 
 class FlorenzLayer(gemma2.SandwichLayer):
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -44,7 +47,7 @@ class FlorenzLayer(gemma2.SandwichLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=own,
+            **hf.cached(own),
             **kwargs,
         )
         if encoder_hidden_states is None:
@@ -56,7 +59,7 @@ class FlorenzLayer(gemma2.SandwichLayer):
             h,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             **kwargs,
         )
         norms = self.post_encoder_attention_layernorm, self.pre_feedforward_layernorm
@@ -77,6 +80,7 @@ class FlorenzDecoder(gemma2.GemmaSteps):
     def new_cache(self) -> EncoderDecoderCache:
         return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
 
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -119,8 +123,10 @@ def _choose_stack(module: Any) -> Swap | str:
         cross = unwrapped(layer.encoder_attn, "q_proj")
         if cross is None or not cross_attention.matches(cross):
             return f"the encoder_attn of its layer {index} is not like T5Gemma's cross-attention"
-    if not takes(module, "past_key_values", "inputs_embeds", "encoder_attention_mask"):
-        return "its forward has other arguments than transformers 5"
+        if not hands_down(layer):
+            return f"its layer {index} does not hand keyword arguments down to its attention"
+    if why := mistaken(module, FlorenzDecoder):
+        return why
     return Swap(FlorenzDecoder, ("Layout",))
 
 

@@ -16,7 +16,7 @@ from fastvlm.nn.mlp import GegluMLP, gelu_kind, kind_of
 from fastvlm.nn.norm import RMSNorm
 from fastvlm.nn.wrapped import owns
 from fastvlm.patching import gemma_step
-from fastvlm.patching.attention import heads, self_attend
+from fastvlm.patching.attention import heads, self_attend, softcap_of
 from fastvlm.patching.classes import unpatched_class
 from fastvlm.patching.layouts import entered, taken
 from fastvlm.patching.rules import (
@@ -24,10 +24,11 @@ from fastvlm.patching.rules import (
     Rule,
     StackRule,
     Swap,
+    choose_stack,
     extra_parts,
     first_layer,
     has,
-    takes,
+    mistaken,
 )
 from fastvlm.patching.stacks import Call, DecoderStack
 
@@ -37,6 +38,7 @@ MASKLESS = {"full_attention": None, "sliding_attention": None}
 class GemmaAttention(Host):
     """Self-attention; transformers' own forward where no layouts were handed down."""
 
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -51,7 +53,7 @@ class GemmaAttention(Host):
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **hf.cached(past_key_values),
                 **kwargs,
             )
         batch, length = hidden_states.shape[:2]
@@ -76,7 +78,7 @@ class GemmaAttention(Host):
             causal=self.is_causal,
             window=window,
             scale=self.scaling,
-            softcap=getattr(self, "attn_logit_softcapping", None),
+            softcap=softcap_of(self),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(out), None
@@ -115,6 +117,7 @@ class GemmaDecoder(GemmaSteps):
     def no_mask(self) -> Any:
         return dict(MASKLESS)
 
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -163,6 +166,7 @@ class SandwichLayer(Host):
 
 
 class GemmaLayer(SandwichLayer):
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -178,7 +182,7 @@ class GemmaLayer(SandwichLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             **kwargs,
         )
         norms = self.post_attention_layernorm, self.pre_feedforward_layernorm
@@ -191,8 +195,8 @@ def is_fusable(norm: nn.Module) -> bool:
 
 
 def choose_attention(module: Any) -> Swap | str:
-    if not takes(module, "position_embeddings", "past_key_values"):
-        return "its forward has other arguments than transformers 5"
+    if why := mistaken(module, GemmaAttention):
+        return why
     if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         return extra
     cached = ("cached_attention",) if module.is_causal else ()
@@ -243,8 +247,8 @@ LAYER_NORMS = (
 def _choose_layer(module: Any) -> Swap | str:
     if extra := extra_parts(module, "self_attn", "mlp", *LAYER_NORMS):
         return extra
-    if not takes(module, "hidden_states", "position_embeddings", "past_key_values"):
-        return "its forward has other arguments than transformers 5"
+    if why := mistaken(module, GemmaLayer):
+        return why
     return Swap(GemmaLayer, ("residual_rms_norm",))
 
 
@@ -273,10 +277,4 @@ def _is_stack(module: Any) -> bool:
     return layer is not None and not owns(layer, "cross_attn")
 
 
-def _choose_stack(module: Any) -> Swap | str:
-    if not takes(module, "past_key_values", "position_ids", "inputs_embeds"):
-        return "its forward has other arguments than transformers 5"
-    return Swap(GemmaDecoder, ("Layout",))
-
-
-STACKS = (StackRule(_is_stack, _choose_stack, RULES),)
+STACKS = (StackRule(_is_stack, choose_stack(GemmaDecoder), RULES),)

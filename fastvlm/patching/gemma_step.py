@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
+from fastvlm.patching.attention import softcap_of
 from fastvlm.patching.program import Program, Unplanned, quiet, require
 from fastvlm.patching.steps import Plan
 from fastvlm.patching.tied import factor_of
@@ -76,7 +77,7 @@ def _self(program: Program, x: int, own: Any, layer: Any) -> int:
     require(quiet(own))
     q, k, v = program.linear(x, own.q_proj, own.k_proj, own.v_proj)
     q, k = program.rope(q, k, own.head_dim)
-    window, softcap = own.sliding_window, own.attn_logit_softcapping
+    window, softcap = own.sliding_window, softcap_of(own)
     y = program.self_attention(q, k, v, own, layer, window, softcap)
     return program.linear(y, own.o_proj)[0]
 
@@ -86,7 +87,7 @@ def _cross(program: Program, x: int, cross: Any, past: Any, index: int) -> int:
     require(quiet(cross))
     (q,) = program.linear(x, cross.q_proj)
     layer = shared.layer_of(past.cross_attention_cache, index)
-    y = program.cross_attention(q, cross, layer, cross.attn_logit_softcapping)
+    y = program.cross_attention(q, cross, layer, softcap_of(cross))
     return program.linear(y, cross.o_proj)[0]
 
 

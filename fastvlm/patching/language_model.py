@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.checks import describe
+from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
@@ -30,7 +31,6 @@ from fastvlm.patching.static import StaticMasks
 from fastvlm.patching.tied import head_weight
 
 IMAGES = "image_of_prompt"
-_ENCODE = "_maybe_prepare_encoder_kwargs_for_generation"
 _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
@@ -170,7 +170,7 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
             return
         if restarts(kwargs.get(prefix + "position_ids")):
             return
-        if kwargs.get("past_key_values") is not None:
+        if hf.cache_in(kwargs) is not None:
             return
         ids = self._target_ids(kwargs, labels)
         given = ids if ids is not None else embeds
@@ -208,7 +208,7 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
 
     def _encodes_here(self) -> bool:
         """Whether generate() hands the prompts and images to a method of the model to encode."""
-        return hasattr(super(), _ENCODE) and not takes(self, IMAGES)
+        return hf.encode_method(self.config) is not None and not takes(self, IMAGES)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         if self._encodes_here():
@@ -225,8 +225,11 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
             model_kwargs = {k: v for k, v in model_kwargs.items() if k not in names[:2]}
             if (embeds := placed.get("inputs_embeds")) is not None:
                 model_kwargs["inputs_embeds"] = embeds
-        encode: Any = getattr(super(), _ENCODE)
+        encode: Any = getattr(super(), str(hf.encode_method(self.config)))
         return encode(inputs_tensor, model_kwargs, *args, **kwargs)
+
+    # its name to transformers 5.22
+    _prepare_encoder_decoder_kwargs_for_generation = _maybe_prepare_encoder_kwargs_for_generation
 
     def _place_images(self, kwargs: dict[str, Any]) -> None:
         """Token embeddings with each row's image in place, as the model would make them."""

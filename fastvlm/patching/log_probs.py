@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvlm.compat import hf
 from fastvlm.patching.classes import is_patched, swapped, unpatched_class
 from fastvlm.patching.weights import LINEAR, is_low_precision
 
@@ -52,7 +53,7 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
             "fastvlm.log_prob_change: model must be patched with weights; got "
             f'{type(model).__name__} with its own: fastvlm.patch(model, weights="int8")'
         )
-    if inputs.get("past_key_values") is not None:
+    if hf.cache_in(inputs) is not None:
         raise ValueError("fastvlm.log_prob_change: inputs must be without past_key_values")
     in_training = [module for module in model.modules() if module.training]
     model.eval()

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+from fastvlm.compat.versions import outside
 from fastvlm.cpu import pages
 from fastvlm.patching.classes import (
     PatchError,
@@ -25,7 +26,7 @@ from fastvlm.patching.classes import (
     unpatched_class,
 )
 from fastvlm.patching.interposed import own_forward
-from fastvlm.patching.plan import entries_of, plan, streamed
+from fastvlm.patching.plan import entries_of, notes_of, plan, streamed
 from fastvlm.patching.report import Report
 from fastvlm.patching.rules import FLOORS
 from fastvlm.patching.weights import check_weights
@@ -72,7 +73,9 @@ def patch(
     wanted = _wanted(only)
     check_weights("patch", weights, wanted)
     changes = plan(model, wanted, weights)
-    report = Report(type(model).__name__, entries_of(changes, weights))
+    report = Report(
+        type(model).__name__, entries_of(changes, weights), notes=[*outside(), *notes_of(model)]
+    )
     if not report.patched:
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
         raise PatchError(

@@ -212,6 +212,13 @@ def streamed(changes: list[Change]) -> list[Tensor]:
     return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
+def notes_of(model: nn.Module) -> list[str]:
+    """What a reader of the report should know of the model as a whole."""
+    from fastvlm.patching.attention import left_out_softcaps
+
+    return left_out_softcaps(model)
+
+
 _MLPS = ("gelu_mlp", "geglu_mlp")
 
 

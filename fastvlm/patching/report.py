@@ -32,11 +32,13 @@ class Report:
     """The entries of one `fastvlm.patch`; ``print(report)`` shows them as a table.
 
     huge_bytes: of the weights that a decoding step reads, what lies on huge pages now.
+    notes: what is installed here in a version that fastvlm is not tested on.
     """
 
     model: str
     entries: list[Entry] = field(default_factory=list)
     huge_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def patched(self) -> list[Entry]:
@@ -62,6 +64,7 @@ class Report:
             f"fastvlm.patch({self.model}): {len(self.patched)} modules patched, "
             f"{len(self.skipped)} skipped"
         )
+        head += "".join(f"\n{note}" for note in self.notes)
         if self.huge_bytes:
             head += f"\n{self.huge_bytes / 2**20:.0f} MiB of its weights lie on huge pages"
         if self.step_bytes is None:

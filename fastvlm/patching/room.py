@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from fastvlm.compat import hf
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows
 from fastvlm.decoding.prefixes import decoder_stack
@@ -26,7 +27,7 @@ class RoomForAll(Host):
     ) -> Any:
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = hf.cache_in(model_kwargs)
         cache = getattr(cache, "self_attention_cache", cache)
         length = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
         if isinstance(cache, Cache) and length is not None:

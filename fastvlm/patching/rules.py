@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastvlm.compat.versions import TESTED_NAMES
 from fastvlm.nn.wrapped import owns, unwrapped
 
 if TYPE_CHECKING:
@@ -58,6 +59,29 @@ class StackRule:
     choose: Callable[[nn.Module], Swap | str]
     rules: tuple[Rule, ...]
     decodes: bool = True
+
+
+def mistaken(module: nn.Module, forward: type[nn.Module]) -> str | None:
+    """Why a class's forward cannot take over from a module's; None where it can.
+
+    Whoever calls the module gives the first arguments by place, in the module's order, and further
+    ones by name: the layouts are among these.
+    """
+    theirs, ours = (
+        list(inspect.signature(function).parameters.values())[1:]
+        for function in (type(module).forward, forward.forward)
+    )
+    placed = [[p.name for p in ps if p.kind is p.POSITIONAL_OR_KEYWORD] for ps in (theirs, ours)]
+    if placed[0][: len(placed[1])] != placed[1]:
+        return f"its forward has other arguments than {TESTED_NAMES}: {', '.join(placed[0])}"
+    if not any(p.kind is p.VAR_KEYWORD for p in theirs):
+        return f"its forward takes no further keyword arguments, as in {TESTED_NAMES}"
+    return None
+
+
+def choose_stack(forward: type[nn.Module]) -> Callable[[nn.Module], Swap | str]:
+    """The choice of a StackRule whose stack gets this class's forward."""
+    return lambda stack: mistaken(stack, forward) or Swap(forward, ("Layout",))
 
 
 def has(*names: str) -> Callable[[nn.Module], bool]:

@@ -27,6 +27,7 @@ from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows as kept
 from fastvlm.layout import Layout
 from fastvlm.patching import static
+from fastvlm.patching.embedded import embeds_alike
 from fastvlm.patching.interposed import NOTHING, Interposed, check_taken, interposed
 from fastvlm.patching.layouts import (
     KEYWORD,
@@ -270,7 +271,7 @@ class DecoderStack(_Stack):
         arguments: dict[str, Any] = {
             "input_ids": call.input_ids,
             "inputs_embeds": call.inputs_embeds,
-            "past_key_values": call.past,
+            **hf.cached(call.past),
             "use_cache": use_cache,
             **kwargs,
         }
@@ -344,22 +345,40 @@ class DecoderStack(_Stack):
         if ids is None or not usual(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
             return None
         plans = PLANS.setdefault(past, {})
+        filled = past.get_seq_length()
         if id(self) not in plans or ((known := plans[id(self)]) is not None and known.is_stale):
-            plans[id(self)] = self._plan(past)
+            plan = self._plan(past)
+            if plan is not None and not self._embeds_by_itself(call, kwargs, filled):
+                plan = None
+            plans[id(self)] = plan
         plan = plans[id(self)]
         if plan is None or plan.stack() is not self:
             return None
-        filled = past.get_seq_length()
         x = self._embed_step(ids, filled)
         x = plan(x, layouts, self._rotation(x, kwargs.get("position_ids"), filled))
         return self._output(x.unsqueeze(1), past)
 
+    def _embeds_by_itself(self, call: Call, kwargs: dict[str, Any], filled: int) -> bool:
+        """Whether the plan begins with what this stack makes of its tokens."""
+        arguments = {
+            "input_ids": call.input_ids,
+            "attention_mask": self.no_mask(),
+            "use_cache": False,
+            **hf.cached(call.past),
+            **kwargs,
+        }
+        if self.has_cross_attention:
+            arguments["encoder_hidden_states"] = call.encoder_states
+            arguments["encoder_attention_mask"] = self.no_cross_mask()
+        assert call.input_ids is not None
+        return embeds_alike(self, arguments, self._embed_step(call.input_ids, filled))
+
     def _output(self, states: Tensor, past: Any) -> Any:
         if self.has_cross_attention:
             return BaseModelOutputWithPastAndCrossAttentions(
-                last_hidden_state=states, past_key_values=past
+                last_hidden_state=states, **hf.cached(past)
             )
-        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past)
+        return BaseModelOutputWithPast(last_hidden_state=states, **hf.cached(past))
 
     def _expanded(self, call: Call) -> tuple[Tensor | None, Any]:
         """Encoder states and mask with one row per query row, as transformers' own path wants."""

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from fastvlm.compat import hf
 from fastvlm.nn.wrapped import owns
 from fastvlm.patching import gemma2, gemma_step
-from fastvlm.patching.attention import cross_attend, heads
+from fastvlm.patching.attention import cross_attend, heads, softcap_of
 from fastvlm.patching.layouts import entered, taken
 from fastvlm.patching.rules import (
     Host,
     Rule,
     StackRule,
     Swap,
+    choose_stack,
     extra_parts,
     first_layer,
     has,
+    mistaken,
     takes,
 )
 from fastvlm.patching.stacks import Call, EncoderStack
@@ -28,6 +31,7 @@ from fastvlm.patching.stacks import Call, EncoderStack
 class T5GemmaCrossAttention(Host):
     """Cross-attention; transformers' own forward where no layouts were handed down."""
 
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -42,7 +46,7 @@ class T5GemmaCrossAttention(Host):
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
-                past_key_values=past_key_values,
+                **hf.cached(past_key_values),
                 **kwargs,
             )
         out = cross_attend(
@@ -51,7 +55,7 @@ class T5GemmaCrossAttention(Host):
             encoder_hidden_states,
             layouts,
             past_key_values,
-            softcap=self.attn_logit_softcapping,
+            softcap=softcap_of(self),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(out), None
@@ -72,7 +76,7 @@ class T5GemmaEncoderLayer(gemma2.SandwichLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=None,
+            **hf.cached(None),
             **kwargs,
         )
         norms = self.post_self_attn_layernorm, self.pre_feedforward_layernorm
@@ -81,6 +85,7 @@ class T5GemmaEncoderLayer(gemma2.SandwichLayer):
 
 
 class T5GemmaDecoderLayer(gemma2.SandwichLayer):
+    @hf.takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -100,7 +105,7 @@ class T5GemmaDecoderLayer(gemma2.SandwichLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=own,
+            **hf.cached(own),
             use_cache=use_cache,
             **kwargs,
         )
@@ -110,7 +115,7 @@ class T5GemmaDecoderLayer(gemma2.SandwichLayer):
             hidden_states=x,
             encoder_hidden_states=encoder_hidden_states,
             attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
+            **hf.cached(past_key_values),
             use_cache=use_cache,
             **kwargs,
         )
@@ -156,6 +161,7 @@ class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
     def _wants_cache(self, use_cache: bool | None) -> bool:
         return not self.training and super()._wants_cache(use_cache)
 
+    @hf.takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -180,8 +186,8 @@ class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
 
 
 def _choose_cross(module: Any) -> Swap | str:
-    if not takes(module, "encoder_hidden_states", "past_key_values"):
-        return "its forward has other arguments than transformers 5"
+    if why := mistaken(module, T5GemmaCrossAttention):
+        return why
     if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         return extra
     return Swap(T5GemmaCrossAttention, ("cross_attention",))
@@ -197,10 +203,8 @@ def _choose_layer(module: Any) -> Swap | str:
     parts = ("self_attn", "mlp", "dropout", *_SELF, *_MLP)
     if extra := extra_parts(module, *parts, *(("cross_attn", *_CROSS) if decoder else ())):
         return extra
-    wanted = ("hidden_states", "position_embeddings", "position_ids")
-    if not takes(module, *wanted, *(("encoder_hidden_states",) if decoder else ())):
-        return "its forward has other arguments than transformers 5"
-    return Swap(T5GemmaDecoderLayer if decoder else T5GemmaEncoderLayer, ("residual_rms_norm",))
+    mixin = T5GemmaDecoderLayer if decoder else T5GemmaEncoderLayer
+    return mistaken(module, mixin) or Swap(mixin, ("residual_rms_norm",))
 
 
 def _is_cross(module: Any) -> bool:
@@ -225,6 +229,6 @@ def _stack(decoder: bool) -> Any:
 
 
 STACKS = (
-    StackRule(_stack(False), lambda m: Swap(T5GemmaEncoder, ("Layout",)), RULES, decodes=False),
-    StackRule(_stack(True), lambda m: Swap(T5GemmaDecoder, ("Layout",)), RULES),
+    StackRule(_stack(False), choose_stack(T5GemmaEncoder), RULES, decodes=False),
+    StackRule(_stack(True), choose_stack(T5GemmaDecoder), RULES),
 )

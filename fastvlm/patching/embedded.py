@@ -1,0 +1,71 @@
+"""Whether a stack gives its first layer what a planned step computes from the token ids.
+
+Between the embedding and the layers a stack may do more than its family's does in transformers: one
+that scales what it has looked up (Gemma-2's to 5.3) would decode other tokens by a plan that
+does not. So the stack's own forward is asked, once, with nothing in place of its layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm.nn.linear import DENSE
+from fastvlm.patching.classes import unpatched_class
+
+_TOLERANCE = 1e-2  # of the largest value: kernels round differently, another embedding is far off
+# of each stack: what it was asked for, and the answer
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+
+
+class _First(nn.Module):
+    """In place of the layers: keeps what the first is given. All else is the first layer's."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self.given: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.given = hidden_states
+        return hidden_states
+
+
+def embeds_alike(stack: Any, arguments: dict[str, Any], x: Tensor) -> bool:
+    """Whether the stack's own forward, called with arguments, gives its first layer x [R, d]."""
+    if type(x) not in DENSE or x.is_meta:
+        return True  # nothing is computed
+    table = stack.embed_tokens
+    key = (type(stack), type(table), table.weight.dtype, x.device, x.dtype)
+    known = _KNOWN.get(stack)
+    if known is not None and known[0] == key:
+        return known[1]
+    found = _first_given(stack, arguments)
+    alike = found is not None and found.shape == (x.shape[0], 1, x.shape[1])
+    if alike and found is not None:
+        most = x.abs().max()
+        alike = bool((found[:, 0] - x).abs().max() <= _TOLERANCE * most)
+    _KNOWN[stack] = key, alike
+    return alike
+
+
+def _first_given(stack: Any, arguments: dict[str, Any]) -> Tensor | None:
+    cls = unpatched_class(stack)
+    bare, first = cls.__new__(cls), _First(stack.layers[0])
+    modules = {**stack._modules, "layers": nn.ModuleList([first])}
+    bare.__dict__.update({**stack.__dict__, "_modules": modules})
+    try:
+        with torch.no_grad():
+            cls.forward(bare, **arguments)
+    except Exception:  # a stack that cannot do without its layers: each of them is called
+        return None
+    return first.given
