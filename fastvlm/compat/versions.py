@@ -38,6 +38,13 @@ def installed(package: str) -> str | None:
         return None
 
 
+def is_tested(package: str) -> bool:
+    """Whether the installed version lies in the range that the tests have passed on."""
+    oldest, newest = TESTED[package]
+    version = parsed(installed(package) or "")
+    return oldest <= version[:2] <= newest
+
+
 def attention_refused() -> str | None:
     """Why attention and its caches stay with transformers here; None where they need not."""
     return needs_newer_transformers("attention and its caches")

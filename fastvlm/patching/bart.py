@@ -279,16 +279,21 @@ def _first_layer_has(name: str, wanted: bool) -> Any:
     return test
 
 
+_TRANSFORMERS = "transformers.models"
+KNOWN = tuple(f"{_TRANSFORMERS}.{name}.modeling_{name}" for name in ("bart", "mbart", "plbart"))
+
 STACKS = (
     StackRule(
         _first_layer_has("encoder_attn", False),
         choose_stack(EncoderStack),
         RULES,
         decodes=False,
+        known=KNOWN,
     ),
     StackRule(
         _first_layer_has("encoder_attn", True),
         choose_stack(BartDecoder),
         RULES,
+        known=KNOWN,
     ),
 )

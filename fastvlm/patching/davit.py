@@ -303,6 +303,7 @@ _CONV = Rule(
     lambda m: type(m) is nn.Conv2d and m.groups == m.in_channels == m.out_channels,
     lambda m: Swap(DepthwiseConv, ("depthwise_conv",)),
 )
+KNOWN = ("transformers.models.florence2.modeling_florence2",)
 _BLOCK = ("window_attn", "channel_attn")
 _FFN = Rule(("mlp",), has("fc1", "fc2", "activation_fn"), _mlp)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastvlm.patching import bart, florenz, gemma2, t5gemma
+from fastvlm.patching import bart, davit, florenz, gemma2, t5gemma
 from fastvlm.patching.rules import StackRule
 
 # T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more
@@ -15,6 +15,16 @@ STACKS: tuple[StackRule, ...] = (
     *gemma2.STACKS,
 )
 
+KNOWN = tuple(path for stack in STACKS for path in stack.known)
+# where the classes with a head and a loss stand that the tests build
+LANGUAGE_MODELS = (
+    *KNOWN,
+    *davit.KNOWN,
+    "transformers.models.paligemma.",
+    "transformers.models.vision_encoder_decoder.",
+    "transformers.models.speech_encoder_decoder.",
+    "transformers.models.encoder_decoder.",
+)
 PREFIX_MASK = "PaliGemma gives it the masks of a prefix, which self_attention does not know"
 LEFT_ALONE = {"multi_modal_projector": "runs once per image"}
 # nothing of these but their linear layers is replaced

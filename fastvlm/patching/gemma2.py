@@ -214,7 +214,7 @@ def choose_mlp(module: Any) -> Swap | str:
 
 
 def choose_norm(module: Any) -> Swap | str:
-    """(1 + w) or w: told apart by running the module once on numbers in place of its weight."""
+    """(1 + w) or w: told apart by running it once, with numbers in place of its weight."""
     named_eps = hasattr(module, "eps")
     eps = module.eps if named_eps else module.variance_epsilon
     weight = torch.linspace(-0.5, 0.75, module.weight.numel())
@@ -277,4 +277,5 @@ def _is_stack(module: Any) -> bool:
     return layer is not None and not owns(layer, "cross_attn")
 
 
-STACKS = (StackRule(_is_stack, choose_stack(GemmaDecoder), RULES),)
+KNOWN = ("transformers.models.gemma2.modeling_gemma2",)
+STACKS = (StackRule(_is_stack, choose_stack(GemmaDecoder), RULES, known=KNOWN),)

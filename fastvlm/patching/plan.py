@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat.versions import attention_refused
 from fastvlm.nn.linear import Linear
-from fastvlm.patching import interposed
+from fastvlm.patching import interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
 from fastvlm.patching.rules import Rule, StackRule, Swap, takes
@@ -31,7 +31,7 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
     # imported here: fastvlm's ops stand without transformers
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
-    from fastvlm.patching.davit import tower_modules
+    from fastvlm.patching import davit
     from fastvlm.patching.families import (
         PREFIX_MASK,
         STACKS,
@@ -55,8 +55,10 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
             refused = attention_refused() or (PREFIX_MASK if module in prefixed else None)
             storage = weights if stack.decodes else None
             shares |= _plan_stack(name, module, stack, wanted, storage, refused, add)
-    for name, module, rule in tower_modules(model):
-        add(_change(name, module, rule.floors, _choose(module, rule, wanted)))
+    parts = probe.PartTrials()
+    for name, module, rule in davit.tower_modules(model):
+        choice = parts.choice(module, _choose(module, rule, wanted), davit.KNOWN)
+        add(_change(name, module, rule.floors, choice))
     if changes:
         for name, module in model.named_modules():
             _plan_outside(name, module, wanted, weights, shares, add)
@@ -102,6 +104,7 @@ def _plan_stack(
     if not isinstance(chosen, str):
         patched = {m for _, m, _, choice in found if isinstance(choice, Swap)}
         chosen = _in_the_way(stack, chosen, patched) or chosen
+    chosen, found = _tried(stack, rule, chosen, found)
     add(_change(prefix, stack, ("attention",), chosen))
     for name, module, inner, choice in found:
         if inner.floors == ("attention",) and isinstance(chosen, str) and isinstance(choice, Swap):
@@ -118,11 +121,26 @@ def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
     return reason or interposed.attention_of_others(interposed.configs_of(stack, names))
 
 
+def _tried(
+    stack: nn.Module, rule: StackRule, chosen: Swap | str, found: list[Any]
+) -> tuple[Swap | str, list[Any]]:
+    """The choices for a stack and its parts, less those that a trial speaks against."""
+    swaps = {m: choice for _, m, inner, choice in found if inner is not _LINEAR}
+    together = {m for _, m, inner, _ in found if inner.floors == ("attention",)} | {stack}
+    swaps[stack] = chosen
+    if isinstance(chosen, str):
+        swaps = {m: choice for m, choice in swaps.items() if m not in together}
+    wanted = {m: choice for m, choice in swaps.items() if isinstance(choice, Swap)}
+    refused = probe.try_stack(stack, rule, wanted, together)
+    found = [(n, m, inner, refused.get(m, choice)) for n, m, inner, choice in found]
+    return refused.get(stack, chosen), found
+
+
 def _plan_outside(
     name: str, module: Any, wanted: frozenset[str], weights: str | None, shares: bool, add: Any
 ) -> None:
     """The head, and the class that generates and has a loss."""
-    from fastvlm.patching import language_model, tied
+    from fastvlm.patching import families, language_model, tied
 
     head: Any = getattr(module, "get_output_embeddings", lambda: None)()
     # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
@@ -145,9 +163,15 @@ def _plan_outside(
     shares = shares and kept and generates and module.config.is_encoder_decoder
     for inner, part in module.named_modules(prefix=name) if loss else ():
         if isinstance(part, nn.Embedding) and part.weight is head.weight:
-            add(_change(inner, part, ("loss",), tied.choose(part)))
+            choice = tied.choose(part)
+            if isinstance(choice, Swap):
+                choice = probe.try_embedding(part, tied.factor_of, families.KNOWN) or choice
+            add(_change(inner, part, ("loss",), choice))
     if shares or loss:
-        add(_change(name, module, ("attention", "loss"), language_model.choose(shares, loss)))
+        known = probe.home(module).startswith(families.LANGUAGE_MODELS)
+        add(
+            _change(name, module, ("attention", "loss"), language_model.choose(shares, loss, known))
+        )
     elif trains and "loss" in wanted:
         why = "weights= is for decoding" if weights else f"its head {type(head).__name__} is called"
         why = other or why

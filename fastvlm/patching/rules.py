@@ -52,13 +52,15 @@ class StackRule:
 
     Its attention modules and the stack are patched together or not at all: the stack hands down
     the layouts instead of masks, so each of them must understand layouts. decodes: whether it runs
-    at each decoding step.
+    at each decoding step. known: the modules whose classes the tests build; any other class is
+    tried before it is patched (`fastvlm.patching.probe`).
     """
 
     matches: Callable[[nn.Module], bool]
     choose: Callable[[nn.Module], Swap | str]
     rules: tuple[Rule, ...]
     decodes: bool = True
+    known: tuple[str, ...] = ()
 
 
 def mistaken(module: nn.Module, forward: type[nn.Module]) -> str | None:

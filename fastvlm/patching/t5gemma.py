@@ -228,7 +228,8 @@ def _stack(decoder: bool) -> Any:
     return test
 
 
+KNOWN = ("transformers.models.t5gemma.modeling_t5gemma",)
 STACKS = (
-    StackRule(_stack(False), choose_stack(T5GemmaEncoder), RULES, decodes=False),
-    StackRule(_stack(True), choose_stack(T5GemmaDecoder), RULES),
+    StackRule(_stack(False), choose_stack(T5GemmaEncoder), RULES, decodes=False, known=KNOWN),
+    StackRule(_stack(True), choose_stack(T5GemmaDecoder), RULES, known=KNOWN),
 )

@@ -126,6 +126,8 @@ class TiedEmbedding(Host):
 def factor_of(module: Any) -> float | None:
     """What the rows are multiplied with, rounded as the module rounds it; None: we cannot tell."""
     base = unpatched_class(module)
+    if len(module._parameters) > 1:
+        return None  # rows of its own for some tokens (T5Gemma 2: the end of an image)
     if base.forward is nn.Embedding.forward:
         return 1.0
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))

@@ -1,0 +1,331 @@
+"""Every type of model in transformers that has an encoder and a decoder, and decoders that look
+like one that fastvlm knows: how to build each small, and a batch for it.
+
+`TYPES` is the list. What has no batch is built without memory for its weights: it must be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import models
+import torch
+import transformers as tf
+from models import FAMILIES
+from sizes import EOS, PAD, VOCAB, small
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+Batches = Callable[[], tuple[Batch, Batch]]  # one for generate(), one with labels
+
+
+def ids_and_mask(
+    lengths: tuple[int, ...], left: bool = False, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    ids = models._tokens(len(lengths), max(lengths), seed)
+    return models._pad(ids, list(lengths), left)
+
+
+def labels() -> Tensor:
+    ids, mask = ids_and_mask((7, 3, 5), seed=5)
+    return ids.masked_fill(mask == 0, -100)
+
+
+def text() -> tuple[Batch, Batch]:
+    ids, mask = ids_and_mask((9, 4, 6))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs, {**inputs, "labels": labels()}
+
+
+def causal() -> tuple[Batch, Batch]:
+    ids, mask = ids_and_mask((9, 4, 6), left=True)
+    right, seen = ids_and_mask((9, 4, 6))
+    batch = {"input_ids": right, "attention_mask": seen}
+    return (
+        {"input_ids": ids, "attention_mask": mask},
+        {**batch, "labels": right.masked_fill(seen == 0, -100)},
+    )
+
+
+def generating() -> tuple[Batch, Batch]:
+    """Of experts, whose products torch has not in float64: no exact loss to measure from."""
+    return causal()[0], {}
+
+
+def typed() -> tuple[Batch, Batch]:
+    """Gemma-3 wants to be told in training which tokens are of an image: none."""
+    inputs, training = causal()
+    return inputs, {**training, "token_type_ids": torch.zeros_like(training["input_ids"])}
+
+
+def _numbers(name: str, *shape: int) -> Batches:
+    def batches() -> tuple[Batch, Batch]:
+        values = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+        return {name: values}, {name: values, "labels": labels()}
+
+    return batches
+
+
+def formula() -> tuple[Batch, Batch]:
+    """PP-FormulaNet takes labels beside the tokens that they follow."""
+    inputs, training = image()
+    return inputs, {**training, "decoder_input_ids": training["labels"].clamp_min(PAD)}
+
+
+image = _numbers("pixel_values", 3, 3, 32, 32)
+waveform = _numbers("input_values", 3, 400)
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """One class of transformers; settings go over the toy's sizes (`sizes.SMALL`).
+
+    batches: what it is run on; None where nothing of it may be patched.
+    build: where the class alone does not do it.
+    """
+
+    name: str
+    batches: Batches | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[], nn.Module] | None = None
+
+    def make(self) -> nn.Module:
+        torch.manual_seed(0)
+        if self.build is not None:
+            return spread(self.build())
+        model_class = getattr(tf, self.name)
+        config = small(model_class.config_class, **self.settings)
+        if self.batches is None:
+            with torch.device("meta"):
+                return model_class(config)
+        return spread(model_class(config))
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Weights wide enough that what is left out shows, zero gates and unit norms too."""
+    return models._spread(model, 0.15)
+
+
+def _of(names: str, batches: Batches | None = None, **settings: Any) -> dict[str, ModelType]:
+    """name=Class of transformers, in one string, all with the same settings."""
+    pairs = (pair.split("=") for pair in names.split())
+    return {key: ModelType(name, batches, settings) for key, name in pairs}
+
+
+def _family(name: str) -> ModelType:
+    family = FAMILIES[name]
+
+    def batches() -> tuple[Batch, Batch]:
+        return family.inputs(nn.Module()), family.training(nn.Module())
+
+    return ModelType(name, batches, build=family.build)
+
+
+def _decoder(config_class: Any, **settings: Any) -> Any:
+    config = small(config_class, is_decoder=True, add_cross_attention=True, **settings)
+    config.is_encoder_decoder = False
+    return config
+
+
+def _pair(kind: str, encoder: Any, decoder: Any, batches: Batches, size: Any = None) -> ModelType:
+    """An encoder and a decoder of different types, in transformers' wrapper for such."""
+
+    def build() -> nn.Module:
+        enc = small(encoder, **(size or {}))
+        whole = getattr(tf, f"{kind}Config").from_encoder_decoder_configs(enc, decoder())
+        ends = {"pad_token_id": PAD, "decoder_start_token_id": EOS, "eos_token_id": EOS}
+        for name, value in ends.items():
+            setattr(whole, name, value)
+        return getattr(tf, f"{kind}Model")(config=whole)
+
+    return ModelType(f"{kind}Model", batches, build=build)
+
+
+SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
+WAVES = {
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 2,
+}
+BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+WORDS = {
+    "model_type": "clip_text_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+FORMULA = {
+    "mlp_dim": 64,
+    "output_channels": 16,
+    "post_conv_in_channels": 16,
+    "post_conv_mid_channels": 16,
+    "post_conv_out_channels": 32,
+    "global_attn_indexes": [1],
+}
+FULL = {"attention_type": "original_full"}
+MOE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+
+
+def _bart(**settings: Any) -> Any:
+    return lambda: _decoder(tf.BartConfig, **settings)
+
+
+PAIRS = {
+    "vit+trocr": _pair(
+        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.TrOCRConfig), image
+    ),
+    "vit+bart": _pair("VisionEncoderDecoder", tf.ViTConfig, _bart(), image),
+    "vit+mbart": _pair(
+        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.MBartConfig), image
+    ),
+    "vit+gpt2": _pair("VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.GPT2Config), image),
+    "vit+bert": _pair("VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.BertConfig), image),
+    "vit+roberta": _pair(
+        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.RobertaConfig), image
+    ),
+    "swin+mbart": _pair(
+        "VisionEncoderDecoder", tf.SwinConfig, lambda: _decoder(tf.MBartConfig), image, SWIN
+    ),
+    "vit+wide bart": _pair("VisionEncoderDecoder", tf.ViTConfig, _bart(d_model=48), image),
+    "bert+bert": _pair("EncoderDecoder", tf.BertConfig, lambda: _decoder(tf.BertConfig), text),
+    "bert+bart": _pair("EncoderDecoder", tf.BertConfig, _bart(), text),
+    "wav2vec2+bart": _pair("SpeechEncoderDecoder", tf.Wav2Vec2Config, _bart(), waveform, WAVES),
+    "wav2vec2+mbart": _pair(
+        "SpeechEncoderDecoder", tf.Wav2Vec2Config, lambda: _decoder(tf.MBartConfig), waveform, WAVES
+    ),
+}
+
+TYPES: dict[str, ModelType] = {
+    **{name: _family(name) for name in FAMILIES if name not in ("florenz",)},
+    **PAIRS,
+    **_of(
+        "mvp=MvpForConditionalGeneration plbart=PLBartForConditionalGeneration "
+        "blenderbot=BlenderbotForConditionalGeneration "
+        "blenderbot-small=BlenderbotSmallForConditionalGeneration "
+        "bigbird_pegasus=BigBirdPegasusForConditionalGeneration led=LEDForConditionalGeneration "
+        "longt5=LongT5ForConditionalGeneration m2m_100=M2M100ForConditionalGeneration "
+        "marian=MarianMTModel mt5=MT5ForConditionalGeneration "
+        "pegasus=PegasusForConditionalGeneration pegasus_x=PegasusXForConditionalGeneration "
+        "prophetnet=ProphetNetForConditionalGeneration t5=T5ForConditionalGeneration "
+        "switch_transformers=SwitchTransformersForConditionalGeneration "
+        "umt5=UMT5ForConditionalGeneration",
+        text,
+    ),
+    **_of("bigbird_pegasus-full=BigBirdPegasusForConditionalGeneration", text, **FULL),
+    **_of("nllb-moe=NllbMoeForConditionalGeneration", text, **MOE),
+    **_of("fsmt=FSMTForConditionalGeneration", text, src_vocab_size=VOCAB, tgt_vocab_size=VOCAB),
+    **_of("seamless_m4t=SeamlessM4TForTextToText", text),
+    **_of("seamless_m4t_v2=SeamlessM4Tv2ForTextToText", text),
+    **_of("mvp-prompts=MvpForConditionalGeneration", text, use_prompt=True, prompt_length=4),
+    # decoders alone
+    **_of(
+        "bart-decoder=BartForCausalLM mbart-decoder=MBartForCausalLM mvp-decoder=MvpForCausalLM "
+        "plbart-decoder=PLBartForCausalLM blenderbot-decoder=BlenderbotForCausalLM "
+        "blenderbot-small-decoder=BlenderbotSmallForCausalLM pegasus-decoder=PegasusForCausalLM "
+        "bigbird_pegasus-decoder=BigBirdPegasusForCausalLM trocr=TrOCRForCausalLM "
+        "marian-decoder=MarianForCausalLM prophetnet-decoder=ProphetNetForCausalLM "
+        "whisper-decoder=WhisperForCausalLM opt=OPTForCausalLM gpt2=GPT2LMHeadModel "
+        "gpt_bigcode=GPTBigCodeForCausalLM bert=BertLMHeadModel roberta=RobertaForCausalLM "
+        "xglm=XGLMForCausalLM biogpt=BioGptForCausalLM gemma=GemmaForCausalLM "
+        "gemma3_text=Gemma3ForCausalLM gemma4_unified_text=Gemma4UnifiedForCausalLM "
+        "vaultgemma=VaultGemmaForCausalLM llama=LlamaForCausalLM mistral=MistralForCausalLM "
+        "qwen2=Qwen2ForCausalLM qwen3=Qwen3ForCausalLM phi3=Phi3ForCausalLM olmo2=Olmo2ForCausalLM "
+        "olmo3=Olmo3ForCausalLM exaone4=Exaone4ForCausalLM "
+        "beam=BeamForCausalLM glm4=Glm4ForCausalLM cohere2=Cohere2ForCausalLM "
+        "smollm3=SmolLM3ForCausalLM",
+        causal,
+    ),
+    **_of("flex_olmo=FlexOlmoForCausalLM", generating),
+    # the decoders of BERT's relatives, which take an encoder's states; nothing of them is known
+    **_of(
+        "bert-generation=BertGenerationDecoder big_bird=BigBirdForCausalLM "
+        "camembert=CamembertForCausalLM data2vec-text=Data2VecTextForCausalLM "
+        "electra=ElectraForCausalLM ernie=ErnieForCausalLM megatron-bert=MegatronBertForCausalLM "
+        "rembert=RemBertForCausalLM roberta-prelayernorm=RobertaPreLayerNormForCausalLM "
+        "roc_bert=RoCBertForCausalLM roformer=RoFormerForCausalLM xlm=XLMWithLMHeadModel "
+        "xlm-roberta=XLMRobertaForCausalLM xlm-roberta-xl=XLMRobertaXLForCausalLM "
+        "xmod=XmodForCausalLM flaubert=FlaubertWithLMHeadModel tapas=TapasForMaskedLM "
+        "imagegpt=ImageGPTForCausalImageModeling decision_transformer=DecisionTransformerModel"
+    ),
+    # of images, speech and text
+    **_of(
+        "whisper=WhisperForConditionalGeneration "
+        "speech_to_text=Speech2TextForConditionalGeneration speecht5=SpeechT5ForSpeechToText "
+        "speecht5-tts=SpeechT5ForTextToSpeech moonshine=MoonshineForConditionalGeneration "
+        "canary=CanaryForConditionalGeneration cohere_asr=CohereAsrForConditionalGeneration "
+        "dia=DiaForConditionalGeneration pop2piano=Pop2PianoForConditionalGeneration "
+        "pix2struct=Pix2StructForConditionalGeneration udop=UdopForConditionalGeneration "
+        "blip=BlipForConditionalGeneration "
+        "blip-2=Blip2ForConditionalGeneration mllama=MllamaForConditionalGeneration "
+        "instructblip=InstructBlipForConditionalGeneration idefics=IdeficsForVisionText2Text "
+        "instructblipvideo=InstructBlipVideoForConditionalGeneration "
+        "evolla=EvollaForProteinText2Text kosmos-2=Kosmos2ForConditionalGeneration "
+        "kosmos-2.5=Kosmos2_5ForConditionalGeneration blt=BltForCausalLM git=GitForCausalLM "
+        "musicgen=MusicgenForConditionalGeneration musicgen-decoder=MusicgenForCausalLM "
+        "musicgen_melody=MusicgenMelodyForConditionalGeneration "
+        "musicgen_melody-decoder=MusicgenMelodyForCausalLM "
+        "seamless_m4t-speech=SeamlessM4TForSpeechToText "
+        "seamless_m4t_v2-speech=SeamlessM4Tv2ForSpeechToText "
+        "audioflamingo3=AudioFlamingo3ForConditionalGeneration "
+        "fastspeech2_conformer=FastSpeech2ConformerModel nemotron3_5_asr=Nemotron3_5AsrForRNNT "
+        "nemotron_asr_streaming=NemotronAsrStreamingForRNNT parakeet_rnnt=ParakeetForRNNT "
+        "parakeet_tdt=ParakeetForTDT"
+    ),
+    **_of("moonshine_streaming=MoonshineStreamingForConditionalGeneration", num_key_value_heads=2),
+    **_of("t5gemma2=T5Gemma2ForConditionalGeneration", text, encoder={"vision_config": SIGLIP}),
+    **_of("gemma3=Gemma3ForConditionalGeneration", typed, vision_config=SIGLIP),
+    **_of("pp_formulanet=PPFormulaNetForConditionalGeneration", formula, vision_config=FORMULA),
+    # objects and time series
+    **_of(
+        "conditional_detr=ConditionalDetrForObjectDetection detr=DetrForObjectDetection "
+        "dab-detr=DabDetrForObjectDetection deformable_detr=DeformableDetrForObjectDetection "
+        "table-transformer=TableTransformerForObjectDetection",
+        backbone_config=BACKBONE,
+    ),
+    **_of(
+        "d_fine=DFineForObjectDetection "
+        "deimv2=Deimv2ForObjectDetection rt_detr=RTDetrForObjectDetection "
+        "rt_detr_v2=RTDetrV2ForObjectDetection pp_doclayout_v2=PPDocLayoutV2ForObjectDetection "
+        "pp_doclayout_v3=PPDocLayoutV3ForObjectDetection "
+        "pp_doclayout_v4=PPDocLayoutV4ForObjectDetection "
+        "grounding-dino=GroundingDinoForObjectDetection "
+        "mm-grounding-dino=MMGroundingDinoForObjectDetection"
+    ),
+    **_of("omdet-turbo=OmDetTurboForObjectDetection", backbone_config=BACKBONE, text_config=WORDS),
+    **_of(
+        "autoformer=AutoformerModel informer=InformerModel "
+        "time_series_transformer=TimeSeriesTransformerModel",
+        prediction_length=4,
+    ),
+}
+# types that read two encoders and have no decoder; whose file defines, for others, what reads an
+# encoder; and another name for one above
+NONE_OF_THESE = {
+    "audioflamingo3_encoder",
+    "bridgetower",
+    "data2vec-audio",
+    "data2vec-vision",
+    "gpt-sw3",
+    "t5gemma2_encoder",
+}
