@@ -81,3 +81,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, k] times weight [n, k] plus bias [n], by oneDNN -> [T, n]."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread (2.10 to 2.14)."""
+    return bool(torch._C._current_graph_task_id() != -1)

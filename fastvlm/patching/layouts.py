@@ -159,8 +159,8 @@ def ones(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def hides(mask: Tensor | None) -> bool:
-    """Whether a mask leaves anything out."""
-    return mask is not None and not bool((mask != 0).all())
+    """Whether a mask leaves anything out; one without values (meta) does not."""
+    return mask is not None and not mask.is_meta and not bool((mask != 0).all())
 
 
 def warn_of_zeros(states: Tensor) -> None:

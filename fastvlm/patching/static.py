@@ -77,7 +77,8 @@ def share(past: EncoderDecoderCache, length: int) -> None:
     shorter one already.
     """
     cross = past.cross_attention_cache
-    room = min((layer.max_cache_len for layer in cross.layers), default=0)
+    lengths = [layer.max_cache_len for layer in cross.layers]
+    room = min(lengths) if lengths else 0
     if _is_shared(cross) and length <= room:
         return
     if hf.cross_is_filled(past):

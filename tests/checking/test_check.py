@@ -8,7 +8,7 @@ import random
 from collections import UserDict
 from typing import Any
 
-import planted
+import planted_faults
 import pytest
 import torch
 from models import FAMILIES, Family
@@ -83,7 +83,7 @@ def test_exact_measures_by_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exact_sees_what_is_off_by_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = bart()
     fastvlm.patch(model)
-    planted.scale_is_off(monkeypatch, model)
+    planted_faults.scale_is_off(monkeypatch, model)
     assert not fastvlm.check(model, batch, generate=False, train=False, exact=True).ok
 
 
