@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import planted_faults
+import planted_faults as faults
 import pytest
 import torch
 from models import FAMILIES
@@ -22,23 +22,23 @@ BEAMS: dict[str, Any] = {
 
 # fault, families, settings, and what must be different for it
 CASES = [
-    (planted_faults.padding_is_read, ("florence2", "t5gemma"), EVALUATION, "logits"),
-    (planted_faults.scale_is_off, ("mbart", "gemma2"), EVALUATION, "logits"),
-    (planted_faults.future_is_seen, ("bart", "florenz"), EVALUATION, "logits"),
-    (planted_faults.softcap_is_dropped, ("gemma2", "t5gemma"), EVALUATION, "logits"),
-    (planted_faults.window_is_off_by_one, ("gemma2", "florenz"), EVALUATION, "logits"),
-    (planted_faults.another_row_of_the_encoder, ("bart", "t5gemma"), EVALUATION, "logits"),
+    (faults.padding_is_read, ("florence2", "t5gemma"), EVALUATION, "logits"),
+    (faults.scale_is_off, ("mbart", "gemma2"), EVALUATION, "logits"),
+    (faults.future_is_seen, ("bart", "florenz"), EVALUATION, "logits"),
+    (faults.softcap_is_dropped, ("gemma2", "t5gemma"), EVALUATION, "logits"),
+    (faults.window_is_off_by_one, ("gemma2", "florenz"), EVALUATION, "logits"),
+    (faults.another_row_of_the_encoder, ("bart", "t5gemma"), EVALUATION, "logits"),
     (
-        planted_faults.labels_are_shifted_once_more,
+        faults.labels_are_shifted_once_more,
         ("florence2", "paligemma2"),
         WITHOUT,
         "training loss",
     ),
-    (planted_faults.head_is_of_yesterday, ("mbart", "gemma2"), WITHOUT, "training loss"),
-    (planted_faults.projection_is_of_yesterday, ("paligemma2", "florenz"), EVALUATION, "logits"),
-    (planted_faults.mlp_has_no_gradient, ("florence2", "paligemma2"), WITHOUT, "gradients"),
-    (planted_faults.steps_are_off, ("bart", "gemma2"), GREEDY, "logits of greedy steps"),
-    (planted_faults.beams_are_not_reordered, ("bart", "t5gemma"), BEAMS, "tokens of 3 beams"),
+    (faults.head_is_of_yesterday, ("mbart", "gemma2"), WITHOUT, "training loss"),
+    (faults.projection_is_of_yesterday, ("paligemma2", "florenz"), EVALUATION, "logits"),
+    (faults.mlp_has_no_gradient, ("florence2", "paligemma2"), WITHOUT, "gradients"),
+    (faults.steps_are_off, ("bart", "gemma2"), GREEDY, "logits of greedy steps"),
+    (faults.beams_are_not_reordered, ("bart", "t5gemma"), BEAMS, "tokens of 3 beams"),
 ]
 
 
@@ -51,7 +51,7 @@ CASES = [
     ],
 )
 def test_a_silent_fault_is_different(
-    fault: planted_faults.Fault,
+    fault: faults.Fault,
     name: str,
     settings: dict[str, Any],
     what: str,
@@ -79,7 +79,7 @@ def test_a_dropped_adapter_is_different() -> None:
         fastvlm.patch(model)
         assert fastvlm.check(model, batch, **WITHOUT).ok
         layer = next(m for n, m in model.named_modules() if n.endswith("q_proj"))
-        planted_faults.planted(layer, lambda own, x, base=layer.base_layer: base(x))
+        faults.planted(layer, lambda own, x, base=layer.base_layer: base(x))
         result = fastvlm.check(model, batch, **WITHOUT)
         assert {"training loss"} < {v.what for v in result.different}
 
@@ -92,7 +92,7 @@ def test_what_fails_with_fastvlm_alone_is_different() -> None:
     def fails(own: Any, *args: Any, **kwargs: Any) -> Any:
         raise IndexError("of the patched side")
 
-    planted_faults.planted(model.model.decoder.layers[0], fails)
+    faults.planted(model.model.decoder.layers[0], fails)
     result = fastvlm.check(model, batch)
     assert not result.ok
     assert all("IndexError: of the patched side" in v.detail for v in result.different)
