@@ -33,8 +33,6 @@ class Marks:
     unknown: a compiled part did, which notes no names: each note would be a guard of its graph.
     """
 
-    __slots__ = ("attentions", "layers", "unknown")
-
     def __init__(self) -> None:
         self.attentions: set[int] = set()
         self.layers: set[int] = set()
@@ -54,7 +52,7 @@ class Layouts:
     packed: the whole stack runs on the tokens alone: hidden states are [1, tokens, d], the
         encoder's states too, and padding is neither computed nor differentiated.
     static: of a call with transformers' StaticCache, which has no layouts.
-    marks: who took them.
+    marks: who took them; None where nobody counts (a static cache, whose mask goes along).
     """
 
     rows: Layout | None = None
@@ -63,7 +61,7 @@ class Layouts:
     fused_self: bool = True
     packed: bool = False
     static: Static | None = None
-    marks: Marks = field(default_factory=Marks)
+    marks: Marks | None = field(default_factory=Marks)
 
     @property
     def has_cross(self) -> bool:
@@ -105,7 +103,7 @@ class Layouts:
 def taken(kwargs: dict[str, Any], attention: Any) -> Layouts | None:
     """Take what a stack hands down to an attention out of its keyword arguments, and say so."""
     layouts: Layouts | None = kwargs.pop(KEYWORD, None)
-    if layouts is not None:
+    if layouts is not None and layouts.marks is not None:
         if torch.compiler.is_compiling():
             layouts.marks.unknown = True
         else:
@@ -116,7 +114,8 @@ def taken(kwargs: dict[str, Any], attention: Any) -> Layouts | None:
 def entered(kwargs: Mapping[str, Any], layer: Any) -> Layouts | None:
     """What a stack hands down to a layer, which says so."""
     layouts: Layouts | None = kwargs.get(KEYWORD)
-    if layouts is not None and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if layouts is not None and layouts.marks is not None and not compiling:
         layouts.marks.layers.add(id(layer))
     return layouts
 

@@ -84,7 +84,8 @@ class _Stack(Host):
 
     def _settled(self, output: Any, layouts: Layouts) -> Any:
         """The output of a call in which every attention took its layouts, zeros at padding."""
-        check_taken(self, layouts.marks, layouts.has_cross)
+        if layouts.marks is not None:
+            check_taken(self, layouts.marks, layouts.has_cross)
         return zero_padding(output, layouts)
 
     def _pack_ids(self, arguments: dict[str, Any], layouts: Layouts) -> None:
@@ -312,7 +313,7 @@ class DecoderStack(_Stack):
         """Fill in the arguments of a call with a static cache; False for transformers' own path."""
         arguments["attention_mask"] = call.attention_mask
         if not self.has_cross_attention:
-            arguments[KEYWORD] = Layouts(static=static.Static(None))
+            arguments[KEYWORD] = Layouts(static=static.Static(None), marks=None)
             return True
         states, mask = call.encoder_states, call.encoder_mask
         batch = _grid(call.input_ids, call.inputs_embeds)[0]
@@ -322,7 +323,7 @@ class DecoderStack(_Stack):
         arguments["encoder_hidden_states"] = states
         arguments["encoder_attention_mask"] = self.no_cross_mask()
         reads = static.readers(batch, states, mask, call.readers)
-        arguments[KEYWORD] = Layouts(static=static.Static(reads))
+        arguments[KEYWORD] = Layouts(static=static.Static(reads), marks=None)
         return True
 
     def _plan(self, past: Any) -> Any:
