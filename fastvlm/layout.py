@@ -69,6 +69,7 @@ class Layout:
         one image. num_tokens, num_kv_tokens: Tq and Tk.
     reads_itself: segment s reads image s, of its own length: what self-attention needs.
     q_padding, kv_padding: the padded grids the rows came from; None for a batch packed from birth.
+    kv_lengths [I], images [S]: the lengths of the images and image_of, on the host.
 
     Zero-length segments, images that nobody reads and one segment per image are all valid.
     """
@@ -85,6 +86,8 @@ class Layout:
     num_tokens: int
     num_kv_tokens: int
     reads_itself: bool
+    kv_lengths: tuple[int, ...]
+    images: tuple[int, ...]
     q_padding: Padding | None = None
     kv_padding: Padding | None = None
 
@@ -228,7 +231,7 @@ class Layout:
 
         ValueError where segments share an image: those arguments cannot say so.
         """
-        if not torch.equal(self.image_of.cpu(), torch.arange(self.num_images, dtype=torch.int32)):
+        if self.images != tuple(range(self.num_images)):
             raise _fail("image_of", "one segment per image, in order", self.image_of)
         return {
             "cu_seq_lens_q": self.q_offsets,
@@ -351,6 +354,8 @@ def _build(q: list[int], kv: list[int], images: list[int], device: torch.device)
         num_tokens=sum(q),
         num_kv_tokens=sum(kv),
         reads_itself=q == kv and images == list(range(len(q))),
+        kv_lengths=tuple(kv),
+        images=tuple(images),
     )
 
 

@@ -114,7 +114,7 @@ def count_step(name: str, config: FlorenzConfig, side: str, work: Decoding) -> R
                 with counter.Traffic(backends):
                     stack.enter_context(steps.generating(model, x.scores))
             part("head", lambda: steps.head(model, h, x.scores))
-        part("reorder", lambda: x.cache.reorder_cache(x.order))
+        part("reorder", lambda: steps.reorder(x))
     return record
 
 

@@ -23,6 +23,7 @@ import fastvlm
 from benchmarks.traffic.counter import DEVICE
 from benchmarks.traffic.inputs import Decoding, fill, without_values
 from fastvlm import layout as layouts
+from fastvlm.decoding.cache import in_groups
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
 from fastvlm.patching.generation import forward_of
 
@@ -90,7 +91,13 @@ def prefill(model: Any, x: Inputs, work: Decoding) -> None:
             past_key_values=x.cache, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         states(model, x)
-    x.cache.reorder_cache(x.order)
+    reorder(x)
+
+
+def reorder(x: Inputs) -> None:
+    """The beams of each image change places, as beam search says to a patched model."""
+    with in_groups(x.cache):
+        x.cache.reorder_cache(x.order)
 
 
 def states(model: Any, x: Inputs) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastvlm.checks import describe
-from fastvlm.compat import hf
+from fastvlm.compat import hf, pytorch
 from fastvlm.layout import Layout, Padding
 from fastvlm.nn.linear import original
 
@@ -45,6 +45,7 @@ class Readers:
         self.layout: Layout | None = None
         self.image_of: Tensor | None = None
         self._mask: Tensor | None = None  # of the encoder, known to be the prefill's
+        self._version: int | None = None  # of what is in it
         self._steps: dict[tuple[int, int], Layout] = {}
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -65,37 +66,41 @@ class Readers:
         that its rows read. ValueError where the two do not fit the cache.
         """
         found = self._steps.get((batch, length))
-        if found is not None and mask is self._mask:
+        version = None if mask is None else pytorch.version_of(mask)
+        if found is not None and mask is self._mask and version == self._version:
             return found
         layout = self.layout
         assert layout is not None
         rows = self._rows(layout, batch, image_of)
         self._check(layout, rows, mask)
-        self._mask = mask
+        self._mask, self._version = mask, version
         if found is None:
-            lengths = layout.kv_offsets.diff()
+            lengths = layout.kv_lengths
             found = Layout.from_lengths([length] * batch, lengths, rows, device=layout.device)
             grid = Padding(batch, length, None)
             found = replace(found, q_padding=grid, kv_padding=layout.kv_padding)
             self._steps[batch, length] = found
         return found
 
-    def _rows(self, layout: Layout, batch: int, image_of: Tensor | None) -> Tensor:
-        rows = self.image_of
+    def _rows(
+        self, layout: Layout, batch: int, image_of: Tensor | None
+    ) -> Tensor | tuple[int, ...]:
+        """The image of each row: on the host while rows are as they were, so that no step waits."""
+        rows: Tensor | tuple[int, ...] | None = self.image_of
         if rows is None:
-            rows = layout.image_of.long() if image_of is None else image_of
+            rows = layout.images if image_of is None else image_of
             images = layout.num_images
-            if rows.shape[0] != batch and image_of is None and images and batch % images == 0:
+            if len(rows) != batch and image_of is None and images and batch % images == 0:
                 # consecutive rows read one image, as transformers expands a batch
-                rows = torch.arange(batch, device=layout.device) // (batch // images)
-        if rows.shape[0] != batch:
+                rows = tuple(row // (batch // images) for row in range(batch))
+        if len(rows) != batch:
             raise ValueError(
-                f"fastvlm: input_ids must have {rows.shape[0]} rows, as the cross-attention cache "
+                f"fastvlm: input_ids must have {len(rows)} rows, as the cross-attention cache "
                 f"has; got {batch}"
             )
         return rows
 
-    def _check(self, layout: Layout, rows: Tensor, mask: Tensor | None) -> None:
+    def _check(self, layout: Layout, rows: Tensor | tuple[int, ...], mask: Tensor | None) -> None:
         grid = layout.kv_padding
         if grid is None or layout.device.type == "meta":
             return
@@ -106,7 +111,7 @@ class Readers:
         given = torch.ones_like(kept) if mask is None else mask != 0
         same = given.shape == kept.shape and torch.equal(given, kept)
         if not same or self.image_of is not None:
-            each = kept[rows]
+            each = kept[torch.as_tensor(rows, device=kept.device)]
             count = len(given)
             if count and each.shape[0] % count == 0:
                 given = given.repeat_interleave(each.shape[0] // count, 0)

@@ -146,5 +146,5 @@ def _choose_layer(module: Any) -> Swap | str:
 
 
 RULES = (Rule(("norm",), has(*_PARTS, *_NORMS), _choose_layer), *t5gemma.RULES)
-KNOWN = ("fastvlm.florenz", *gemma2.KNOWN)
+KNOWN = ("fastvlm.florenz", *gemma2.KNOWN, *t5gemma.KNOWN)
 STACKS = (StackRule(_is_stack, _choose_stack, RULES, known=KNOWN),)
