@@ -302,6 +302,7 @@ class _Look:
         bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
         self.forwards = [(base, base.forward) for base in bases]
         self.configs = configs_of(stack, stack.attentions)
+        self.last = self.found  # with what lies outside of the stack
 
     def is_of(self, stack: Any) -> bool:
         return self.stack() is stack
@@ -355,7 +356,19 @@ def _looked_at(stack: Any) -> Interposed:
         if reason is not None and (type(stack), reason) not in _told:
             _told.add((type(stack), reason))
             warnings.warn(f"fastvlm: {type(stack).__name__} runs {instead}: {reason}", stacklevel=4)
+    known.last = found
     return found
+
+
+def interposed_at_last(stack: Any) -> Interposed:
+    """The same for a call that is one graph: as the last call that was not compiled found it.
+
+    A hook that comes after that, or a model of which no call was, goes unseen.
+    """
+    if not torch.compiler.is_compiling():
+        return interposed(stack)
+    known: _Look | None = getattr(stack, _LOOK, None)
+    return NOTHING if known is None else known.last
 
 
 def check_taken(stack: Any, marks: Any, cross: bool) -> None:

@@ -28,7 +28,13 @@ from fastvlm.decoding import rows as kept
 from fastvlm.layout import Layout
 from fastvlm.patching import static
 from fastvlm.patching.embedded import embeds_alike
-from fastvlm.patching.interposed import NOTHING, Interposed, check_taken, interposed
+from fastvlm.patching.interposed import (
+    NOTHING,
+    Interposed,
+    check_taken,
+    interposed,
+    interposed_at_last,
+)
 from fastvlm.patching.layouts import (
     KEYWORD,
     READERS,
@@ -262,7 +268,7 @@ class DecoderStack(_Stack):
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
         asks = wants_attentions(self, kwargs)
-        fixed = not asks and static.knows(call.past, self.has_cross_attention)
+        fixed = not asks and self._fixed(call.past)
         if not (asks or fixed):
             if call.past is None and self._wants_cache(use_cache):
                 encodes = call.encoder_states is not None or self.config.is_encoder_decoder
@@ -308,6 +314,14 @@ class DecoderStack(_Stack):
         self._pack_ids(arguments, layouts)
         arguments[KEYWORD] = layouts
         return self._settled(super().forward(**arguments), layouts)
+
+    def _fixed(self, past: Any) -> bool:
+        """Whether the patched attention reads this static cache, and nothing stands in its way."""
+        if not static.knows(past, self.has_cross_attention):
+            return False
+        # with keys of an image once for all its rows, it goes on as it began
+        begun = self.has_cross_attention and static.is_shared(past.cross_attention_cache)
+        return begun or interposed_at_last(self).unfused is None
 
     def _static(self, call: Call, arguments: dict[str, Any]) -> bool:
         """Fill in the arguments of a call with a static cache; False for transformers' own path."""

@@ -59,15 +59,16 @@ def knows(past: Any, has_cross_attention: bool) -> bool:
         return True
     cross = past.cross_attention_cache
     # filled by transformers' own path, with a row for each reader
-    return _is_static(cross) and (_is_shared(cross) or not hf.cross_is_filled(past))
+    return _is_static(cross) and (is_shared(cross) or not hf.cross_is_filled(past))
 
 
 def _is_static(cache: Any) -> bool:
     return type(cache) is StaticCache and not hf.is_offloaded(cache)
 
 
-def _is_shared(cross: Cache) -> bool:
-    return all(type(layer) is SharedStaticLayer for layer in cross.layers)
+def is_shared(cross: Cache) -> bool:
+    """Whether a cross-attention cache holds an image once, whatever the number of its readers."""
+    return bool(cross.layers) and all(type(layer) is SharedStaticLayer for layer in cross.layers)
 
 
 def share(past: EncoderDecoderCache, length: int) -> None:
@@ -79,7 +80,7 @@ def share(past: EncoderDecoderCache, length: int) -> None:
     cross = past.cross_attention_cache
     lengths = [layer.max_cache_len for layer in cross.layers]
     room = min(lengths) if lengths else 0
-    if _is_shared(cross) and length <= room:
+    if is_shared(cross) and length <= room:
         return
     if hf.cross_is_filled(past):
         raise ValueError(

@@ -318,6 +318,8 @@ def test_an_attention_function_of_the_users_is_called(
         warnings.simplefilter("always")
         assert_the_same(numbers(model, batch), want)
         assert torch.equal(generate(model.eval(), inputs, num_beams=2), tokens)
+        fixed = generate(model, inputs, num_beams=2, cache_implementation="static")
+        assert torch.equal(fixed, tokens)
     if when == "after":
         assert any("'mine' is not one of transformers' own" in str(w.message) for w in told)
 
@@ -361,3 +363,22 @@ def test_quantization_of_a_patched_model_is_refused() -> None:
     fastvlm.unpatch(model)
     small = quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert "Dynamic" in repr(small.model.decoder.layers[0].fc1)
+
+
+@pytest.mark.parametrize("name", ["bart", "gemma2"])
+def test_a_hook_is_called_with_a_static_cache(name: str) -> None:
+    def silences(module: nn.Module, arguments: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    usual = generate(model, inputs, cache_implementation="static")
+    fastvlm.patch(model)
+    attention = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn"))
+    hook = attention.register_forward_hook(silences)
+    with pytest.warns(UserWarning, match="hook"):
+        got = generate(model, inputs, cache_implementation="static")
+    fastvlm.unpatch(model)
+    assert torch.equal(generate(model, inputs, cache_implementation="static"), got)
+    hook.remove()
+    assert not torch.equal(usual, got)
