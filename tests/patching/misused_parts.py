@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from typing import Any
 
 import torch
 from misuses import (
@@ -12,11 +15,13 @@ from misuses import (
     decoder_layers,
     last_projection,
     logits,
+    tokens,
     trained,
     use,
 )
 from models import VOCAB
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 
 @use
@@ -147,3 +152,152 @@ def scale_changed_after_patch(s: Scene) -> Results:
         if isinstance(getattr(module, "scaling", None), float):
             module.scaling = module.scaling * 2
     return {**found, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def hooks_after_the_first_call(s: Scene) -> Results:
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    parent, name = last_projection(s.model)
+    handle = getattr(parent, name).register_forward_hook(lambda m, a, out: out * 1.5)
+    found = {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+    handle.remove()
+    return {**first, **found, **both(s.model.eval(), s.prompt, "-after")}
+
+
+@use
+def hook_on_a_whole_layer(s: Scene) -> Results:
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+
+    def double(module: nn.Module, args: Any, out: Any) -> Any:
+        return (out[0] * 1.2, *out[1:]) if isinstance(out, tuple) else out * 1.2
+
+    handle = decoder_layers(s.model)[0].register_forward_hook(double)
+    found = {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+    handle.remove()
+    return {**first, **found, **both(s.model.eval(), s.prompt, "-after")}
+
+
+@use
+def weight_norm_after_patch(s: Scene) -> Results:
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    parent, name = last_projection(s.model)
+    parametrizations.weight_norm(getattr(parent, name))
+    with torch.no_grad():
+        getattr(parent, name).parametrizations.weight.original0.mul_(1.5)
+    return {**first, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def pruned_after_patch(s: Scene) -> Results:
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    parent, name = last_projection(s.model)
+    prune.l1_unstructured(getattr(parent, name), "weight", amount=0.5)
+    found = {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+    prune.remove(getattr(parent, name), "weight")
+    return {**first, **found, **both(s.model.eval(), s.prompt, "-after")}
+
+
+@use
+def frozen_in_the_middle_of_training(s: Scene) -> Results:
+    s.put_in(s.model)
+    s.model.train()
+    first = trained(s.model, s.batch, " first")
+    s.model.get_input_embeddings().weight.requires_grad_(False)
+    for parameter in decoder_layers(s.model)[0].parameters():
+        parameter.requires_grad_(False)
+    second = trained(s.model, s.batch, " frozen")
+    for parameter in s.model.parameters():
+        parameter.requires_grad_(True)
+    return {**first, **second, **trained(s.model, s.batch, " again")}
+
+
+@use
+def pickled_patched(s: Scene) -> Results:
+    s.put_in(s.model)
+    tokens(s.model, s.prompt)
+    twin = pickle.loads(pickle.dumps(s.model))
+    buffer = io.BytesIO()
+    torch.save(s.model, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=False)
+    return {**both(twin, s.prompt), **trained(saved.train(), s.batch)}
+
+
+@use
+def replicas_that_share_weights(s: Scene) -> Results:
+    """As DataParallel's: shallow copies of modules, with the parameters of one."""
+    s.put_in(s.model)
+
+    def replica(module: nn.Module) -> nn.Module:
+        twin = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else replica(child)
+        twin._parameters = dict(module._parameters)
+        return twin
+
+    twin = replica(s.model)
+    return {**both(twin, s.prompt), "loss": twin.train()(**s.batch).loss.detach(),
+            **trained(s.model.train(), s.batch)}  # fmt: skip
+
+
+@use
+def checkpointing_toggled(s: Scene) -> Results:
+    s.put_in(s.model)
+    s.model.train()
+    found = trained(s.model, s.batch)
+    s.model.gradient_checkpointing_enable({"use_reentrant": False})
+    found |= trained(s.model, s.batch, " checkpointed")
+    s.model.gradient_checkpointing_disable()
+    found |= trained(s.model, s.batch, " again")
+    return {**found, **both(s.model.eval(), s.prompt)}
+
+
+@use
+def weights_moved_in_place_between_calls(s: Scene) -> Results:
+    s.put_in(s.model)
+    found = both(s.model, s.prompt, "-before")
+    with torch.no_grad():
+        for parameter in s.model.parameters():
+            parameter.data = parameter.data * 1.1
+    found |= both(s.model, s.prompt)
+    vector = nn.utils.parameters_to_vector(s.model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector * 0.95, s.model.parameters())
+    return {**found, **both(s.model, s.prompt, "-vector"), **trained(s.model.train(), s.batch)}
+
+
+@use
+def loss_of_a_model_that_shares_a_decoder(s: Scene) -> Results:
+    """Two models over the same parts: one is patched, the other is not."""
+    twin = copy.copy(s.model)
+    twin._modules = dict(s.model._modules)
+    s.put_in(s.model)
+    found = {**both(s.model, s.prompt), **both(twin, s.prompt, " twin")}
+    found |= trained(twin.train(), s.batch, " twin")
+    return {**found, **trained(s.model.train(), s.batch)}
+
+
+@use
+def a_layer_put_in_that_was_never_patched(s: Scene) -> Results:
+    layers = decoder_layers(s.model)
+    twin = copy.deepcopy(layers[-1])
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.1)
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    layers[-1] = twin
+    return {**first, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def activation_replaced_after_patch(s: Scene) -> Results:
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    for layer in decoder_layers(s.model):
+        owner, name = (layer, "activation_fn") if s.encodes else (layer.mlp, "act_fn")
+        setattr(owner, name, nn.ReLU())
+    return {**first, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
