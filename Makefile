@@ -15,6 +15,8 @@ MODEL  ?=
 IMAGE  ?=
 OUT    ?=
 ARGS   ?=
+# which of the tests that take turns (marker turns) run; all of them: pytest without --turn
+TURN   ?= 0
 
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
@@ -27,7 +29,7 @@ demo: build
 	  $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.emulator build
-	OMP_WAIT_POLICY=PASSIVE $(RUN) pytest -n auto --maxprocesses 4 $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) pytest -n auto --maxprocesses 4 --turn $(TURN) $(ARGS)
 
 # every case of the Triton kernels, executed by an emulator, without a GPU
 test-triton: $(VENV)/.dev $(VENV)/.emulator build

@@ -55,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="part I, from 0, of all that is selected, cut into N",
     )
     parser.addoption(
+        "--turn",
+        type=int,
+        metavar="I",
+        help="of the tests marked turns(n) only every nth, the Ith of them, from 0",
+    )
+    parser.addoption(
         "--spread",
         action="store_true",
         help="one in twelve of all tests first, then the next: what the time allows is a sample",
@@ -114,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Where there is a GPU the cases of an op's tests run on it, else in an emulator.
     """
     missing = {name: why() for name, why in EMULATORS.items()}
-    share = config.getoption("--share")
+    share, turn = config.getoption("--share"), config.getoption("--turn")
     kept, left_out = [], []
     for item in items:
         parameters = getattr(item, "callspec", None)
@@ -136,6 +142,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = not quick or number % 12 == 0
         if share is not None:
             wanted &= number % share[1] == share[0]
+        turns = item.get_closest_marker("turns")
+        if turns is not None and turn is not None:
+            wanted &= (number - turn) % turns.args[0] == 0
         (kept if wanted else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

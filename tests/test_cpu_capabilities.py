@@ -32,6 +32,7 @@ PYTORCH = {
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("capability", LESSER[:-1])
 def test_a_lesser_capability(capability: str) -> None:
     """The tests of the kernels once more, in a process that is held to it."""

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,7 @@ def test_a_share_of_the_tests_and_what_a_gpu_would_run(tmp_path: Path) -> None:
         return {line for line in done.stdout.splitlines() if "::" in line}
 
     full = collected("-m", "triton", "--triton", "full")
-    halves = [collected("-m", "triton", "--triton", "full", "--share", f"{i}/2") for i in range(2)]
-    assert set.union(*halves) == full
-    assert sum(map(len, halves)) == len(full) > 3
+    half = collected("-m", "triton", "--triton", "full", "--share", "0/2")
+    assert half < full
+    assert half == {test for test in full if zlib.crc32(test.encode()) % 2 == 0} != set()
     assert collected("-m", "gpu", "--as-on-gpu", "--spread") == full

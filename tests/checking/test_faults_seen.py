@@ -42,6 +42,7 @@ CASES = [
 ]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("fault", "name", "settings", "what"),
     [

@@ -73,6 +73,7 @@ def alone(
     return tokens, float(steps[0, : len(tokens)].mean())
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_and_scores_are_those_of_separate_calls(
     told: Speaker, plain: Speaker, case: str

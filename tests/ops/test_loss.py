@@ -24,6 +24,7 @@ def labels_for(rows: int, vocabulary: int, ignored: float) -> torch.Tensor:
     return labels.masked_fill(torch.rand(rows) < ignored, -100) if ignored else labels
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("scale", [1.0, 6.0], ids=["flat", "confident"])
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["nocap", "cap"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])

@@ -159,6 +159,7 @@ def same(got: Any, want: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_compiles_as_one_graph(name: str, dynamic: bool) -> None:

@@ -80,6 +80,7 @@ def watched(run: Any) -> list[Any]:
     return seen
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop_at", [4, 9], ids=["first-epoch", "second-epoch"])
 def test_the_trainer_sees_all_and_resumes_in_the_middle(

@@ -383,6 +383,7 @@ def test_a_frozen_tower_keeps_nothing_for_a_backward_pass() -> None:
     assert not saved
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_without_a_break(dynamic: bool) -> None:
     torch._dynamo.reset()

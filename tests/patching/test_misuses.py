@@ -49,6 +49,7 @@ CASES = [
 ]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(("use", "name"), CASES, ids=lambda value: value)
 def test_gives_what_it_gives_without_fastvlm(use: str, name: str) -> None:
     eps = torch.finfo(torch.bfloat16 if use in NARROW else torch.float32).eps

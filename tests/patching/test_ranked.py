@@ -79,6 +79,7 @@ def both(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> tuple[
         return expected, generate(model, inputs, **settings)
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("beams", BEAMS)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_same_tokens(settings: str, beams: str, family: Family, ranked: list[int]) -> None:
@@ -328,10 +329,10 @@ def test_pickled_and_in_two_threads(ranked: list[int]) -> None:
 def test_a_compiled_forward_has_logits(ranked: list[int]) -> None:
     model = bart()
     inputs = FAMILIES["bart"].inputs(model)
-    expected = generate(model, inputs, num_beams=2, max_new_tokens=4)
+    expected = generate(model, inputs, num_beams=2, max_new_tokens=3)
     fastvlm.patch(model)
     model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(generate(model, inputs, num_beams=2, max_new_tokens=4), expected)
+    assert torch.equal(generate(model, inputs, num_beams=2, max_new_tokens=3), expected)
 
 
 def test_streamers_and_the_reference(ranked: list[int]) -> None:

@@ -116,11 +116,12 @@ def whole(model: nn.Module, inputs: dict[str, Tensor], backend: Any) -> Tensor:
 
 
 # how generate() compiles is every family's own; the other ways differ by the kind of decoder
-RUNS = [(automatic, name) for name in OURS]
+RUNS = [(automatic, name) for name in OURS if name != "mbart"]
 RUNS += [(sampled, name) for name in ("bart", "t5gemma")]
-RUNS += [(whole, name) for name in ("florence2", "gemma2", "florenz")]
+RUNS += [(whole, name) for name in ("florence2", "gemma2")]
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(("run", "name"), RUNS, ids=lambda x: getattr(x, "__name__", x))
 def test_compiles_to_the_graphs_that_transformers_compiles_to(run: Any, name: str) -> None:
     family = FAMILIES[name]
@@ -135,6 +136,7 @@ def test_compiles_to_the_graphs_that_transformers_compiles_to(run: Any, name: st
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("name", ["bart", "gemma2"])
 def test_inductor(name: str) -> None:
     model = FAMILIES[name].build()

@@ -80,6 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("name", ["bart", "t5gemma"])
 def test_the_trainer_of_transformers(name: str, case: str, tmp_path: Path) -> None:
@@ -199,6 +200,7 @@ def test_frozen_parts_get_no_gradient() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("name", ["bart", "gemma2", "t5gemma"])
 def test_layers_compile_as_one_graph(name: str) -> None:
     """No graph break in a layer, packed, forward and backward; new lengths need no new graph."""

@@ -212,6 +212,7 @@ def test_bad_weights_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2)
 def test_compiles_with_a_break_at_each_layer(storage: str) -> None:
     torch._dynamo.reset()
     model = models.bart()
