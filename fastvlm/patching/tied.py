@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastvlm.compat import pytorch
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.classes import is_patched, unpatched_class
 from fastvlm.patching.loss_request import LossRequest, loss_request
@@ -103,23 +105,41 @@ class _Lookup(torch.autograd.Function):
         return None, None, None, None, None
 
 
+# whether the last call of an embedding that trains looked rows up in a table that the head shares
+_SHARED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 class TiedEmbedding(Host):
     """A token embedding whose weight is the head's."""
 
     def forward(self, input: Tensor) -> Tensor:
+        rows: Tensor
+        if torch.compiler.is_compiling():
+            rows = super().forward(input)
+            return rows
         request = loss_request()
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         # on CUDA the sum of many rows of 16 bits is PyTorch's business: it adds in float32
         narrow = self.weight.is_cuda and self.weight.dtype.itemsize < 4
-        if request is None or not trains or narrow or not is_plain(self, self._fastvlm_base):
-            out: Tensor = super().forward(input)
-            return out
+        shares = trains and not narrow and is_plain(self, self._fastvlm_base)
         padding = -1 if self.padding_idx is None else self.padding_idx
+        if request is None and pytorch.in_backward():
+            # a checkpoint computes the call again, when its request is gone
+            if shares and _SHARED.get(self):
+                rows = _Lookup.apply(
+                    self.weight, input, factor_of(self), padding, _SharedGradient()
+                )
+                return rows
+        elif trains:
+            _SHARED[self] = shares and request is not None
+        if request is None or not shares:
+            rows = super().forward(input)
+            return rows
         if request.table is None or request.table[0] is not self.weight:
             shared = _SharedGradient()
             request.table = self.weight, _Table.apply(self.weight, shared), shared
         _, table, shared = request.table
-        rows: Tensor = _Lookup.apply(table, input, factor_of(self), padding, shared)
+        rows = _Lookup.apply(table, input, factor_of(self), padding, shared)
         return rows
 
 
