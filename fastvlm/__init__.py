@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fastvlm.checking.result import Check
     from fastvlm.decoding.caption import Caption, caption
     from fastvlm.layout import Layout
+    from fastvlm.loading.errors import LoadError
+    from fastvlm.loading.load import Loaded, load
     from fastvlm.ops.dispatch import use
     from fastvlm.patching.log_probs import log_prob_change
     from fastvlm.patching.patch import PatchError, patch, patched, unpatch
@@ -25,9 +27,12 @@ __all__ = [
     "Captioner",
     "Check",
     "Layout",
+    "LoadError",
+    "Loaded",
     "PatchError",
     "caption",
     "check",
+    "load",
     "log_prob_change",
     "nn",
     "ops",
@@ -43,6 +48,8 @@ _HOME = {
     "Check": "fastvlm.checking.result",
     "check": "fastvlm.checking.check",
     "Layout": "fastvlm.layout",
+    "LoadError": "fastvlm.loading.errors",
+    **dict.fromkeys(("Loaded", "load"), "fastvlm.loading.load"),
     "use": "fastvlm.ops.dispatch",
     "log_prob_change": "fastvlm.patching.log_probs",
     **dict.fromkeys(("PatchError", "patch", "patched", "unpatch"), "fastvlm.patching.patch"),

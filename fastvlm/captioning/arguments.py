@@ -69,9 +69,14 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="ID_OR_FOLDER",
-        help="real weights: a Florence-2, or a folder with a Florenz model, its processor and, "
-        "below it, decoder_tokenizer (default: Florence-2-base's true shapes with random weights, "
-        "whose text means nothing)",
+        help="real weights: a Florence-2 of Microsoft's or transformers' layout, or a Florenz "
+        "model, with its processor and, below it, decoder_tokenizer (default: Florence-2-base's "
+        "true shapes with random weights, whose text means nothing)",
+    )
+    parser.add_argument(
+        "--processor",
+        metavar="ID_OR_FOLDER",
+        help="of images and prompts, where it does not lie beside the model",
     )
     parser.add_argument(
         "--tokenizer",

@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--device", "a device that is there", "cuda (PyTorch sees no GPU)")
     if args.small and args.model is not None:
         raise UsageError("--small", "no --model beside it", args.model)
-    if args.tokenizer is not None and args.model is None:
-        raise UsageError("--tokenizer", "--model beside it", args.tokenizer)
+    for name in ("tokenizer", "processor"):
+        if getattr(args, name) is not None and args.model is None:
+            raise UsageError(f"--{name}", "--model beside it", getattr(args, name))
     if args.out is None:
         if args.sources:
             raise UsageError("SOURCE", "--out beside it (a few photos: --image)", args.sources[0])
@@ -62,7 +63,7 @@ def _load(args: argparse.Namespace, device: str) -> Loaded:
     dtype = getattr(torch, args.dtype)
     if args.model is None:
         return models.random(args.small, device, dtype)
-    return models.pretrained(args.model, args.tokenizer, device, dtype)
+    return models.pretrained(args.model, args.tokenizer, device, dtype, args.processor)
 
 
 def _asked(args: argparse.Namespace, languages: list[str] | None, florenz: bool) -> list[Question]:

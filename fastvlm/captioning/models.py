@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvlm.compat import hf
 from fastvlm.demo import workload
 from fastvlm.demo.arguments import UsageError
+from fastvlm.loading.errors import LoadError, first_line
+from fastvlm.loading.load import load
 
 RANDOM = "The weights are random, so the text means nothing. With --model real weights write it."
 
@@ -38,49 +39,28 @@ def pretrained(
     tokenizer_id: str | None,
     device: str,
     dtype: torch.dtype = torch.float32,
+    processor_id: str | None = None,
 ) -> Loaded:
-    """A Florence-2 or Florenz checkpoint with its processor; UsageError where it does not load."""
-    from transformers import PreTrainedConfig
-
+    """A Florence-2 or Florenz checkpoint of any layout; UsageError where it does not load."""
+    wanted = "a Florence-2 or Florenz model id or folder"
     try:
-        kind = PreTrainedConfig.get_config_dict(model_id)[0].get("model_type")
-        load = _florenz if kind == "florenz" else _florence2
-        model, processor, tokenizer = load(model_id, tokenizer_id, dtype)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        wanted = "a Florence-2 or Florenz model id or folder, with its processor"
+        found = load(model_id, dtype=dtype, processor=processor_id, tokenizer=tokenizer_id)
+    except (LoadError, ImportError) as error:
+        reason = error.problem if isinstance(error, LoadError) else first_line(error)
         raise UsageError("--model", wanted, f"{model_id} ({reason})") from None
-    # of a hub's checkpoint the commit; a folder has none
-    revision = hf.commit_of(model.config)
-    model = model.eval().to(device)
-    return Loaded(model, processor, tokenizer, Path(model_id).name, True, model_id, revision)
-
-
-def _florence2(model_id: str, tokenizer_id: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    from transformers import AutoProcessor, Florence2ForConditionalGeneration
-
-    if tokenizer_id is not None:
+    kind = found.model.config.model_type
+    if kind not in ("florence2", "florenz"):
+        raise UsageError("--model", wanted, f"{model_id}, a {kind}")
+    if tokenizer_id is not None and kind != "florenz":
         raise UsageError("--tokenizer", "a Florenz model beside it", tokenizer_id)
-    processor = AutoProcessor.from_pretrained(model_id)
-    return (
-        Florence2ForConditionalGeneration.from_pretrained(model_id, dtype=dtype),
-        processor,
-        None,
-    )
-
-
-def _florenz(model_id: str, tokenizer_id: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    from transformers import AutoTokenizer, Florence2Processor
-
-    from fastvlm.florenz import FlorenzForConditionalGeneration
-
-    model = FlorenzForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
-    processor = Florence2Processor.from_pretrained(model_id)
-    if tokenizer_id is None:
-        tokenizer = AutoTokenizer.from_pretrained(model_id, subfolder="decoder_tokenizer")
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_id)
-    return model, processor, tokenizer
+    if found.processor is None:
+        raise UsageError("--processor", "one, as none lies beside the model", "none")
+    if found.tokenizer is None and kind == "florenz":
+        raise UsageError("--tokenizer", "one, as none lies beside the model", "none")
+    model = found.model.to(device)
+    name = Path(model_id).name
+    # of a hub's checkpoint the commit; a folder has none
+    return Loaded(model, found.processor, found.tokenizer, name, True, model_id, found.commit)
 
 
 def random(small: bool, device: str, dtype: torch.dtype = torch.float32) -> Loaded:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +11,12 @@ from torch import Tensor
 
 import fastvlm
 from fastvlm.demo.arguments import UsageError
+from fastvlm.loading.errors import LoadError, first_line
+from fastvlm.loading.load import load
 
 TASKS = ("<CAPTION>", "<MORE_DETAILED_CAPTION>")  # Florence-2's processor spells them out
 TEXTS = ("What does the image show?", "Describe it.")
 RANDOM_LENGTHS = (12, 7)
-# how the names of a tokenizer's or a processor's files begin
-_FILES = (
-    "tokenizer",
-    "vocab",
-    "spiece",
-    "sentencepiece",
-    "processor_config",
-    "preprocessor_config",
-)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except (ValueError, TypeError) as error:  # PatchError among them
         wanted = "a model that fastvlm.check can run"
-        raise UsageError("--model", wanted, f"{args.model} ({_first_line(error)})") from None
+        raise UsageError("--model", wanted, f"{args.model} ({first_line(error)})") from None
     print(json.dumps(result.as_dict(), indent=1) if args.json else result)
     return result.exit_code
 
@@ -88,15 +80,12 @@ def _random_ids(
 
 
 def _pretrained(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    import transformers
-
     try:
-        kinds = transformers.PretrainedConfig.get_config_dict(args.model)[0]
-        model = _class_of(kinds).from_pretrained(args.model, dtype=torch.float32).eval()
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        wanted = "a model id or folder that transformers can load"
-        raise UsageError("--model", wanted, f"{args.model} ({_first_line(error)})") from None
-    processor = _processor_of(args.model)
+        model, processor = load(args.model, dtype=torch.float32)
+    except (LoadError, ImportError) as error:
+        reason = error.problem if isinstance(error, LoadError) else first_line(error)
+        wanted = "a model id or folder that fastvlm.load takes"
+        raise UsageError("--model", wanted, f"{args.model} ({reason})") from None
     if hasattr(processor, "image_processor"):
         return model, _of_image(args, processor)
     if args.image is not None:
@@ -117,38 +106,6 @@ def _pretrained(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
     return model, {n: v for n, v in found.items() if n != "token_type_ids"}
 
 
-def _class_of(kinds: dict[str, Any]) -> Any:
-    import transformers
-
-    if kinds.get("model_type") == "florenz":
-        from fastvlm.florenz import FlorenzForConditionalGeneration
-
-        return FlorenzForConditionalGeneration
-    names = kinds.get("architectures") or ["no architectures in its config.json"]
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        raise ValueError(f"transformers has no {names[0]}")
-    return found
-
-
-def _processor_of(model_id: str) -> Any:
-    """Its processor or tokenizer; None where it has neither.
-
-    transformers makes an empty tokenizer for a folder without one.
-    """
-    import transformers
-
-    folder = Path(model_id)
-    if folder.is_dir() and not any(path.name.startswith(_FILES) for path in folder.iterdir()):
-        return None
-    for kind in (transformers.AutoProcessor, transformers.AutoTokenizer):
-        try:
-            return kind.from_pretrained(model_id)
-        except (OSError, ValueError, ImportError, KeyError, TypeError):
-            continue
-    return None
-
-
 def _of_image(args: argparse.Namespace, processor: Any) -> dict[str, Tensor]:
     from fastvlm.demo.workload import load_photo
 
@@ -160,8 +117,3 @@ def _of_image(args: argparse.Namespace, processor: Any) -> dict[str, Tensor]:
     return dict(
         processor(text=texts, images=[photo] * len(texts), padding=True, return_tensors="pt")
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -170,6 +170,23 @@ def commit_of(config: Any) -> str | None:
     return commit
 
 
+def set_commit(config: Any, commit: str | None) -> None:
+    """Write down the commit that a config was loaded from, where from_pretrained would."""
+    if commit is not None:
+        config._commit_hash = commit
+
+
+def clip_image_processor() -> Any:
+    """CLIP's image processor that scales with PIL, as transformers 4 does, not with torchvision.
+
+    In older versions it is CLIPImageProcessor, later CLIPImageProcessorPil.
+    """
+    import transformers
+
+    found = getattr(transformers, "CLIPImageProcessorPil", None)
+    return transformers.CLIPImageProcessor if found is None else found
+
+
 def attention_settings(config: Any) -> tuple[dict[str, Any], str] | None:
     """Where a config keeps its implementation of attention: a dict and the key in it; None if not.
 

@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     Florence2Config,
     Florence2ForConditionalGeneration,
 )
@@ -21,6 +19,8 @@ from transformers import (
 from fastvlm.compat import hf
 from fastvlm.decoding.pictures import PictureError, open_picture
 from fastvlm.demo.arguments import UsageError
+from fastvlm.loading.errors import LoadError, first_line
+from fastvlm.loading.load import load
 
 # what Florence-2's preprocessor_config.json says
 IMAGE_SIZE = 768
@@ -184,17 +184,18 @@ def random_workload(
 def pretrained_workload(
     photo: Image.Image, model_id: str, *, beams: int, new_tokens: int, device: str = "cpu"
 ) -> Workload:
-    """Real weights through from_pretrained, the model's own processor, the caption prompt."""
+    """Real weights of any layout, the model's own processor, the caption prompt."""
+    wanted = "a Florence-2 model id or folder, with its processor"
     try:
-        processor = AutoProcessor.from_pretrained(model_id)
-        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=torch.float32)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        wanted = "a Florence-2 model id or folder that transformers can load"
+        found = load(model_id, dtype=torch.float32, device=device)
+    except (LoadError, ImportError) as error:
+        reason = error.problem if isinstance(error, LoadError) else first_line(error)
         raise UsageError("--model", wanted, f"{model_id} ({reason})") from None
-    if not hasattr(getattr(model, "model", None), "multi_modal_projector"):
-        raise UsageError("--model", "a Florence-2 model", f"{model_id}, a {type(model).__name__}")
-    model = model.eval().to(device)
+    model, processor = found
+    if model.config.model_type != "florence2":
+        raise UsageError("--model", wanted, f"{model_id}, a {type(model).__name__}")
+    if processor is None:
+        raise UsageError("--model", wanted, f"{model_id} (no processor lies in it)")
     inputs = processor(text=PROMPT, images=photo, return_tensors="pt").to(device)
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
 
