@@ -330,12 +330,22 @@ def without_look(own: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name != _LOOK}
 
 
+@torch.compiler.assume_constant_result  # what Dynamo takes for False
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 def interposed(stack: Any) -> Interposed:
     """What stands in the way in a patched stack now; says so once.
 
     An exported program is for batches of other sizes and masks than the one it is made with.
     """
     if torch.compiler.is_exporting():
+        if _exports_to_onnx():
+            raise RuntimeError(
+                "fastvlm: torch.onnx.export knows none of fastvlm's ops; call "
+                "fastvlm.unpatch(model) first"
+            )
         return Interposed("torch.export")
     return _looked_at(stack)
 

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -351,6 +352,18 @@ def test_a_trace_of_a_patched_model_is_refused(name: str) -> None:
     if name == "florence2":
         with pytest.raises(RuntimeError, match="cannot be traced"):
             torch.jit.trace(model.model.vision_tower, batch["pixel_values"], strict=False)
+
+
+@pytest.mark.parametrize("name", ["bart", "gemma2"])
+def test_an_export_to_onnx_of_a_patched_model_is_refused(name: str) -> None:
+    model = FAMILIES[name].build().eval()
+    batch = FAMILIES[name].training(model)
+    del batch["labels"]
+    fastvlm.patch(model)
+    exporting = mock.patch("torch.onnx.is_in_onnx_export", return_value=True)
+    for strict in (False, True):  # torch.onnx.export tries both
+        with exporting, pytest.raises(Exception, match=r"fastvlm.unpatch\(model\) first"):
+            torch.export.export(model, (), batch, strict=strict)
 
 
 def test_quantization_of_a_patched_model_is_refused() -> None:
