@@ -7,13 +7,21 @@ small: captions in English and German alone, translations into all six languages
 
 from fastvlm.florenz.world.draw import draw
 from fastvlm.florenz.world.grammar import PREFIXES, Reading, language_of, read, sentence
-from fastvlm.florenz.world.scene import Group, Scene, draw_scene, number_of_scenes, related_scene
+from fastvlm.florenz.world.scene import (
+    Group,
+    Scene,
+    Variety,
+    draw_scene,
+    number_of_scenes,
+    related_scene,
+)
 
 __all__ = [
     "PREFIXES",
     "Group",
     "Reading",
     "Scene",
+    "Variety",
     "draw",
     "draw_scene",
     "language_of",

@@ -17,10 +17,12 @@ from fastvlm.florenz.data.annotations import (
 )
 from fastvlm.florenz.world.draw import draw
 from fastvlm.florenz.world.grammar import FRAMES, sentence
-from fastvlm.florenz.world.scene import Scene, draw_scene, related_scene
+from fastvlm.florenz.world.scene import ALL, Scene, Variety, draw_scene, related_scene
 
 
-def annotations_of_scene(scene: Scene, chance: random.Random) -> list[Annotation]:
+def annotations_of_scene(
+    scene: Scene, chance: random.Random, variety: Variety = ALL
+) -> list[Annotation]:
     """One annotation of each group of pre-training (`fastvlm.florenz.data.GROUPS`).
 
     A caption tells the scene. A translation is of a sentence about another scene that shares a
@@ -32,7 +34,7 @@ def annotations_of_scene(scene: Scene, chance: random.Random) -> list[Annotation
             prompt = marked_prompt(code, "<CAPTION>")
             found.append(Annotation(CAPTION, code, prompt, sentence(scene, code)))
             continue
-        other, frame = related_scene(scene, chance), chance.choice(FRAMES)
+        other, frame = related_scene(scene, chance, variety), chance.choice(FRAMES)
         prompt = marked_prompt(code, TRANSLATE, sentence(other, "en", frame))
         found.append(Annotation(TRANSLATION, code, prompt, sentence(other, code, frame)))
     return found

@@ -171,7 +171,7 @@ def draw(scene: Scene, size: int = 224, *, seed: int = 0) -> Any:
     _draw_group(canvas, scene.first, first, side, scene.relation, chance)
     if scene.second is not None:
         _draw_group(canvas, scene.second, second, side, scene.relation, chance)
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+    return image.reduce(_SUPERSAMPLED)
 
 
 def _draw_group(

@@ -123,15 +123,27 @@ def _phrases(code: str) -> dict[tuple[str, ...], Group]:
     }
 
 
+def texts(language: str) -> Iterator[str]:
+    """Phrases and sentences that hold every word of a language in every form.
+
+    ValueError: a language that there is not.
+    """
+    choice(_OP, "language", language, tuple(LANGUAGES))
+    module = LANGUAGES[language]
+    for group, case in product(all_groups(), module.CASES):
+        yield module.noun_phrase(group, case)
+    second = Group(2, None, "red", "cup")
+    for frame, kind, count in product(FRAMES, KINDS, range(1, MOST + 1)):
+        yield sentence(Scene(Group(count, None, "red", kind)), language, frame)
+    for frame, place, relation in product(FRAMES, (None, *PLACES), RELATIONS):
+        first = Group(1, None, "red", "ball")
+        yield sentence(Scene(first, relation, second, place), language, frame)
+        yield sentence(Scene(second, relation, first, place), language, frame)
+
+
 @cache
 def _vocabulary(code: str) -> frozenset[str]:
-    words = {word for phrase in _phrases(code) for word in phrase}
-    group = Group(1, None, "red", "ball")
-    others = Group(2, None, "red", "cup")
-    for first, second in ((group, others), (others, group)):
-        for frame, place, relation in product(FRAMES, (None, *PLACES), RELATIONS):
-            words.update(_units(sentence(Scene(first, relation, second, place), code, frame)))
-    return frozenset(words)
+    return frozenset(word for text in texts(code) for word in _units(text))
 
 
 def _groups(text: str, code: str) -> Iterator[Group]:

@@ -15,6 +15,7 @@ COLOURS = ("red", "blue", "green", "yellow", "black", "white", "orange", "purple
 SIZES = ("small", "big")
 MOST = 4
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("meadow", "beach", "snow", "street", "night")
 _OP = "florenz.world.Scene"
 
@@ -65,6 +66,13 @@ class Scene:
     def groups(self) -> tuple[Group, ...]:
         return (self.first,) if self.second is None else (self.first, self.second)
 
+    @property
+    def mirrored(self) -> Scene:
+        """The same, told from the other group: a picture does not say which one comes first."""
+        if self.second is None or self.relation is None:
+            return self
+        return Scene(self.second, OPPOSITE[self.relation], self.first, self.place)
+
 
 def number_of_scenes() -> int:
     """How many different scenes there are."""
@@ -74,36 +82,64 @@ def number_of_scenes() -> int:
     return groups * (1 + len(RELATIONS) * others) * (1 + len(PLACES))
 
 
-def draw_group(draw: random.Random, *, without: str | None = None) -> Group:
+@dataclass(frozen=True)
+class Variety:
+    """How much of the world is drawn: the first so many kinds, up to so many equal things, and the
+    shares of scenes with a second group and with a place. Default: all of it.
+
+    ValueError: fewer than two kinds, a number or a share beyond what there is.
+    """
+
+    kinds: int = len(KINDS)
+    most: int = MOST
+    second: float = 0.5
+    place: float = 0.5
+
+    def __post_init__(self) -> None:
+        op = "florenz.world.Variety"
+        for name, least, limit in (("kinds", 2, len(KINDS)), ("most", 1, MOST)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= limit:
+                raise fail(op, name, f"a whole number from {least} to {limit}", value)
+        for name in ("second", "place"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise fail(op, name, "a share from 0 to 1", getattr(self, name))
+
+
+ALL = Variety()
+
+
+def draw_group(draw: random.Random, *, without: str | None = None, variety: Variety = ALL) -> Group:
     """A random group; without: a kind that it may not be of."""
     return Group(
-        draw.choices(range(1, MOST + 1), weights=(8, 4, 2, 1))[0],
+        draw.choices(range(1, variety.most + 1), weights=(8, 4, 2, 1)[: variety.most])[0],
         draw.choice((None, *SIZES)),
         draw.choice(COLOURS),
-        draw.choice([kind for kind in KINDS if kind != without]),
+        draw.choice([kind for kind in KINDS[: variety.kinds] if kind != without]),
     )
 
 
-def draw_scene(draw: random.Random) -> Scene:
-    """A random scene: half of them have two groups, half of them a place."""
-    first = draw_group(draw)
-    scene = Scene(first, place=draw.choice(PLACES) if draw.random() < 0.5 else None)
-    if draw.random() < 0.5:
+def draw_scene(draw: random.Random, variety: Variety = ALL) -> Scene:
+    """A random scene: half of them have two groups, half of them a place, unless variety says so
+    otherwise."""
+    first = draw_group(draw, variety=variety)
+    scene = Scene(first, place=draw.choice(PLACES) if draw.random() < variety.place else None)
+    if draw.random() >= variety.second:
         return scene
-    second = draw_group(draw, without=first.kind)
+    second = draw_group(draw, without=first.kind, variety=variety)
     return replace(scene, relation=draw.choice(RELATIONS), second=second)
 
 
-def related_scene(scene: Scene, draw: random.Random) -> Scene:
+def related_scene(scene: Scene, draw: random.Random, variety: Variety = ALL) -> Scene:
     """A scene that shares one group with scene and nothing else on purpose.
 
     Such is a sentence that a search for the nearest text finds for a picture (arXiv 2503.09443,
     section 2): about the same thing, and seldom about the same picture.
     """
-    shared, other = draw.choice(scene.groups), draw_scene(draw)
+    shared, other = draw.choice(scene.groups), draw_scene(draw, variety)
     if other.second is None:
         return replace(other, first=shared)
-    second = draw_group(draw, without=shared.kind)
+    second = draw_group(draw, without=shared.kind, variety=variety)
     if draw.random() < 0.5:
         return replace(other, first=shared, second=second)
     return replace(other, first=second, second=shared)

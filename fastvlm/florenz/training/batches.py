@@ -1,0 +1,136 @@
+"""Batches of the small world, each a function of the seed and its number: nothing to download, and
+a run that resumes, or shares its batches with other processes, sees what it would have seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastvlm.florenz.data.annotations import GROUPS, Annotation, spelled_prompt
+from fastvlm.florenz.training.sizes import Size
+from fastvlm.florenz.world.build import annotations_of_scene
+from fastvlm.florenz.world.draw import draw
+from fastvlm.florenz.world.grammar import FRAMES, sentence
+from fastvlm.florenz.world.scene import Scene, draw_scene
+from fastvlm.packing import PackingCollator, TargetBalancer
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pixels_of(picture: Any) -> Tensor:
+    """An RGB picture as pixel_values float32 [3, H, W]."""
+    scaled = (np.asarray(picture, dtype=np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1).contiguous()
+
+
+def scene_at(seed: int, name: str, number: int, size: Size) -> tuple[Scene, Any, random.Random]:
+    """A scene, its picture, and the chance that goes on from there. name: of the split."""
+    chance = random.Random(f"{seed}/{name}/{number}")
+    scene = draw_scene(chance, size.variety)
+    return scene, draw(scene, size.pixels, seed=chance.randrange(2**31)), chance
+
+
+class Words:
+    """Annotations as ids: <s>prompt</s>, and <bos>text<eos>, as published."""
+
+    def __init__(self, prompts: Any, texts: Any) -> None:
+        self.prompts, self.texts = prompts, texts
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        ids = self.prompts(spelled_prompt(prompt), add_special_tokens=False)["input_ids"]
+        return [self.prompts.bos_token_id, *ids, self.prompts.eos_token_id]
+
+    def text_ids(self, text: str) -> list[int]:
+        ids = self.texts(text, add_special_tokens=False)["input_ids"]
+        return [self.texts.bos_token_id, *ids, self.texts.eos_token_id]
+
+    def target(self, annotation: Annotation) -> dict[str, Any]:
+        return {
+            "task": annotation.task,
+            "language": annotation.language,
+            "prompt_ids": self.prompt_ids(annotation.prompt),
+            "label_ids": self.text_ids(annotation.text),
+        }
+
+
+class WorldBatches(Dataset[list[Any]]):
+    """Training batches: lists of samples, whose targets the collator chose in balance."""
+
+    def __init__(
+        self, size: Size, words: Words, collator: PackingCollator, batches: int, seed: int
+    ) -> None:
+        self.size, self.words, self.collator = size, words, collator
+        self.batches, self.seed = batches, seed
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, index: int) -> list[Any]:
+        self.collator.seed_balance(index)
+        first = index * self.size.images
+        return [self._sample(first + image) for image in range(self.size.images)]
+
+    def _sample(self, number: int) -> Any:
+        scene, picture, chance = scene_at(self.seed, "train", number, self.size)
+        annotations = annotations_of_scene(scene, chance, self.size.variety)
+        return self.collator.prepare(
+            {
+                "pixel_values": pixels_of(picture),
+                "image_id": number,
+                "targets": [self.words.target(one) for one in annotations],
+            }
+        )
+
+
+def collator_of(size: Size, config: Any, seed: int) -> PackingCollator:
+    """Each image once, beside so many targets of it as the size says, by (task, language)."""
+    return PackingCollator(
+        groups=GROUPS,
+        pad_token_id=config.encoder.pad_token_id,
+        decoder_pad_token_id=config.pad_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+        image_token_id=config.image_token_id,
+        num_image_tokens=size.image_tokens,
+        max_targets_per_image=size.targets,
+        balance=TargetBalancer(GROUPS, seed=seed),
+    )
+
+
+class Sentences(Dataset[list[Any]]):
+    """Batches of sentences for a language model, in its languages in turn."""
+
+    def __init__(
+        self, size: Size, words: Words, languages: Sequence[str], batches: int, seed: int
+    ) -> None:
+        self.size, self.words, self.languages = size, words, languages
+        self.batches, self.seed = batches, seed
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, index: int) -> list[Any]:
+        chance = random.Random(f"{self.seed}/sentences/{index}")
+        found = []
+        for row in range(self.size.images * self.size.targets):
+            scene = draw_scene(chance, self.size.variety)
+            code = self.languages[row % len(self.languages)]
+            found.append(self.words.text_ids(sentence(scene, code, chance.choice(FRAMES))))
+        return found
+
+
+def sentence_batch(rows: list[list[list[int]]], start: int, pad: int) -> dict[str, Tensor]:
+    """input_ids [S, L]: start and the ids of each sentence; labels: the ids, -100 elsewhere."""
+    texts = [text for batch in rows for text in batch]
+    longest = 1 + max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad)
+    labels = torch.full((len(texts), longest), -100)
+    for row, text in enumerate(texts):
+        ids[row, 0] = start
+        ids[row, 1 : 1 + len(text)] = labels[row, 1 : 1 + len(text)] = torch.tensor(text)
+    return {"input_ids": ids, "labels": labels}

@@ -1,0 +1,73 @@
+"""What a run leaves: checkpoints to resume from, and a model that `fastvlm caption` loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvlm.demo.arguments import UsageError
+from fastvlm.florenz.training.batches import MEAN, STD, Words
+from fastvlm.florenz.training.sizes import Size
+
+DECODER_TOKENIZER = "decoder_tokenizer"
+_PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from, read through; None where there is none yet.
+
+    UsageError: one that is damaged. It is named, and nothing older is taken silently.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        return None
+    for name in _PARTS:
+        try:
+            _read(Path(found) / name)
+        except Exception as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            wanted = "a checkpoint that reads; remove this one to go on from the one before"
+            raise UsageError("--resume", wanted, f"{Path(found) / name} ({why[0]})") from None
+    return Path(found)
+
+
+def _read(file: Path) -> None:
+    if file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))
+    elif file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        load_file(file)
+    else:
+        torch.load(file, map_location="cpu", weights_only=True)
+
+
+def processor_of(prompts: Any, size: Size) -> Any:
+    """transformers' Florence2Processor for the world's pictures and prompts."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor, Florence2Processor
+
+    pictures = CLIPImageProcessor(
+        size={"height": size.pixels, "width": size.pixels}, resample=Image.Resampling.BICUBIC,
+        do_center_crop=False, image_mean=list(MEAN), image_std=list(STD),
+        image_seq_length=size.image_tokens,
+    )  # fmt: skip
+    # Florence-2's reading of boxes and polygons, which no prompt here asks for
+    kinds = (
+        "pure_text", "ocr", "phrase_grounding", "polygons", "bboxes", "description_with_bboxes",
+        "description_with_bboxes_or_polygons",
+    )  # fmt: skip
+    rules: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    return Florence2Processor(pictures, prompts, post_processor_config=rules)
+
+
+def save_model(model: Any, words: Words, size: Size, out: Path) -> None:
+    """Model, processor and the decoder's tokenizer, as `fastvlm caption --model` loads them."""
+    model.save_pretrained(out)
+    processor_of(words.prompts, size).save_pretrained(out)
+    words.texts.save_pretrained(out / DECODER_TOKENIZER)

@@ -1,0 +1,215 @@
+"""The reference trainer: one command from nothing, resumable, balanced, and what it measures."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvlm.__main__ import main
+from fastvlm.captioning.models import pretrained
+from fastvlm.florenz.data import GROUPS
+from fastvlm.florenz.training.batches import Sentences, Words, WorldBatches, collator_of
+from fastvlm.florenz.training.emergence import group_of, held_out, losses, score
+from fastvlm.florenz.training.sizes import SIZES, config_of
+from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
+from fastvlm.florenz.world import PREFIXES, Group, Scene, draw_scene, language_of, read, sentence
+from fastvlm.florenz.world.grammar import FRAMES, LANGUAGES
+
+MINI = ["florenz", "train", "--size", "mini", "--steps", "4", "--language-steps", "2"]
+FAST = [*MINI, "--save-steps", "2", "--scenes", "2"]
+TWO = Scene(Group(1, None, "red", "ball"), "left of", Group(2, None, "blue", "cup"))
+
+
+@pytest.fixture(scope="module")
+def words() -> Words:
+    return Words(prompt_tokenizer(), text_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, patched."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert main([*FAST, "--out", str(out)]) == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "results.json").read_text())["log"]
+    return found
+
+
+def by_group(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name.startswith("loss")}
+
+
+def test_every_sentence_is_its_tokens(words: Words) -> None:
+    chance = random.Random(3)
+    for _ in range(100):
+        scene, frame = draw_scene(chance), chance.choice(FRAMES)
+        for code in LANGUAGES:
+            text = sentence(scene, code, frame)
+            ids = words.text_ids(text)
+            assert words.texts.unk_token_id not in ids
+            assert words.texts.decode(ids, skip_special_tokens=True) == text
+        assert words.prompts.unk_token_id not in words.prompt_ids(
+            f"<LANG_ZH><TRANSLATE>{sentence(scene, 'en', frame)}"
+        )
+
+
+@pytest.mark.parametrize("code", PREFIXES)
+def test_a_prefix_begins_the_tokens_of_a_caption(words: Words, code: str) -> None:
+    caption, prefix = words.text_ids(sentence(TWO, code)), words.text_ids(PREFIXES[code])[:-1]
+    assert caption[: len(prefix)] == prefix
+
+
+def test_batches_are_balanced_and_functions_of_their_number(words: Words) -> None:
+    size = SIZES["tiny"]
+    config = config_of(size, "frozen", len(words.prompts) - 1, len(words.texts))
+    collator = collator_of(size, config, 0)
+    data = WorldBatches(size, words, collator, 4, seed=0)
+    batch = collator([data[3]])
+    counts = Counter(batch["groups"].tolist())
+    assert batch["labels"].shape[0] == size.images * size.targets
+    assert len(counts) == len(GROUPS)
+    assert max(counts.values()) - min(counts.values()) <= 2
+    data[1]  # another batch, drawn in between, changes nothing
+    again = WorldBatches(size, words, collator_of(size, config, 0), 9, seed=0)
+    other = collator([again[3]])
+    assert all(torch.equal(batch[k], other[k]) for k in batch if isinstance(batch[k], torch.Tensor))
+    assert not torch.equal(collator([data[0]])["pixel_values"], batch["pixel_values"])
+
+
+def test_no_caption_is_seen_in_the_four_languages(words: Words) -> None:
+    assert {code for task, code in GROUPS if task == "caption"} == {"en", "de"}
+    texts = Sentences(SIZES["tiny"], words, ("en", "de"), 1, seed=0)[0]
+    spoken = {language_of(words.texts.decode(ids, skip_special_tokens=True)) for ids in texts}
+    assert spoken == {"en", "de"}
+
+
+def test_scores_read_the_captions() -> None:
+    right = sentence(TWO, "fr")
+    mirrored = sentence(TWO.mirrored, "fr")
+    assert mirrored != right
+    swapped = sentence(Scene(TWO.second, TWO.relation, TWO.first), "fr")  # type: ignore[arg-type]
+    english, alone = sentence(TWO, "en"), PREFIXES["fr"]
+    broken = right.replace("un ballon", "une ballon")
+    assert broken != right
+    texts = [right, mirrored, swapped, english, alone, broken]
+    found = score([TWO] * len(texts), texts, "fr")
+    # the prefix was given: alone it is no French
+    assert found.spoken == {"fr": 4, "en": 1, "none": 1}
+    assert (found.language, found.exact) == (4 / 6, 2 / 6)
+    assert found.objects == (3 + (read(broken, "fr").groups == read(right, "fr").groups)) / 6
+
+
+def test_a_run_leaves_a_model_that_captions(trained: Path, tmp_path: Path) -> None:
+    loaded = pretrained(str(trained), None, "cpu")
+    assert loaded.model.config.has_gemma_decoder
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    assert (
+        main(["caption", "--image", str(picture), "--model", str(trained), "--new-tokens", "4"])
+        == 0
+    )
+    results = json.loads((trained / "results.json").read_text())
+    assert [look["step"] for look in results["history"]] == [1, 2, 3, 4]
+    assert set(results["emergence"]["losses"]) == {"SC", "ST", "UC"}
+    assert Image.open(trained / "emergence.png").size[0] > 500
+
+
+@pytest.mark.slow
+def test_a_run_resumes_to_the_same_losses(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+    assert main([*FAST, "--out", str(out), "--resume"]) == 0
+    one, two = logged(trained), logged(out)
+    assert [entry["step"] for entry in two] == [1, 2, 3, 4]
+    assert [by_group(entry) for entry in one] == [by_group(entry) for entry in two]
+    assert (out / "history.jsonl").read_text() == (trained / "history.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_an_unpatched_run_has_the_losses_of_a_patched_one(trained: Path, tmp_path: Path) -> None:
+    assert main([*FAST, "--out", str(tmp_path / "run"), "--unpatched"]) == 0
+    for ours, theirs in zip(logged(trained), logged(tmp_path / "run"), strict=True):
+        assert by_group(ours) == pytest.approx(by_group(theirs), abs=2e-4)
+        assert ours["padding_saved"] == theirs["padding_saved"] > 0
+
+
+@pytest.mark.slow
+def test_the_decoder_from_scratch_trains_too(tmp_path: Path) -> None:
+    assert main([*FAST, "--decoder", "scratch", "--out", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "language_model").exists()
+    assert main(["florenz", "emergence", str(tmp_path / "run"), "--scenes", "2"]) == 0
+
+
+def test_the_losses_of_texts_do_not_depend_on_their_neighbours(trained: Path, words: Words) -> None:
+    model = pretrained(str(trained), None, "cpu").model
+    shown = held_out(SIZES["mini"], 3)
+    alone = [losses(model, words, SIZES["mini"], [one]) for one in shown]
+    counts = Counter(group_of(text) for text in shown[0].annotations)
+    assert counts == {"SC": 2, "ST": 5, "UC": 4}
+    together = losses(model, words, SIZES["mini"], shown)
+    for name, value in together.items():
+        assert value == pytest.approx(sum(one[name] for one in alone) / 3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--steps", "0"], "--steps"),
+        (["--accumulate", "x"], "--accumulate"),
+    ],
+)
+def test_arguments_that_cannot_be_used(
+    more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*MINI, "--out", str(tmp_path / "run"), *more]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [["--size", "huge"], ["--languages", "3"], ["--decoder", "x"]])
+def test_choices_that_there_are_not(more: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as found:
+        main([*MINI, "--out", str(tmp_path / "run"), *more])
+    assert found.value.code == 2
+
+
+def test_folders_that_cannot_be_used(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, words in [
+        (["--out", str(trained)], "new or empty"),
+        (["--out", str(tmp_path), "--resume"], "settings.json"),
+        (["--out", str(trained), "--resume", "--seed", "7"], "seed"),
+    ]:
+        assert main([*FAST, *more]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["florenz", "emergence", str(tmp_path)]) == 2
+    assert "FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named(
+    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    file = out / "checkpoints" / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert main([*FAST, "--out", str(out), "--resume"]) == 2
+    assert str(file) in capsys.readouterr().err
