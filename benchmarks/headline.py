@@ -1,0 +1,127 @@
+"""``python -m benchmarks.headline``: README's table, whole jobs first, from the results files.
+
+Each row is a range over all kept runs on a CPU: how many times as fast as transformers (sdpa, or
+eager for Florenz) fastvlm was in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvlm.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN = "<!-- figures: python -m benchmarks.headline -->\n"
+END = "<!-- end of figures -->\n"
+BASE = "Florence-2-base"
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One measured ratio: of which work, and in which run."""
+
+    work: str
+    ratio: float
+    run: Figures
+
+
+WHOLE = "one caption, Florence-2-base, a photo of 768 px, 3 beams, whole call"
+BATCH = "four captions at once, the same"
+LANGUAGES = "one photo in six languages, 4 beams each"
+LONG = "a fine-tuning step at 768 px, batch of 4, vision tower frozen"
+SHORT = "the same at 224 px, batch of 8"
+FLORENZ = "a training step of Florenz at 224 px, one target to an image"
+TARGETS = "the same with six targets to an image, by samples a second"
+STEP = "a decoding step of Florence-2-base, 3 beams"
+STORED = {None: STEP, "bf16": 'the same, `weights="bf16"`', "int8": 'the same, `weights="int8"`'}
+ROWS = (WHOLE, BATCH, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS, *STORED.values())
+_JOBS = {"one photo": WHOLE, "photos": BATCH, "step": LONG, "step, small images": SHORT}
+
+
+def _runs(folder: Path, name: str) -> Iterator[Figures]:
+    for path in sorted(folder.glob(f"{name}-cpu*.json")):
+        yield json.loads(path.read_text())
+
+
+def ratios(folder: Path) -> Iterator[Ratio]:
+    """Of every kept run; how often theirs takes as long as ours."""
+    for run in _runs(folder, "end_to_end"):
+        for case in run["cases"]:
+            work, sides = case["workload"], case["sides"]
+            if (work["model"], work["beams"]) != (BASE, 3):
+                continue
+            theirs, ours = sides["transformers"], sides["fastvlm"]
+            if case["weights"] is None:
+                seconds = (side["total_s"]["median"] for side in (theirs, ours))
+                yield Ratio(WHOLE, _over(*seconds), run)
+            milliseconds = (side["ms_per_step"] for side in (theirs, ours))
+            yield Ratio(STORED[case["weights"]], _over(*milliseconds), run)
+    for run in _runs(folder, "job"):
+        for case in run["cases"]:
+            if (work := _JOBS.get(case["case"])) is not None:
+                yield Ratio(work, case["ratio"]["fastvlm"], run)
+    for run in _runs(folder, "decoding"):
+        for case in run["cases"]:
+            if "6 languages" in case["case"]:
+                yield Ratio(LANGUAGES, case["ratio"], run)
+    for run in _runs(folder, "training"):
+        for case in run["cases"]:
+            theirs, ours = case["sides"]["transformers"], case["sides"]["fastvlm"]
+            yield Ratio(FLORENZ, _over(theirs["seconds"], ours["seconds"]), run)
+            more = case["sides"]["fastvlm, 6 targets"]["samples_per_second"]
+            yield Ratio(TARGETS, more / theirs["samples_per_second"], run)
+
+
+def _over(theirs: float, ours: float) -> float:
+    return theirs / ours
+
+
+def table(folder: Path = RESULTS) -> str:
+    """The block between README's two marks."""
+    found = list(ratios(folder))
+    rows = []
+    for work in ROWS:
+        values = sorted(each.ratio for each in found if each.work == work)
+        if values:
+            rows.append((work, _range(values[0], values[-1])))
+    machines = sorted({_machine(each.run) for each in found})
+    headers = ("against transformers, in float32 unless said", "times as fast")
+    return f"{markdown_table(headers, rows)}\n\nMeasured on {'; '.join(machines)}.\n"
+
+
+def _range(least: float, most: float) -> str:
+    low, high = (f"{value:.3g}" for value in (least, most))
+    return low if low == high else f"{low} to {high}"
+
+
+def _machine(run: Figures) -> str:
+    cpu, versions = run["machine"]["cpu"], run["versions"]
+    wide = next((f for f in ("avx512_bf16", "avx512f", "avx2") if f in cpu["features"]), "no AVX")
+    return (
+        f"{cpu['model']} ({cpu['cores']} cores, {wide}, {run['date'][:10]}, "
+        f"torch {versions['torch'].split('+')[0]}, transformers {versions['transformers']})"
+    )
+
+
+def main() -> int:
+    """Write the table into README."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        print(f"{README}: no place for the figures", file=sys.stderr)
+        return 2
+    README.write_text(f"{before}{BEGIN}{table()}{END}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
