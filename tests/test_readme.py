@@ -16,6 +16,8 @@ from benchmarks import headline
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# as a string of its own: a macro of C++ has no quotes
+VARIABLE = re.compile(r"\"(FASTVLM_[A-Z_]+)\"")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -57,3 +59,14 @@ def test_the_first_snippet_runs(
     assert snippet is not None
     exec(compile(snippet[1], "README.md", "exec"), {})
     assert "modules patched" in capsys.readouterr().out
+
+
+def test_every_variable_stands_in_the_table() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    sources = [
+        *(ROOT / "fastvlm").rglob("*.py"),
+        ROOT / "setup.py",
+        *(ROOT / "csrc").rglob("*.cpp"),
+    ]
+    read = {name for path in sources for name in VARIABLE.findall(path.read_text())}
+    assert read == set(re.findall(r"^\| `(FASTVLM_\w+)`", page, re.MULTILINE))
