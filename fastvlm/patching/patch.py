@@ -105,6 +105,9 @@ def unpatch(model: nn.Module) -> None:
     Accelerate's `compile_regions`) stay patched for that one: they compute for this one what they
     did.
 
+    Where a part's forward was compiled (``m.forward = torch.compile(m.forward)``), all that
+    torch.compile has compiled in this process is forgotten, and compiled again when it is called.
+
     Raises TypeError for what is no nn.Module, PatchError where a patched module's class was wrapped
     by another library since (then nothing is changed). A model that is not patched is left alone.
     """
