@@ -9,7 +9,7 @@ from fastapi import FastAPI, HTTPException, Request
 import fastvlm
 from fastvlm.captioning import models
 
-name = os.environ.get("MODEL")  # florence-community/Florence-2-base; without it random weights
+name = os.environ.get("MODEL")  # microsoft/Florence-2-base; without it random weights
 loaded = models.pretrained(name, None, "cpu") if name else models.random(True, "cpu")
 fastvlm.patch(loaded.model)
 captioner = fastvlm.Captioner(loaded.model, loaded.processor, max_new_tokens=64, most_waiting=64)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastvlm.layout import Layout
     from fastvlm.loading.errors import LoadError
     from fastvlm.loading.load import Loaded, load
+    from fastvlm.loading.save import save_published
     from fastvlm.ops.dispatch import use
     from fastvlm.patching.log_probs import log_prob_change
     from fastvlm.patching.patch import PatchError, patch, patched, unpatch
@@ -38,6 +39,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "save_published",
     "unpatch",
     "use",
 ]
@@ -50,6 +52,7 @@ _HOME = {
     "Layout": "fastvlm.layout",
     "LoadError": "fastvlm.loading.errors",
     **dict.fromkeys(("Loaded", "load"), "fastvlm.loading.load"),
+    "save_published": "fastvlm.loading.save",
     "use": "fastvlm.ops.dispatch",
     "log_prob_change": "fastvlm.patching.log_probs",
     **dict.fromkeys(("PatchError", "patch", "patched", "unpatch"), "fastvlm.patching.patch"),

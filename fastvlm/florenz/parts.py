@@ -33,8 +33,8 @@ def from_pretrained_parts(
 ) -> FlorenzForConditionalGeneration:
     """The model before training: pretrained weights wherever there are any (paper, section 1).
 
-    florence: Florence2ForConditionalGeneration, or a path or hub id of one. Gives the vision
-        tower, the projector and the encoder.
+    florence: Florence2ForConditionalGeneration, or a path or hub id of one, of Microsoft's layout
+        or transformers'. Gives the vision tower, the projector and the encoder.
     gemma: Gemma2ForCausalLM, or a path or hub id. Gives the decoder; the norm after the inserted
         cross-attention starts as the layer's post_attention_layernorm, its projections as
         N(0, 0.02), its gate as 0, so that the decoder is Gemma's. None: Florence-2's decoder, whose
@@ -94,7 +94,9 @@ def from_pretrained_parts(
 
 def _loaded(argument: str, given: Any, wanted: type) -> Any:
     if isinstance(given, str) or hasattr(given, "__fspath__"):
-        return wanted.from_pretrained(given)  # type: ignore[attr-defined]
+        from fastvlm.loading.load import load
+
+        given = load(given).model
     if not isinstance(given, wanted):
         raise fail(_OP, argument, f"a {wanted.__name__}, or a path or hub id of one", type(given))
     return given

@@ -7,7 +7,7 @@ from typing import Any
 from fastvlm.loading.errors import LoadError
 
 # BART's fields, as both configs have them below text_config, with the defaults of their code
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "d_model": 1024,
     "encoder_layers": 12,
     "encoder_ffn_dim": 4096,
@@ -27,11 +27,11 @@ _TEXT: dict[str, Any] = {
     "use_cache": True,
     "max_position_embeddings": 1024,
 }
-_IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-_FORCED = {"forced_bos_token_id": None, "forced_eos_token_id": 2}
+IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+FORCED = {"forced_bos_token_id": None, "forced_eos_token_id": 2}
 _VOCABULARY = 51_289
 
-_VISION = {  # transformers' name -> theirs
+VISION = {  # transformers' name -> theirs
     "depths": "depths",
     "patch_size": "patch_size",
     "patch_stride": "patch_stride",
@@ -44,8 +44,8 @@ _VISION = {  # transformers' name -> theirs
     "drop_path_rate": "drop_path_rate",
     "projection_dim": "projection_dim",
 }
-_FEATURES = ["spatial_avg_pool", "temporal_avg_pool"]
-_GEMMA = (
+FEATURES = ["spatial_avg_pool", "temporal_avg_pool"]
+GEMMA = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -66,7 +66,7 @@ _GEMMA = (
     "attn_logit_softcapping",
 )
 # the settings of generate() that their configs keep, and what transformers 4 takes for unset
-_GENERATION: dict[str, Any] = {
+GENERATION: dict[str, Any] = {
     "num_beams": 1,
     "no_repeat_ngram_size": 0,
     "early_stopping": False,
@@ -106,8 +106,9 @@ def layout_of(config: dict[str, Any]) -> str:
 
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether their code would tie the head to the table, going by the config alone."""
-    text = config.get("text_config") or {}
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
+    return bool(config.get("tie_word_embeddings", inner))
 
 
 def microsoft(where: str, raw: dict[str, Any], tied: bool) -> Any:
@@ -119,7 +120,7 @@ def microsoft(where: str, raw: dict[str, Any], tied: bool) -> Any:
 
     text = _part(where, raw, "text_config")
     vocabulary = text.get("vocab_size", _VOCABULARY)
-    ids = {name: text.get(name, default) for name, default in {**_IDS, **_FORCED}.items()}
+    ids = {name: text.get(name, default) for name, default in {**IDS, **FORCED}.items()}
     fields = {"model_type": "bart", "vocab_size": vocabulary, **_bart(text), **ids}
     return Florence2Config(
         text_config=fields,
@@ -150,7 +151,7 @@ def paper(where: str, raw: dict[str, Any], tied: bool) -> Any:
     if not gemma and not text.get("use_encoder_tokenizer"):
         wanted = "text_config.use_encoder_tokenizer must be true, or gemma_config given"
         raise LoadError(where, f"{wanted}; one table for prompts and targets was never published")
-    ids = {name: text.get(name, default) for name, default in _IDS.items()}
+    ids = {name: text.get(name, default) for name, default in IDS.items()}
     encoder = {
         "model_type": "bart",
         **_bart(text),
@@ -171,7 +172,8 @@ def paper(where: str, raw: dict[str, Any], tied: bool) -> Any:
         vision_config=_vision(where, raw),
         encoder=encoder,
         decoder=decoder,
-        image_token_id=IMAGE_TOKEN,
+        # it needs no row here
+        image_token_id=min(IMAGE_TOKEN, encoder["vocab_size"]),
         final_logit_softcapping=cap,
         tie_word_embeddings=tied,
         **ids,
@@ -185,10 +187,10 @@ def generation(raw: dict[str, Any]) -> Any:
     text = raw.get("text_config") or {}
     fields = {
         name: text[name]
-        for name, unset in _GENERATION.items()
+        for name, unset in GENERATION.items()
         if text.get(name) is not None and text[name] != unset
     }
-    ids = {name: text.get(name, default) for name, default in {**_IDS, **_FORCED}.items()}
+    ids = {name: text.get(name, default) for name, default in {**IDS, **FORCED}.items()}
     return GenerationConfig(**fields, **{k: v for k, v in ids.items() if v is not None})
 
 
@@ -200,29 +202,29 @@ def _part(where: str, raw: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _bart(text: dict[str, Any]) -> dict[str, Any]:
-    return {name: text.get(name, default) for name, default in _TEXT.items()}
+    return {name: text.get(name, default) for name, default in TEXT.items()}
 
 
 def _vision(where: str, raw: dict[str, Any]) -> dict[str, Any]:
     """Florence2VisionConfig's fields; LoadError: another tower than DaViT as Florence-2 has it."""
     vision = _part(where, raw, "vision_config")
-    missing = [theirs for theirs in _VISION.values() if theirs not in vision]
+    missing = [theirs for theirs in VISION.values() if theirs not in vision]
     if missing:
         raise LoadError(where, f"vision_config must have {', '.join(missing)}; it has not")
     # saved by their code it is empty
     kind = vision.get("model_type") or "davit"
     positions = vision.get("image_pos_embed") or {}
     times = vision.get("visual_temporal_embedding") or {}
-    features = list(vision.get("image_feature_source") or _FEATURES)
+    features = list(vision.get("image_feature_source") or FEATURES)
     for name, given, wanted in (
         ("model_type", kind, "davit"),
         ("image_pos_embed.type", positions.get("type"), "learned_abs_2d"),
         ("visual_temporal_embedding.type", times.get("type"), "COSINE"),
-        ("image_feature_source", features, _FEATURES),
+        ("image_feature_source", features, FEATURES),
     ):
         if given != wanted:
             raise LoadError(where, f"vision_config.{name} must be {wanted!r}; got {given!r}")
-    fields = {ours: vision[theirs] for ours, theirs in _VISION.items()}
+    fields = {ours: vision[theirs] for ours, theirs in VISION.items()}
     fields["max_position_embeddings"] = positions["max_pos_embeddings"]
     fields["max_temporal_embeddings"] = times["max_temporal_embeddings"]
     return fields
@@ -233,10 +235,10 @@ def _gemma(where: str, gemma: dict[str, Any], width: int) -> dict[str, Any]:
         given = gemma.get(name, wanted)
         if given != wanted:
             raise LoadError(where, f"gemma_config.{name} must be {wanted}; got {given}")
-    missing = [name for name in _GEMMA if name not in gemma and name in _GEMMA_NEEDED]
+    missing = [name for name in GEMMA if name not in gemma and name in _GEMMA_NEEDED]
     if missing:
         raise LoadError(where, f"gemma_config must have {', '.join(missing)}; it has not")
-    fields = {name: gemma[name] for name in _GEMMA if name in gemma}
+    fields = {name: gemma[name] for name in GEMMA if name in gemma}
     theta = gemma.get("rope_theta", 10000.0)
     gemma.setdefault("final_logit_softcapping", FINAL_SOFTCAP)
     return {

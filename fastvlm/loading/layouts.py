@@ -40,8 +40,9 @@ def config_of(layout: str, where: str, raw: dict[str, Any], tied: bool) -> Any:
         return make(where, raw, tied)
     except LoadError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise LoadError(where, f"config.json does not fit together ({error})") from error
+    except Exception as error:  # transformers' validation has errors of its own
+        problem = " ".join(str(error).split())
+        raise LoadError(where, f"config.json does not fit together ({problem})") from error
 
 
 def class_of(layout: str) -> Any:
@@ -119,16 +120,14 @@ def match(
             reads[ours] = entry
     surplus = [name for name in left if name not in (*_TABLES[layout], names.HEAD)]
     if missing:
-        raise LoadError(where, f"{_count(missing)} are missing: {named(missing)}")
+        raise LoadError(where, f"tensors missing ({len(missing)}): {named(missing)}")
     if misshapen:
-        raise LoadError(where, f"{_count(misshapen)} of another shape: {named(misshapen)}")
+        raise LoadError(where, f"tensors of another shape ({len(misshapen)}): {named(misshapen)}")
     if surplus:
-        raise LoadError(where, f"{_count(surplus)} without a place in the model: {named(surplus)}")
+        raise LoadError(
+            where, f"tensors without a place in the model ({len(surplus)}): {named(surplus)}"
+        )
     return reads
-
-
-def _count(of: list[str]) -> str:
-    return f"{len(of)} tensor{'s' * (len(of) != 1)}"
 
 
 def _equal(a: Entry, b: Entry) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from fastvlm.compat import hf
@@ -40,6 +42,7 @@ _ANSWERS: dict[str, dict[str, Any]] = {
 }
 _PICTURES = ("preprocessor_config", "processor_config")
 _WORD_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
+_THEIR_PROCESSOR = "processing_florence2.Florence2Processor"
 STRIDE = 32  # pixels of a picture to one position of the tower
 DECODER_FOLDER = "decoder_tokenizer"
 
@@ -168,3 +171,22 @@ def with_image_token(words: Any, image_token_id: int) -> Any:
     )
     made.add_special_tokens({"additional_special_tokens": list(_WORDS)})
     return made
+
+
+def save_for_theirs(processor: Any, folder: Path) -> None:
+    """The files that Microsoft's processor reads, for a Florence2Processor.
+
+    Words that it adds by itself, and the placeholder that it does not know, change no id of others.
+    """
+    words, pictures = processor.tokenizer, processor.image_processor
+    words.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "BartTokenizer", "model_max_length": words.model_max_length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
+    fields = {k: v for k, v in pictures.to_dict().items() if not k.startswith("_")}
+    fields |= {
+        "auto_map": {"AutoProcessor": "microsoft/Florence-2-large--" + _THEIR_PROCESSOR},
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "Florence2Processor",
+        "image_seq_length": processor.num_image_tokens,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
