@@ -1,4 +1,4 @@
-# make demo | test | test-triton | test-cuda | compile-check | matrix | sanitize | lint | types | bench
+# make demo | test | test-triton | test-cuda | compile-check | matrix | sanitize | lint | types | docs | bench
 #      gpu-check | gpu-baselines | rehearse-gpu | clean
 #
 # Everything runs in $(VENV), made on first use and kept: a stamp file in it says what is installed.
@@ -21,7 +21,7 @@ TURN   ?= 0
 PY  := $(VENV)/bin/python
 RUN := $(PY) -m
 
-.PHONY: demo test test-triton test-cuda compile-check matrix sanitize lint types bench gpu-check gpu-baselines rehearse-gpu build clean
+.PHONY: demo test test-triton test-cuda compile-check matrix sanitize lint types docs bench gpu-check gpu-baselines rehearse-gpu build clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -75,6 +75,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(RUN) mypy
 
+# the site, in site/; a warning is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
 bench: $(VENV)/.dev build
 	$(RUN) fastvlm bench
 	$(RUN) benchmarks.end_to_end
@@ -122,6 +126,10 @@ $(VENV)/.demo: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(wildcard setup.py) | $(VENV)/.torch
 	$(PY) -m pip install "$(TRANSFORMERS)" -e ".[dev]"
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.torch
+	$(PY) -m pip install -e ".[docs]"
+	@touch $@
 
 # What the kernels are measured against on a GPU, without what they would install beside it: torch
 # and triton are there. One that cannot be had is named in the results; flash-attn, hours of nvcc
