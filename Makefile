@@ -10,7 +10,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.*
 
-# make demo MODEL=florence-community/Florence-2-base IMAGE=photo.jpg OUT=folder
+# make demo MODEL=microsoft/Florence-2-base IMAGE=photo.jpg OUT=folder
 MODEL  ?=
 IMAGE  ?=
 OUT    ?=

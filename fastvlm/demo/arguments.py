@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="ID_OR_FOLDER",
-        help="real Florence-2 weights, e.g. florence-community/Florence-2-base "
+        help="real Florence-2 weights, e.g. microsoft/Florence-2-base "
         "(default: Florence-2-base's true shapes with random weights)",
     )
     parser.add_argument(
