@@ -40,7 +40,7 @@ class Size:
 _FEW = Variety(kinds=6, most=2, place=0.0)
 SIZES = {
     "mini": Size(32, 32, 1, 2, 3, 6, 4, _FEW, (16, 16, 32, 32)),
-    "tiny": Size(64, 64, 2, 16, 4, 1000, 400, _FEW),
+    "tiny": Size(64, 64, 2, 16, 4, 1000, 200, _FEW),
     "small": Size(64, 128, 3, 16, 4, 3000, 900, _FEW, (32, 64, 128, 128)),
     "base": Size(64, 192, 4, 16, 4, 6000, 1500, Variety(), (32, 64, 128, 256)),
 }
@@ -52,7 +52,10 @@ def config_of(size: Size, decoder: str, prompt_words: int, words: int) -> Any:
     from fastvlm.florenz import FlorenzConfig
 
     heads = max(1, size.width // 32)
+    # products as large at the beginning as in the published sizes, whose sums are longer
+    std, vision_std = 0.02 * (768 / size.width) ** 0.5, 0.02 * (1024 / size.vision[-1]) ** 0.5
     bart = {
+        "init_std": std,
         "encoder_attention_heads": heads, "decoder_attention_heads": heads,
         "max_position_embeddings": 256,
     }  # fmt: skip
@@ -62,6 +65,7 @@ def config_of(size: Size, decoder: str, prompt_words: int, words: int) -> Any:
         "embed_dim": list(size.vision), "num_heads": [max(1, d // 32) for d in size.vision],
         "num_groups": [max(1, d // 32) for d in size.vision], "depths": [1, 1, 1, 1],
         "patch_stride": [4, 2, 2, 1], "window_size": 8, "drop_path_rate": 0.0,
+        "initializer_range": vision_std,
     }  # fmt: skip
     calm = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
     if decoder == "scratch":
@@ -71,7 +75,7 @@ def config_of(size: Size, decoder: str, prompt_words: int, words: int) -> Any:
         own = {
             "hidden_size": size.width, "intermediate_size": 4 * size.width,
             "num_attention_heads": 2 * key_heads, "num_key_value_heads": key_heads,
-            "head_dim": 32, "query_pre_attn_scalar": 32,
+            "head_dim": 32, "query_pre_attn_scalar": 32, "initializer_range": std,
         }  # fmt: skip
     return FlorenzConfig.reduced(
         "0.4B" if decoder == "scratch" else "3.5B",
