@@ -25,7 +25,7 @@ import fastvlm
 from fastvlm import env
 from fastvlm.demo import workload
 from fastvlm.demo.timing import Run, peak_memory, timed_run
-from fastvlm.patching import graphs
+from fastvlm.run import graphs
 
 SIDES = ("transformers", "fastvlm", "fastvlm, CUDA graphs")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

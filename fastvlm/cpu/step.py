@@ -27,7 +27,7 @@ _seconds: Tensor | None = None
 
 
 class CpuStep:
-    """The instructions (`fastvlm.patching.program.Instruction`) of a step, for CPU tensors.
+    """The instructions (`fastvlm.run.program.Instruction`) of a step, for CPU tensors.
 
     widths: the elements of a row of each register.
     """
@@ -78,7 +78,7 @@ class CpuStep:
         )
 
     def __call__(self, x: Tensor, at: Any, layers: list[Any]) -> Tensor:
-        """x [R, d], at: `fastvlm.patching.steps.At`, layers: of the cache -> [R, d]."""
+        """x [R, d], at: `fastvlm.run.step.StepInputs`, layers: of the cache -> [R, d]."""
         x = x.contiguous()
         size = x.shape[0] * sum(self._widths)
         arena = self._arena

@@ -75,3 +75,8 @@ def is_bare(module: object) -> bool:
     """Whether nobody listens at a module's call: no hook, also of all modules, and no forward of
     the instance's own (an offloader sets one)."""
     return not is_watched(module) and not pytorch.has_hooks_of_all()  # type: ignore[arg-type]
+
+
+def is_low_precision(module: nn.Module) -> bool:
+    """Whether a linear layer computes with a copy of its weight in fewer bits."""
+    return isinstance(module, Linear) and module.storage is not None

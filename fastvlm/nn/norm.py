@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm import ops
+from fastvlm.nn.linear import is_plain, original
 
 
 class RMSNorm(nn.Module):
@@ -25,3 +26,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps, offset=self.offset)
+
+
+def is_plain_rms_norm(norm: nn.Module) -> bool:
+    """Whether a fused kernel may read norm.weight instead of calling it."""
+    return isinstance(norm, RMSNorm) and is_plain(norm, original(type(norm)))

@@ -10,33 +10,10 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from fastvlm import ops
 from fastvlm.compat import hf
-from fastvlm.decoding import cache as shared
-from fastvlm.decoding import rows as kept
+from fastvlm.decoding import cache as cross_cache
+from fastvlm.decoding import rows as beam_cache
 from fastvlm.patching import static
 from fastvlm.patching.layouts import Layouts
-
-_SDPA_LEAVES_OUT_SOFTCAP = hf.sdpa_leaves_out_softcap()
-
-
-def softcap_of(module: Any) -> float | None:
-    """The cap on the scores of an attention module, where transformers computes it."""
-    cap: float | None = getattr(module, "attn_logit_softcapping", None)
-    return None if cap is None or _leaves_out_softcap(module) else cap
-
-
-def _leaves_out_softcap(module: Any) -> bool:
-    return _SDPA_LEAVES_OUT_SOFTCAP and hf.attention_of(module.config) == "sdpa"
-
-
-def left_out_softcaps(model: torch.nn.Module) -> list[str]:
-    """What a reader of the report should know of attention whose config has a cap in vain."""
-    capped = (m for m in model.modules() if getattr(m, "attn_logit_softcapping", None) is not None)
-    if not any(map(_leaves_out_softcap, capped)):
-        return []
-    return [
-        "transformers' sdpa leaves out attn_logit_softcapping, and so does fastvlm then: "
-        "model.set_attn_implementation('eager') computes with it"
-    ]
 
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
@@ -65,7 +42,7 @@ def self_attend(
     if layouts.static is not None:
         return static.self_attend(q, k, v, mask, cache, layer_idx, scale=scale, softcap=softcap)
     if cache is not None:
-        layer = kept.layer_of(cache, layer_idx)
+        layer = beam_cache.layer_of(cache, layer_idx)
         keys, values = layer.append(k, v)
         if layouts.rows is None:
             ancestry = layer.rows.ancestry
@@ -124,7 +101,7 @@ def cross_attend(
     index = module.layer_idx
     k = v = None
     if isinstance(cache, EncoderDecoderCache):
-        layer = shared.layer_of(cache.cross_attention_cache, index)
+        layer = cross_cache.layer_of(cache.cross_attention_cache, index)
         if layer.packed is not None:
             k, v = layer.packed
     if k is None or v is None:

@@ -11,24 +11,16 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm import ops
 from fastvlm.compat import hf
+from fastvlm.models import bart as models
+from fastvlm.models.spec import Layer
+from fastvlm.models.structure import first_layer, has
 from fastvlm.nn.linear import is_plain
-from fastvlm.nn.mlp import gelu_kind, gelu_mlp, is_known_gelu, kind_of
+from fastvlm.nn.mlp import gelu_mlp, is_known_gelu
 from fastvlm.nn.wrapped import owns
-from fastvlm.patching import bart_step
 from fastvlm.patching.attention import cross_attend, heads, self_attend
 from fastvlm.patching.layouts import entered, taken
-from fastvlm.patching.rules import (
-    Host,
-    Rule,
-    StackRule,
-    Swap,
-    choose_stack,
-    extra_parts,
-    first_layer,
-    has,
-    mistaken,
-)
-from fastvlm.patching.stacks import Call, DecoderStack, EncoderStack
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, choose_stack, mistaken
+from fastvlm.patching.stacks import DecoderInputs, DecoderStack, EncoderStack
 
 
 class BartAttention(Host):
@@ -85,10 +77,12 @@ class BartAttention(Host):
 class _Layer(Host):
     """The MLP and the residual tails that encoder and decoder layers share."""
 
-    pre_norm = False
-    approximate = "none"
-    activation = ""
+    spec: Layer
     runs_packed = True
+
+    @property
+    def pre_norm(self) -> bool:
+        return self.spec.residuals[0].norm is None
 
     def _enter(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """BART's stack adds positions by column, so it is the first layer that packs."""
@@ -111,8 +105,9 @@ class _Layer(Host):
         p = self.activation_dropout if self.training else 0.0
         norm = self.final_layer_norm
         x = self._branch_in(hidden_states, norm)
-        act = None if is_known_gelu(self.activation_fn, self.activation) else self.activation_fn
-        x = gelu_mlp(x, self.fc1, self.fc2, self.approximate, p, act)
+        mlp: Any = self.spec.residuals[-1].branch
+        act = None if is_known_gelu(self.activation_fn, mlp.activation) else self.activation_fn
+        x = gelu_mlp(x, self.fc1, self.fc2, mlp.approximate, p, act)
         return self._branch_out(x, hidden_states, norm)
 
 
@@ -165,23 +160,10 @@ class BartDecoderLayer(_Layer):
         return self._mlp(hidden_states)
 
 
-class PreNormEncoderLayer(BartEncoderLayer):
-    pre_norm = True
-
-
-class PreNormDecoderLayer(BartDecoderLayer):
-    pre_norm = True
-
-
 class BartDecoder(DecoderStack):
     has_cross_attention = True
     attentions = ("self_attn", "encoder_attn")
-
-    def _plan(self, past: Any) -> Any:
-        return bart_step.plan(self, past, BartDecoderLayer)
-
-    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
-        return bart_step.embedded(self, ids, filled)
+    spec = models.STACK
 
     def new_cache(self) -> EncoderDecoderCache:
         return EncoderDecoderCache(
@@ -200,7 +182,7 @@ class BartDecoder(DecoderStack):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        call = Call(
+        call = DecoderInputs(
             input_ids,
             attention_mask,
             past_key_values,
@@ -214,50 +196,26 @@ class BartDecoder(DecoderStack):
 def _attention(module: Any) -> Swap | str:
     if why := mistaken(module, BartAttention):
         return why
-    if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "out_proj"):
-        return extra
-    if module.is_decoder and not module.is_causal:
-        return Swap(BartAttention, ("cross_attention",))
+    spec = models.read_attention(module)
+    if isinstance(spec, str):
+        return spec
     cached = ("cached_attention",) if module.is_decoder else ()
-    return Swap(BartAttention, ("self_attention", *cached))
-
-
-def _pre_norm(layer: Any) -> bool | None:
-    """Whether the layer normalizes before its branches; None where nothing tells."""
-    explicit = getattr(layer, "normalize_before", None)
-    if explicit is not None:
-        return bool(explicit)
-    if hf.is_named(layer, "MBart"):
-        return True
-    return False if hf.is_named(layer, "Bart") or hf.is_named(layer, "Florence2") else None
+    cross = module.is_decoder and not module.is_causal
+    runs_on = ("cross_attention",) if cross else ("self_attention", *cached)
+    return Swap(BartAttention, runs_on, (("spec", spec),))
 
 
 def _layer(module: Any) -> Swap | str:
-    kind = gelu_kind(module.activation_fn)
-    if kind is None:
-        return f"its activation {type(module.activation_fn).__name__} is not GELU"
-    if extra := extra_parts(module, *_LAYER, "encoder_attn", "encoder_attn_layer_norm"):
-        return extra
-    pre_norm = _pre_norm(module)
-    if pre_norm is None:
-        return f"{type(module).__name__} does not tell whether it normalizes before or after"
-    norms = [m for m in module.children() if isinstance(m, nn.LayerNorm)]
-    if any(not norm.elementwise_affine or norm.bias is None for norm in norms):
-        return "a LayerNorm without weight and bias"
-    decoder = owns(module, "encoder_attn")
-    mixin: type[_Layer]
-    if pre_norm:
-        mixin = PreNormDecoderLayer if decoder else PreNormEncoderLayer
-    else:
-        mixin = BartDecoderLayer if decoder else BartEncoderLayer
+    spec = models.read_layer(module)
+    if isinstance(spec, str):
+        return spec
+    mixin = BartDecoderLayer if owns(module, "encoder_attn") else BartEncoderLayer
     if why := mistaken(module, mixin):
         return why
-    tail = () if pre_norm else ("residual_layer_norm",)
-    act = kind_of(module.activation_fn)
-    return Swap(mixin, ("gelu_mlp", *tail), (("approximate", kind), ("activation", act)))
+    post_norm = spec.residuals[0].norm is not None
+    tail = ("residual_layer_norm",) if post_norm else ()
+    return Swap(mixin, ("gelu_mlp", *tail), (("spec", spec),))
 
-
-_LAYER = ("self_attn", "fc1", "fc2", "activation_fn", "self_attn_layer_norm", "final_layer_norm")
 
 RULES = (
     Rule(
@@ -265,7 +223,7 @@ RULES = (
         has("q_proj", "k_proj", "v_proj", "out_proj", "num_heads", "scaling", "is_causal"),
         _attention,
     ),
-    Rule(("mlp", "norm"), has(*_LAYER), _layer),
+    Rule(("mlp", "norm"), has(*models.LAYER), _layer),
 )
 
 _STACK = ("layers", "embed_tokens", "embed_positions", "layernorm_embedding")

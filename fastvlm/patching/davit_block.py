@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from fastvlm import ops
 from fastvlm.cpu.common import DTYPES, unavailable
+from fastvlm.models.structure import extra_parts, takes
 from fastvlm.nn.linear import DENSE, is_bare, is_plain
 from fastvlm.nn.mlp import gelu_kind
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
 from fastvlm.patching.interposed import as_written
-from fastvlm.patching.rules import Host, Swap, extra_parts, takes
+from fastvlm.patching.rules import Host, Swap
 
 _STOCHASTIC_DEPTH = "Florence2DropPath"
 _PARTS = ("conv1", "norm1", "drop_path1", "conv2", "norm2", "ffn", "drop_path2")

@@ -9,20 +9,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm.compat import hf
+from fastvlm.models import florenz as models
+from fastvlm.models.structure import first_layer, hands_down, has
 from fastvlm.nn.wrapped import unwrapped
-from fastvlm.patching import gemma2, gemma_step, t5gemma
+from fastvlm.patching import gemma2, t5gemma
 from fastvlm.patching.layouts import entered
-from fastvlm.patching.rules import (
-    Rule,
-    StackRule,
-    Swap,
-    extra_parts,
-    first_layer,
-    hands_down,
-    has,
-    mistaken,
-)
-from fastvlm.patching.stacks import Call
+from fastvlm.patching.rules import Rule, StackRule, Swap, mistaken
+from fastvlm.patching.stacks import DecoderInputs
 
 
 class FlorenzLayer(gemma2.SandwichLayer):
@@ -70,9 +63,7 @@ class FlorenzLayer(gemma2.SandwichLayer):
 class FlorenzDecoder(gemma2.GemmaSteps):
     has_cross_attention = True
     attentions = ("self_attn", "encoder_attn")
-
-    def _plan(self, past: Any) -> Any:
-        return gemma_step.plan(self, past, FlorenzLayer, gemma2.is_fusable)
+    spec = models.STACK
 
     def no_mask(self) -> Any:
         return dict(gemma2.MASKLESS)
@@ -93,7 +84,7 @@ class FlorenzDecoder(gemma2.GemmaSteps):
         encoder_attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        call = Call(
+        call = DecoderInputs(
             input_ids,
             attention_mask,
             past_key_values,
@@ -130,21 +121,18 @@ def _choose_stack(module: Any) -> Swap | str:
     return Swap(FlorenzDecoder, ("Layout",))
 
 
-_PARTS = ("self_attn", "encoder_attn", "mlp", "encoder_attn_gate")
-_NORMS = ("post_encoder_attention_layernorm", *gemma2.LAYER_NORMS)
-
-
 def _choose_layer(module: Any) -> Swap | str:
-    if extra := extra_parts(module, *_PARTS, *_NORMS):
-        return extra
+    spec = models.read_layer(module)
+    if isinstance(spec, str):
+        return spec
     theirs, ours = (
         list(inspect.signature(cls.forward).parameters) for cls in (type(module), FlorenzLayer)
     )
     if theirs != ours:
         return "its forward has other arguments than fastvlm.florenz's layer"
-    return Swap(FlorenzLayer, ("residual_rms_norm",))
+    return Swap(FlorenzLayer, ("residual_rms_norm",), (("spec", spec),))
 
 
-RULES = (Rule(("norm",), has(*_PARTS, *_NORMS), _choose_layer), *t5gemma.RULES)
+RULES = (Rule(("norm",), has(*models.LAYER.parts), _choose_layer), *t5gemma.RULES)
 KNOWN = ("fastvlm.florenz", *gemma2.KNOWN, *t5gemma.KNOWN)
 STACKS = (StackRule(_is_stack, _choose_stack, RULES, known=KNOWN),)

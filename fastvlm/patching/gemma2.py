@@ -11,26 +11,18 @@ from transformers.cache_utils import DynamicCache
 
 from fastvlm import ops
 from fastvlm.compat import hf
-from fastvlm.nn.linear import is_plain, is_watched
-from fastvlm.nn.mlp import GegluMLP, gelu_kind, kind_of
-from fastvlm.nn.norm import RMSNorm
+from fastvlm.models import gemma2 as models
+from fastvlm.models.spec import Layer
+from fastvlm.models.structure import first_layer, has
+from fastvlm.nn.linear import is_watched
+from fastvlm.nn.mlp import GegluMLP
+from fastvlm.nn.norm import RMSNorm, is_plain_rms_norm
 from fastvlm.nn.wrapped import owns
-from fastvlm.patching import gemma_step
-from fastvlm.patching.attention import heads, self_attend, softcap_of
-from fastvlm.patching.classes import unpatched_class
+from fastvlm.patching.attention import heads, self_attend
 from fastvlm.patching.layouts import entered, taken
-from fastvlm.patching.rules import (
-    Host,
-    Rule,
-    StackRule,
-    Swap,
-    choose_stack,
-    extra_parts,
-    first_layer,
-    has,
-    mistaken,
-)
-from fastvlm.patching.stacks import Call, DecoderStack
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, choose_stack, mistaken
+from fastvlm.patching.stacks import DecoderInputs, DecoderStack
+from fastvlm.run.attention import softcap_of, window_of
 
 MASKLESS = {"full_attention": None, "sliding_attention": None}
 
@@ -64,9 +56,6 @@ class GemmaAttention(Host):
             cos,
             sin,
         )
-        window = self.sliding_window
-        if window is not None and not self.is_causal:
-            window += 1  # transformers' bidirectional window includes its far end
         out = self_attend(
             q.unflatten(0, (batch, length)),
             k.unflatten(0, (batch, length)),
@@ -76,9 +65,9 @@ class GemmaAttention(Host):
             self.layer_idx,
             mask=attention_mask,
             causal=self.is_causal,
-            window=window,
+            window=window_of(self, self.spec),
             scale=self.scaling,
-            softcap=softcap_of(self),
+            softcap=softcap_of(self, self.spec),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(out), None
@@ -93,21 +82,10 @@ class VarianceEpsilonRMSNorm(RMSNorm):
 
 
 class GemmaSteps(DecoderStack):
-    """The planned decoding steps of Gemma-2's stack and of those that grew from it."""
+    """Gemma-2's stack and those that grew from it."""
 
     packs_ids = True
-
-    def _plan(self, past: Any) -> Any:
-        return gemma_step.plan(self, past, GemmaLayer, is_fusable)
-
-    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
-        return gemma_step.embedded(self, ids)
-
-    def _rotation(self, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
-        if position_ids is None:
-            position_ids = torch.full((1, 1), filled, device=x.device)
-        tables = self.rotary_emb(x.unsqueeze(1), position_ids)
-        return tuple(t[:, 0].expand(x.shape[0], -1) for t in tables)
+    spec = models.STACK
 
 
 class GemmaDecoder(GemmaSteps):
@@ -128,7 +106,7 @@ class GemmaDecoder(GemmaSteps):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        call = Call(input_ids, attention_mask, past_key_values, inputs_embeds, None, None)
+        call = DecoderInputs(input_ids, attention_mask, past_key_values, inputs_embeds, None, None)
         return self._run(call, use_cache, {"position_ids": position_ids, **kwargs})
 
 
@@ -145,8 +123,8 @@ class SandwichLayer(Host):
         dropout = getattr(self, "dropout", None)
         drops = dropout is not None and (is_watched(dropout) or (self.training and dropout.p > 0))
         norms = [post] if following is None else [post, following]
-        alike = {(norm.eps, norm.offset) for norm in norms if is_fusable(norm)}
-        if not drops and len(alike) == 1 and all(map(is_fusable, norms)):
+        alike = {(norm.eps, norm.offset) for norm in norms if is_plain_rms_norm(norm)}
+        if not drops and len(alike) == 1 and all(map(is_plain_rms_norm, norms)):
             return ops.residual_rms_norm(
                 x,
                 residual,
@@ -190,27 +168,22 @@ class GemmaLayer(SandwichLayer):
         return self._mlp(x, h)
 
 
-def is_fusable(norm: nn.Module) -> bool:
-    return isinstance(norm, RMSNorm) and is_plain(norm, unpatched_class(norm))
-
-
 def choose_attention(module: Any) -> Swap | str:
     if why := mistaken(module, GemmaAttention):
         return why
-    if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "o_proj"):
-        return extra
+    spec = models.read_attention(module)
+    if isinstance(spec, str):
+        return spec
     cached = ("cached_attention",) if module.is_causal else ()
-    return Swap(GemmaAttention, ("rope", "self_attention", *cached))
+    return Swap(GemmaAttention, ("rope", "self_attention", *cached), (("spec", spec),))
 
 
 def choose_mlp(module: Any) -> Swap | str:
-    kind = gelu_kind(module.act_fn)
-    if kind is None:
-        return f"its activation {type(module.act_fn).__name__} is not GELU"
-    if extra := extra_parts(module, "gate_proj", "up_proj", "down_proj", "act_fn", "dropout"):
-        return extra
-    act = kind_of(module.act_fn)
-    return Swap(GegluMLP, ("geglu_mlp",), (("approximate", kind), ("activation", act)))
+    spec = models.read_mlp(module)
+    if isinstance(spec, str):
+        return spec
+    attributes = ("approximate", spec.approximate), ("activation", spec.activation), ("spec", spec)
+    return Swap(GegluMLP, ("geglu_mlp",), attributes)
 
 
 def choose_norm(module: Any) -> Swap | str:
@@ -236,20 +209,14 @@ def _with_weight(module: Any, weight: Tensor) -> Any:
     return functools.partial(type(module).forward, twin)
 
 
-LAYER_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-
-
 def _choose_layer(module: Any) -> Swap | str:
-    if extra := extra_parts(module, "self_attn", "mlp", *LAYER_NORMS):
-        return extra
-    if why := mistaken(module, GemmaLayer):
-        return why
-    return Swap(GemmaLayer, ("residual_rms_norm",))
+    return layer_swap(module, GemmaLayer, models.read_layer(module))
+
+
+def layer_swap(module: Any, mixin: Any, spec: Layer | str) -> Swap | str:
+    if isinstance(spec, str):
+        return spec
+    return mistaken(module, mixin) or Swap(mixin, ("residual_rms_norm",), (("spec", spec),))
 
 
 def is_rms_norm(module: Any) -> bool:
@@ -266,7 +233,7 @@ RULES = (
     ),
     Rule(("mlp",), has("gate_proj", "up_proj", "down_proj", "act_fn"), choose_mlp),
     Rule(("norm",), is_rms_norm, choose_norm),
-    Rule(("norm",), has("self_attn", "mlp", *LAYER_NORMS), _choose_layer),
+    Rule(("norm",), has(*models.LAYER.parts), _choose_layer),
 )
 
 

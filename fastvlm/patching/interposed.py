@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from fastvlm.compat import hf, pytorch
+from fastvlm.models.structure import hands_down
 from fastvlm.nn.linear import is_watched, original
 from fastvlm.nn.wrapped import unwrapped
-from fastvlm.patching.rules import hands_down
 
 # hooks that neither look at shapes nor change values: (where they are defined, their name or any)
 _HARMLESS_HOOKS = (

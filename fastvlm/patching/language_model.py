@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvlm.checks import describe
 from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import decoder_stack
+from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
 from fastvlm.patching.interposed import NOTHING, interposed
@@ -24,7 +25,7 @@ from fastvlm.patching.logits import LazyLogits, State, settled
 from fastvlm.patching.loss_request import LossRequest, loss_request, requesting
 from fastvlm.patching.ranked import RankedLogits
 from fastvlm.patching.room import RoomForAll
-from fastvlm.patching.rules import Host, Swap, takes
+from fastvlm.patching.rules import Host, Swap
 from fastvlm.patching.shared_states import SharedEncoderStates
 from fastvlm.patching.stacks import DecoderStack
 from fastvlm.patching.static import StaticMasks

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvlm.compat.versions import attention_refused
+from fastvlm.models.embedding import factor_of
+from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear
 from fastvlm.patching import interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
-from fastvlm.patching.rules import Rule, StackRule, Swap, takes
+from fastvlm.patching.rules import Rule, StackRule, Swap
 from fastvlm.patching.weights import LINEAR, adapters_of, choose_linear, read_at_a_step, storage_of
 
 
@@ -165,7 +167,7 @@ def _plan_outside(
         if isinstance(part, nn.Embedding) and part.weight is head.weight:
             choice = tied.choose(part)
             if isinstance(choice, Swap):
-                choice = probe.try_embedding(part, tied.factor_of, families.KNOWN) or choice
+                choice = probe.try_embedding(part, factor_of, families.KNOWN) or choice
             add(_change(inner, part, ("loss",), choice))
     if shares or loss:
         known = probe.home(module).startswith(families.LANGUAGE_MODELS)
@@ -238,7 +240,7 @@ def streamed(changes: list[Change]) -> list[Tensor]:
 
 def notes_of(model: nn.Module) -> list[str]:
     """What a reader of the report should know of the model as a whole."""
-    from fastvlm.patching.attention import left_out_softcaps
+    from fastvlm.run.attention import left_out_softcaps
 
     return left_out_softcaps(model)
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.compat.versions import is_tested
+from fastvlm.models.structure import takes
 from fastvlm.ops import dispatch
 from fastvlm.patching.classes import become, swapped, unpatched_class
 from fastvlm.patching.replica import DTYPE, ROWS, Float64, Replica, signature, without_weights
-from fastvlm.patching.rules import StackRule, Swap, takes
+from fastvlm.patching.rules import StackRule, Swap
 
 # of what is compared, relative to the largest: both sides are float64
 SAME = 1e-6

@@ -23,9 +23,10 @@ from transformers.modeling_outputs import (
 )
 
 from fastvlm.compat import hf
-from fastvlm.decoding import cache as shared
-from fastvlm.decoding import rows as kept
+from fastvlm.decoding import cache as cross_cache
+from fastvlm.decoding import rows as beam_cache
 from fastvlm.layout import Layout
+from fastvlm.models.spec import Stack
 from fastvlm.patching import static
 from fastvlm.patching.embedded import embeds_alike
 from fastvlm.patching.interposed import (
@@ -53,7 +54,9 @@ from fastvlm.patching.layouts import (
 )
 from fastvlm.patching.loss_request import knows_its_readers, loss_request
 from fastvlm.patching.rules import Host
-from fastvlm.patching.steps import PLANS, usual
+from fastvlm.run.build import build_step
+from fastvlm.run.embedding import embed_step, rotation_of
+from fastvlm.run.step import STEPS, is_plain_step
 
 
 def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -140,7 +143,7 @@ class EncoderStack(_Stack):
 
 
 @dataclass
-class Call:
+class DecoderInputs:
     """The arguments of one call of a decoder stack that the layouts are made from."""
 
     input_ids: Tensor | None
@@ -159,6 +162,7 @@ class DecoderStack(_Stack):
     # a model that would repeat the encoder's states for its targets may hand the map down instead
     takes_readers = True
     reads_static_caches = True
+    spec: Stack
 
     def no_cross_mask(self) -> Any:
         return None
@@ -175,7 +179,7 @@ class DecoderStack(_Stack):
         wanted = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
         return bool(wanted) and not (self.gradient_checkpointing and self.training)
 
-    def _layouts(self, call: Call, kwargs: Mapping[str, Any]) -> Layouts | None:
+    def _layouts(self, call: DecoderInputs, kwargs: Mapping[str, Any]) -> Layouts | None:
         """The layouts of this call, or None where transformers' own path must run."""
         batch, length, device = _grid(call.input_ids, call.inputs_embeds)
         if length == 0 or not (is_2d(call.attention_mask) and is_2d(call.encoder_mask)):
@@ -227,16 +231,16 @@ class DecoderStack(_Stack):
         parts = [past]
         if isinstance(past, EncoderDecoderCache):
             cross = past.cross_attention_cache
-            if not shared.is_shared(cross) and hf.cross_is_filled(past):
+            if not cross_cache.is_shared(cross) and hf.cross_is_filled(past):
                 return False
             parts = [past.self_attention_cache, cross]
-        if not kept.keeps_rows(parts[0]) and parts[0].get_seq_length() > 0:
+        if not beam_cache.keeps_rows(parts[0]) and parts[0].get_seq_length() > 0:
             return False
         return all(type(part) is DynamicCache and not hf.is_offloaded(part) for part in parts)
 
     def _cross(
         self,
-        call: Call,
+        call: DecoderInputs,
         mask: Tensor | None,
         batch: int,
         length: int,
@@ -247,8 +251,8 @@ class DecoderStack(_Stack):
             return None
         if filled > 0 or mask is None:
             mask = ones(batch, length, device)
-        if filled > 0 and shared.is_shared(call.past.cross_attention_cache):
-            readers = shared.readers_of(call.past.cross_attention_cache)
+        if filled > 0 and cross_cache.is_shared(call.past.cross_attention_cache):
+            readers = cross_cache.readers_of(call.past.cross_attention_cache)
             if readers.layout is not None:
                 return readers.step(batch, length, call.encoder_mask, call.readers)
         images, tokens = call.encoder_states.shape[:2]
@@ -264,7 +268,7 @@ class DecoderStack(_Stack):
                 warn_of_zeros(call.encoder_states)
         return Layout.from_padded(mask, kv_mask, call.readers)
 
-    def _run(self, call: Call, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
+    def _run(self, call: DecoderInputs, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
         asks = wants_attentions(self, kwargs)
@@ -294,10 +298,10 @@ class DecoderStack(_Stack):
         own = call.past
         if isinstance(call.past, EncoderDecoderCache):
             own, cross = call.past.self_attention_cache, call.past.cross_attention_cache
-            if not shared.is_shared(cross):
-                shared.share(cross)
-        if own is not None and not kept.keeps_rows(own):
-            kept.keep_rows(own)
+            if not cross_cache.is_shared(cross):
+                cross_cache.share(cross)
+        if own is not None and not beam_cache.keeps_rows(own):
+            beam_cache.keep_rows(own)
         arguments["attention_mask"] = self.no_mask() if layouts.fused_self else call.attention_mask
         if self.has_cross_attention:
             states = call.encoder_states
@@ -306,9 +310,9 @@ class DecoderStack(_Stack):
             arguments["encoder_hidden_states"] = states
             arguments["encoder_attention_mask"] = self.no_cross_mask()
         if call.past is not None and (layouts.rows is not None or not layouts.fused_self):
-            PLANS.pop(call.past, None)  # a new prefill, perhaps of other images or weights
+            STEPS.pop(call.past, None)  # a new prefill, perhaps of other images or weights
         if layouts.rows is None and layouts.fused_self:
-            output = self._planned(call, layouts, kwargs)
+            output = self._compiled(call, layouts, kwargs)
             if output is not None:
                 return output
         self._pack_ids(arguments, layouts)
@@ -323,7 +327,7 @@ class DecoderStack(_Stack):
         begun = self.has_cross_attention and static.is_shared(past.cross_attention_cache)
         return begun or interposed_at_last(self).unfused is None
 
-    def _static(self, call: Call, arguments: dict[str, Any]) -> bool:
+    def _static(self, call: DecoderInputs, arguments: dict[str, Any]) -> bool:
         """Fill in the arguments of a call with a static cache; False for transformers' own path."""
         arguments["attention_mask"] = call.attention_mask
         if not self.has_cross_attention:
@@ -340,41 +344,31 @@ class DecoderStack(_Stack):
         arguments[KEYWORD] = Layouts(static=static.Static(reads), marks=None)
         return True
 
-    def _plan(self, past: Any) -> Any:
-        """The step of this stack for a prefilled cache (`fastvlm.patching.steps`), or None."""
-        return None
-
-    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
-        """ids [R, 1] at position filled -> [R, d]."""
-        raise NotImplementedError
-
-    def _rotation(self, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
-        """cos and sin [R, head_dim] of the new tokens, for a stack with RoPE."""
-        return ()
-
-    def _planned(self, call: Call, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
-        """A decoding step by its plan; None where the modules must be called."""
+    def _compiled(self, call: DecoderInputs, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
+        """A decoding step written down (`fastvlm.run.step`); None where modules must be called."""
         ids, past = call.input_ids, call.past
         if self.has_cross_attention and layouts.cross is None:
             return None
-        if ids is None or not usual(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
+        if ids is None or not is_plain_step(self, kwargs):
             return None
-        plans = PLANS.setdefault(past, {})
+        if torch.is_autocast_enabled(ids.device.type):
+            return None
+        steps = STEPS.setdefault(past, {})
         filled = past.get_seq_length()
-        if id(self) not in plans or ((known := plans[id(self)]) is not None and known.is_stale):
-            plan = self._plan(past)
-            if plan is not None and not self._embeds_by_itself(call, kwargs, filled):
-                plan = None
-            plans[id(self)] = plan
-        plan = plans[id(self)]
-        if plan is None or plan.stack() is not self:
+        if id(self) not in steps or ((known := steps[id(self)]) is not None and known.is_stale):
+            step = build_step(self, past)
+            if step is not None and not self._embeds_by_itself(call, kwargs, filled):
+                step = None
+            steps[id(self)] = step
+        step = steps[id(self)]
+        if step is None or step.stack() is not self:
             return None
-        x = self._embed_step(ids, filled)
-        x = plan(x, layouts, self._rotation(x, kwargs.get("position_ids"), filled))
-        return self._output(x.unsqueeze(1), past)
+        x = embed_step(self, ids, filled)
+        rotation = rotation_of(self, x, kwargs.get("position_ids"), filled)
+        return self._output(step(x, layouts, rotation).unsqueeze(1), past)
 
-    def _embeds_by_itself(self, call: Call, kwargs: dict[str, Any], filled: int) -> bool:
-        """Whether the plan begins with what this stack makes of its tokens."""
+    def _embeds_by_itself(self, call: DecoderInputs, kwargs: dict[str, Any], filled: int) -> bool:
+        """Whether a step begins with what this stack makes of its tokens."""
         arguments = {
             "input_ids": call.input_ids,
             "attention_mask": self.no_mask(),
@@ -386,7 +380,7 @@ class DecoderStack(_Stack):
             arguments["encoder_hidden_states"] = call.encoder_states
             arguments["encoder_attention_mask"] = self.no_cross_mask()
         assert call.input_ids is not None
-        return embeds_alike(self, arguments, self._embed_step(call.input_ids, filled))
+        return embeds_alike(self, arguments, embed_step(self, call.input_ids, filled))
 
     def _output(self, states: Tensor, past: Any) -> Any:
         if self.has_cross_attention:
@@ -395,7 +389,7 @@ class DecoderStack(_Stack):
             )
         return BaseModelOutputWithPast(last_hidden_state=states, **hf.cached(past))
 
-    def _expanded(self, call: Call) -> tuple[Tensor | None, Any]:
+    def _expanded(self, call: DecoderInputs) -> tuple[Tensor | None, Any]:
         """Encoder states and mask with one row per query row, as transformers' own path wants."""
         states, mask = call.encoder_states, call.encoder_mask
         batch = _grid(call.input_ids, call.inputs_embeds)[0]

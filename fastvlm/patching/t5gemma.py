@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fastvlm.compat import hf
+from fastvlm.models import t5gemma as models
+from fastvlm.models.structure import first_layer, has, takes
 from fastvlm.nn.wrapped import owns
-from fastvlm.patching import gemma2, gemma_step
-from fastvlm.patching.attention import cross_attend, heads, softcap_of
+from fastvlm.patching import gemma2
+from fastvlm.patching.attention import cross_attend, heads
 from fastvlm.patching.layouts import entered, taken
-from fastvlm.patching.rules import (
-    Host,
-    Rule,
-    StackRule,
-    Swap,
-    choose_stack,
-    extra_parts,
-    first_layer,
-    has,
-    mistaken,
-    takes,
-)
-from fastvlm.patching.stacks import Call, EncoderStack
+from fastvlm.patching.rules import Host, Rule, StackRule, Swap, choose_stack, mistaken
+from fastvlm.patching.stacks import DecoderInputs, EncoderStack
+from fastvlm.run.attention import softcap_of
 
 
 class T5GemmaCrossAttention(Host):
@@ -55,7 +46,7 @@ class T5GemmaCrossAttention(Host):
             encoder_hidden_states,
             layouts,
             past_key_values,
-            softcap=softcap_of(self),
+            softcap=softcap_of(self, self.spec),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(out), None
@@ -144,13 +135,7 @@ class T5GemmaEncoder(_DefaultMask, EncoderStack):
 class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
     has_cross_attention = True
     attentions = ("self_attn", "cross_attn")
-
-    def _plan(self, past: Any) -> Any:
-        return gemma_step.plan(self, past, T5GemmaDecoderLayer, gemma2.is_fusable)
-
-    def _embed_step(self, ids: Tensor, filled: int) -> Tensor:
-        x = gemma_step.embedded(self, ids)
-        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
+    spec = models.STACK
 
     def no_cross_mask(self) -> Any:
         return {"full_attention": None}
@@ -174,7 +159,7 @@ class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
         encoder_attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        call = Call(
+        call = DecoderInputs(
             input_ids,
             attention_mask,
             past_key_values,
@@ -188,23 +173,15 @@ class T5GemmaDecoder(_DefaultMask, gemma2.GemmaSteps):
 def _choose_cross(module: Any) -> Swap | str:
     if why := mistaken(module, T5GemmaCrossAttention):
         return why
-    if extra := extra_parts(module, "q_proj", "k_proj", "v_proj", "o_proj"):
-        return extra
-    return Swap(T5GemmaCrossAttention, ("cross_attention",))
-
-
-_SELF = ("pre_self_attn_layernorm", "post_self_attn_layernorm")
-_CROSS = ("pre_cross_attn_layernorm", "post_cross_attn_layernorm")
-_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    spec = models.read_cross_attention(module)
+    if isinstance(spec, str):
+        return spec
+    return Swap(T5GemmaCrossAttention, ("cross_attention",), (("spec", spec),))
 
 
 def _choose_layer(module: Any) -> Swap | str:
-    decoder = owns(module, "cross_attn")
-    parts = ("self_attn", "mlp", "dropout", *_SELF, *_MLP)
-    if extra := extra_parts(module, *parts, *(("cross_attn", *_CROSS) if decoder else ())):
-        return extra
-    mixin = T5GemmaDecoderLayer if decoder else T5GemmaEncoderLayer
-    return mistaken(module, mixin) or Swap(mixin, ("residual_rms_norm",))
+    mixin = T5GemmaDecoderLayer if owns(module, "cross_attn") else T5GemmaEncoderLayer
+    return gemma2.layer_swap(module, mixin, models.read_layer(module))
 
 
 def _is_cross(module: Any) -> bool:
@@ -214,7 +191,7 @@ def _is_cross(module: Any) -> bool:
 
 RULES = (
     Rule(("attention",), _is_cross, _choose_cross),
-    Rule(("norm",), has("self_attn", "mlp", "dropout", *_SELF, *_MLP), _choose_layer),
+    Rule(("norm",), has("dropout", *models.ENCODER_LAYER.parts), _choose_layer),
     *gemma2.RULES,
 )
 

@@ -8,7 +8,6 @@ to it there, and has none of its own. What else uses the parameter meets the sum
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvlm.compat import pytorch
+from fastvlm.models.embedding import factor_of
 from fastvlm.nn.linear import is_plain
-from fastvlm.patching.classes import is_patched, unpatched_class
+from fastvlm.patching.classes import is_patched
 from fastvlm.patching.loss_request import LossRequest, loss_request
 from fastvlm.patching.rules import Host, Swap
 
@@ -141,24 +141,6 @@ class TiedEmbedding(Host):
         _, table, shared = request.table
         rows = _Lookup.apply(table, input, factor_of(self), padding, shared)
         return rows
-
-
-def factor_of(module: Any) -> float | None:
-    """What the rows are multiplied with, rounded as the module rounds it; None: we cannot tell."""
-    base = unpatched_class(module)
-    if len(module._parameters) > 1:
-        return None  # rows of its own for some tokens (T5Gemma 2: the end of an image)
-    if base.forward is nn.Embedding.forward:
-        return 1.0
-    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
-    if "ScaledWordEmbedding" not in base.__name__ or not isinstance(scale, (int, float)):
-        return None
-    return _rounded(scale, module.weight.dtype)
-
-
-@functools.cache
-def _rounded(scale: float, dtype: torch.dtype) -> float:
-    return torch.tensor(scale, dtype=dtype, device="cpu").item()
 
 
 def choose(module: Any) -> Swap | str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import Linear
+from fastvlm.nn.linear import Linear, is_low_precision
 from fastvlm.patching.rules import Swap
 
 STORAGES = ("bf16", "int8")
@@ -39,10 +39,6 @@ def choose_linear(module: Any, storage: str | None) -> Swap | str:
 
 def storage_of(swap: Swap | None) -> str | None:
     return None if swap is None else dict(swap.attributes).get("storage")
-
-
-def is_low_precision(module: nn.Module) -> bool:
-    return isinstance(module, Linear) and module.storage is not None
 
 
 def forget_copy(module: nn.Module) -> None:

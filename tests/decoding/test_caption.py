@@ -16,7 +16,7 @@ import fastvlm
 from fastvlm.compat import versions
 from fastvlm.decoding import prefixes
 from fastvlm.decoding.languages import LANGUAGES
-from fastvlm.patching.steps import PLANS
+from fastvlm.run.step import STEPS
 
 ENDS = "those of the speaker"
 CASES: dict[str, dict[str, Any]] = {
@@ -128,12 +128,12 @@ def test_padded_rows_take_the_planned_step(plain: Speaker) -> None:
     plain.model.register_forward_hook(lambda _, args, out: kept.append(out.past_key_values))
     with fastvlm.patched(plain.model):
         caption(plain, pixels(1), ["en", "zh"], num_beams=2)
-        assert all(plan is not None for plan in PLANS[kept[-1]].values())
+        assert all(plan is not None for plan in STEPS[kept[-1]].values())
         table = prefixes.decoder_stack(plain.model)._modules.get("embed_positions")
         if table is not None:
             table.register_forward_hook(lambda *_: None)
             caption(plain, pixels(1), ["en", "zh"], num_beams=2)
-            assert not any(PLANS[kept[-1]].values())
+            assert not any(STEPS[kept[-1]].values())
 
 
 def test_one_generate_for_all_prefixes(told: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:

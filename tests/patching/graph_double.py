@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvlm.patching.graphs import Waits
+from fastvlm.run.graphs import Waits
 
 # what waits for the device, or takes its number of elements from values
 WAITS = {
@@ -53,7 +53,7 @@ class _Notes(TorchDispatchMode):
 
 
 class Double:
-    """A `fastvlm.patching.graphs.Recorder`. captured: the ops of each capture. replays: of all."""
+    """A `fastvlm.run.graphs.Recorder`. captured: the ops of each capture. replays: of all."""
 
     def __init__(self) -> None:
         self.captured: list[list[str]] = []

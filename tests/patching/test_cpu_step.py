@@ -15,7 +15,7 @@ import fastvlm
 from fastvlm import extension
 from fastvlm.cpu import step as cpu_step
 from fastvlm.cpu.step import CpuStep, timed
-from fastvlm.patching.program import Program
+from fastvlm.run.program import Program
 
 PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastvlm
 from fastvlm.decoding import rows
-from fastvlm.patching import graphs, steps
+from fastvlm.run import graphs, step
 
 PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
 CASES: dict[str, dict[str, Any]] = {
@@ -213,7 +213,7 @@ class TestTheDouble:
 
     @pytest.mark.parametrize("ask", [Tensor.item, Tensor.nonzero, lambda x: torch.tensor([1])])
     def test_what_waits(self, double: Double, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        run = steps.Plan._called
+        run = step.DecodeStep._called
 
         def asking(self: Any, x: Tensor, at: Any) -> Tensor:
             ask(x[0, 0])
@@ -223,7 +223,7 @@ class TestTheDouble:
         expected = generate(model, inputs)
         assert double.captured
         double.captured.clear()
-        monkeypatch.setattr(steps.Plan, "_called", asking)
+        monkeypatch.setattr(step.DecodeStep, "_called", asking)
         with pytest.warns(UserWarning, match="steps are not captured: aten"):
             assert torch.equal(generate(model, inputs), expected)
         assert not double.captured

@@ -21,7 +21,7 @@ import fastvlm
 from fastvlm.decoding import rows
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.patching.stacks import DecoderStack
-from fastvlm.patching.steps import Plan
+from fastvlm.run.step import DecodeStep
 
 PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
 
@@ -30,13 +30,13 @@ PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each planned step had."""
     calls: list[int] = []
-    run = Plan.__call__
+    run = DecodeStep.__call__
 
-    def counted(self: Plan, *args: Any) -> Any:
+    def counted(self: DecodeStep, *args: Any) -> Any:
         calls.append(len(self.layers))
         return run(self, *args)
 
-    monkeypatch.setattr(Plan, "__call__", counted)
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
     return calls
 
 
@@ -65,7 +65,7 @@ def test_planned_and_called_steps_are_the_same(
     wish = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
     ours = generate(model, inputs, **wish)
     count = len(planned)
-    monkeypatch.setattr(DecoderStack, "_planned", lambda *_: None)
+    monkeypatch.setattr(DecoderStack, "_compiled", lambda *_: None)
     called = generate(model, inputs, **wish)
     assert len(planned) == count > 0
     assert torch.equal(ours.sequences, called.sequences)
@@ -96,7 +96,7 @@ def test_planned_and_called_steps_ask_for_the_same(
     with Settings() as ours:
         generate(model, inputs, num_beams=2)
     count = len(planned)
-    monkeypatch.setattr(DecoderStack, "_planned", lambda *_: None)
+    monkeypatch.setattr(DecoderStack, "_compiled", lambda *_: None)
     with Settings() as called:
         generate(model, inputs, num_beams=2)
     assert len(planned) == count > 0
@@ -119,15 +119,15 @@ class Called(TorchDispatchMode):
 def steps_counted(word: str, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     """From here on a counter of the ops of this name for each planned step."""
     seen: list[Counter[str]] = []
-    run = Plan.__call__
+    run = DecodeStep.__call__
 
-    def counted(self: Plan, *args: Any) -> Any:
+    def counted(self: DecodeStep, *args: Any) -> Any:
         with Called(word) as called:
             result = run(self, *args)
         seen.append(called.calls)
         return result
 
-    monkeypatch.setattr(Plan, "__call__", counted)
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
     return seen
 
 
@@ -165,6 +165,16 @@ def test_adapters_and_hooks_are_called(name: str, planned: list[int]) -> None:
     planned.clear()
     assert torch.equal(generate(model, inputs, num_beams=2), expected)
     assert len(seen) == 12
+    assert planned == []
+
+
+@pytest.mark.parametrize("name", ["gemma2", "florenz", "t5gemma"])
+def test_an_mlp_that_is_not_patched_is_called(name: str, planned: list[int]) -> None:
+    model = FAMILIES[name].build()
+    inputs = FAMILIES[name].inputs(model)
+    expected = generate(model, inputs, num_beams=2)
+    fastvlm.patch(model, only=("attention", "norm"))
+    assert torch.equal(generate(model, inputs, num_beams=2), expected)
     assert planned == []
 
 

@@ -3,7 +3,7 @@
 A step of a few rows computes for milliseconds, and two hundred modules with their hooks, checks
 and caches take half as long again. Where nothing but the usual is there, a stack's step is written
 down once for a cache, weights looked up, and then run: by the schemas of the ops
-(`fastvlm.patching.steps`), or on the CPU in one call (`fastvlm.cpu.step`).
+(`fastvlm.run.step`), or on the CPU in one call (`fastvlm.cpu.step`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastvlm.compat import pytorch
-from fastvlm.nn.linear import is_plain, runs_another_forward
+from fastvlm.models.spec import Mlp
+from fastvlm.nn.linear import is_low_precision, is_plain, runs_another_forward
 from fastvlm.nn.mlp import is_known_gelu
-from fastvlm.patching.weights import is_low_precision
 
 
-class Unplanned(Exception):
+class NotCompilable(Exception):
     """There is a module that must be called, so that the step cannot be written down."""
 
 
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
     settings: tuple[float, ...] = ()
 
 
-def quiet(*modules: Any) -> bool:
+def has_no_hooks(*modules: Any) -> bool:
     """Whether calling these would run nothing but their forward."""
     return not pytorch.has_hooks_of_all() and not any(
         runs_another_forward(module) or pytorch.has_hooks(module, backward=False)
@@ -44,9 +44,9 @@ def quiet(*modules: Any) -> bool:
     )
 
 
-def require(condition: bool) -> None:
+def ensure(condition: bool) -> None:
     if not condition:
-        raise Unplanned
+        raise NotCompilable
 
 
 class Program:
@@ -54,8 +54,8 @@ class Program:
 
     widths: the elements of a register's rows. layers: the self-attention caches, in the order in
     which instructions number them. copied: the weights of which instructions hold copies. Each
-    method adds an instruction and gives its results; it raises Unplanned where a module has to be
-    called.
+    method adds instructions and gives their results; it raises NotCompilable where a module has to
+    be called.
     """
 
     def __init__(self, width: int) -> None:
@@ -84,31 +84,26 @@ class Program:
         widths = [weight.shape[0] for weight, _, _ in parts]
         return self._add("linear", widths, (x,), tuple(t for part in parts for t in part))
 
-    def gelu_mlp(self, x: int, fc1: Any, fc2: Any, approximate: str) -> int:
-        tanh = approximate == "tanh"
-        if is_plain(fc1) and is_plain(fc2):
-            weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            return self._add("gelu_mlp", [fc2.weight.shape[0]], (x,), weights, (tanh,))[0]
-        (pre,) = self.linear(x, fc1)
-        return self.linear(self._activated(pre, (), tanh), fc2)[0]
-
-    def geglu_mlp(self, x: int, mlp: Any) -> int:
-        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        dropout = getattr(mlp, "dropout", None)
-        require(quiet(mlp) and is_known_gelu(mlp.act_fn, mlp.activation))
-        require(dropout is None or quiet(dropout))
-        tanh = mlp.approximate == "tanh"
-        if all(map(is_plain, parts)) and all(part.bias is None for part in parts):
+    def mlp(self, x: int, holder: Any, spec: Mlp) -> int:
+        """holder: the module with the parts of the MLP."""
+        names = (spec.up, spec.down) if spec.gate is None else (spec.gate, spec.up, spec.down)
+        parts = [getattr(holder, name) for name in names]
+        dropout = None if spec.dropout is None else getattr(holder, spec.dropout)
+        ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
+        ensure(is_known_gelu(getattr(holder, spec.act), spec.activation))
+        tanh, plain = spec.approximate == "tanh", all(map(is_plain, parts))
+        if spec.gate is None and plain:
+            tensors = tuple(t for part in parts for t in (part.weight, part.bias))
+            return self._add("gelu_mlp", [tensors[2].shape[0]], (x,), tensors, (tanh,))[0]
+        if plain and all(part.bias is None for part in parts):
             weights = tuple(part.weight for part in parts)
             return self._add("geglu_mlp", [weights[2].shape[0]], (x,), weights, (tanh,))[0]
-        gate, up = self.linear(x, *parts[:2])
-        return self.linear(self._activated(gate, (up,), tanh), parts[2])[0]
-
-    def _activated(self, pre: int, up: tuple[int, ...], tanh: bool) -> int:
-        return self._add("activate", [self.widths[pre]], (pre, *up), (), (tanh,))[0]
+        pre, *up = self.linear(x, *parts[:-1])
+        (hidden,) = self._add("activate", [self.widths[pre]], (pre, *up), (), (tanh,))
+        return self.linear(hidden, parts[-1])[0]
 
     def residual_layer_norm(self, x: int, residual: int, norm: Any) -> int:
-        require(is_plain(norm, nn.LayerNorm) and norm.bias is not None)
+        ensure(is_plain(norm, nn.LayerNorm) and norm.bias is not None)
         return self._add(
             "residual_layer_norm",
             [self.widths[x]],
@@ -166,7 +161,7 @@ class Program:
         self, q: int, attention: Any, layer: Any, softcap: float | None = None
     ) -> int:
         """The new token of each row against the image of its prompt, cached in `layer`."""
-        require(layer.packed is not None)
+        ensure(layer.packed is not None)
         settings = (attention.scaling, softcap or 0.0)
         return self._add("cross_attention", [self.widths[q]], (q,), layer.packed, settings)[0]
 
@@ -176,8 +171,8 @@ def _parts(module: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if is_plain(module):
         return module.weight, None, module.bias
     plain = type(module.weight) is nn.Parameter if is_low_precision(module) else False
-    require(plain and quiet(module))
-    require(not (module.weight.is_meta or module.weight.is_inference()))
+    ensure(plain and has_no_hooks(module))
+    ensure(not (module.weight.is_meta or module.weight.is_inference()))
     from fastvlm.nn.low_precision import stored_copy  # loads torch.compile: a second
 
     return (*stored_copy(module, module.storage), module.bias)

@@ -94,7 +94,7 @@ class CapturedStep:
     def __call__(
         self, step: Step, recorder: Recorder, x: Tensor, at: Any, layers: list[Any]
     ) -> Tensor:
-        """step(x, at): x [R, d], at: `fastvlm.patching.steps.At` -> [R, d]; layers of the cache."""
+        """step(x, at): x [R, d], at: `run.step.StepInputs` -> [R, d]; layers of the cache."""
         if self._refused:
             return step(x, at)
         # held, not named by address: no other tensor can come to lie where one of these does

@@ -1,7 +1,7 @@
-"""The planned decoding step of a stack: its program (`fastvlm.patching.program`), and who runs it.
+"""The planned decoding step of a stack: its program (`fastvlm.run.program`), and who runs it.
 
 On the CPU one call runs all of it; elsewhere, and where a backend is forced or a dispatch mode
-watches the ops, they are called one by one, or replayed (`fastvlm.patching.graphs`). What the plan
+watches the ops, they are called one by one, or replayed (`fastvlm.run.graphs`). What the plan
 is of is looked at when it is made: a hook, an adapter or another parameter that comes while a cache
 is being filled is seen by the next. What is written into a parameter is seen at once.
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 from fastvlm.cpu.step import CpuStep
 from fastvlm.nn.weight_mark import WrittenTo
 from fastvlm.ops.attention import arguments_of
-from fastvlm.patching import graphs
-from fastvlm.patching.program import Instruction, Program, quiet
+from fastvlm.run import graphs
+from fastvlm.run.program import Instruction, Program, has_no_hooks
 
-Rows = list[Any]  # the registers, each rows [R, n]
+Registers = list[Any]  # the registers, each rows [R, n]
 _OPS = torch.ops.fastvlm
 
 
-class At(NamedTuple):
+class StepInputs(NamedTuple):
     """What all layers of a step share.
 
     ancestry: int32 [R, T], the cache row of each position, -1 where it is padding; None where each
@@ -43,10 +43,10 @@ class At(NamedTuple):
     rotation: tuple[Tensor, Tensor] | tuple[()]
 
 
-Call = Callable[[Rows, At], Any]
+OpCall = Callable[[Registers, StepInputs], Any]
 
 
-class Plan:
+class DecodeStep:
     """The step of one stack for one cache. layers: its self-attention caches."""
 
     def __init__(self, stack: Any, program: Program):
@@ -70,7 +70,7 @@ class Plan:
         if seen is not None:
             ancestry = seen if ancestry is None else torch.where(seen < 0, seen, ancestry)
         where = () if layouts.cross is None else arguments_of(layouts.cross)
-        at = At(ancestry, rows.lengths, start, where, rotation)
+        at = StepInputs(ancestry, rows.lengths, start, where, rotation)
         recorder = graphs.recorder(x)
         if recorder is not None:
             return self._captured(self._called, recorder, x, at, self.layers)
@@ -78,9 +78,9 @@ class Plan:
             return self._on_cpu(x, at, self.layers)
         return self._called(x, at)
 
-    def _called(self, x: Tensor, at: At) -> Tensor:
+    def _called(self, x: Tensor, at: StepInputs) -> Tensor:
         """The step op by op."""
-        registers: Rows = [x] + [None] * (self._registers - 1)
+        registers: Registers = [x] + [None] * (self._registers - 1)
         for call, results in zip(self._calls, self._results):
             found = call(registers, at)
             for result, value in zip(results, found):
@@ -90,10 +90,10 @@ class Plan:
 
 
 # beside the caches, not in them: a cache is copied, saved and kept
-PLANS: WeakKeyDictionary[Any, dict[int, Plan | None]] = WeakKeyDictionary()
+STEPS: WeakKeyDictionary[Any, dict[int, DecodeStep | None]] = WeakKeyDictionary()
 
 
-def usual(stack: Any, kwargs: dict[str, Any]) -> bool:
+def is_plain_step(stack: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but the next states."""
     asks = ("output_attentions", "output_hidden_states", "return_dict")
     if any(kwargs.get(name) is not None for name in asks) or torch.compiler.is_compiling():
@@ -101,7 +101,7 @@ def usual(stack: Any, kwargs: dict[str, Any]) -> bool:
     config = stack.config
     if config.output_attentions or config.output_hidden_states:
         return False
-    return not (stack.training or torch.is_grad_enabled()) and quiet(stack)
+    return not (stack.training or torch.is_grad_enabled()) and has_no_hooks(stack)
 
 
 def _fused(instructions: list[Instruction]) -> list[Instruction]:
@@ -135,7 +135,7 @@ def _activates(instruction: Instruction, before: Instruction) -> bool:
     return int8 and all(bias is None for bias in before.tensors[5::3])
 
 
-def _call(instruction: Instruction, layers: list[Any]) -> Call:
+def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
     """The schemas that do what an instruction says -> its results."""
     _, _, rows, tensors, settings = instruction
     first, last = rows[0], rows[-1]
@@ -196,12 +196,12 @@ def _product(weight: Any, scale: Tensor | None, bias: Tensor | None) -> Callable
     return product
 
 
-def _self_attention(instruction: Instruction, layers: list[Any]) -> Call:
+def _self_attention(instruction: Instruction, layers: list[Any]) -> OpCall:
     (q, k, v), (dim, number, window, scale, softcap) = instruction.rows, instruction.settings
     layer, shape = layers[int(number)], (-1, int(dim))
     attend, settings = _OPS.cached_attention.default, (int(window), scale, softcap)
 
-    def run(r: Rows, at: At) -> list[Tensor]:
+    def run(r: Registers, at: StepInputs) -> list[Tensor]:
         keys, values = layer.write(at.start, *(r[i].unflatten(1, shape) for i in (k, v)))
         query = r[q].unflatten(1, shape)
         return [attend(query, keys, values, at.lengths, at.ancestry, *settings).flatten(1)]

@@ -1,0 +1,95 @@
+"""The words in which a model is described: which attribute of a module plays which part.
+
+A spec holds names and choices, no modules and no tensors: it belongs to a class of modules, is read
+once when a model is patched, and stays true when parts are exchanged (an adapter), copied or saved.
+What is computed by it stands in `fastvlm.run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A module with q_proj, k_proj, v_proj and `out`, over heads of its head_dim.
+
+    states: the argument with the encoder's states; None where rows only read themselves.
+    rotary: whether queries and keys are turned by their positions (RoPE). window, softcap: the
+    attributes with these numbers; None where the class has none.
+    """
+
+    out: str
+    states: str | None = None
+    rotary: bool = False
+    window: str | None = None
+    softcap: str | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(act(up x)), or with a gate down(act(gate x) * up x).
+
+    approximate: the form of its GELU, "none" or "tanh". activation: the kind of the module that
+    computes it (`fastvlm.nn.mlp.kind_of`). dropout: of what `down` reads, a number or a module.
+    """
+
+    up: str
+    down: str
+    act: str
+    gate: str | None = None
+    approximate: str = "none"
+    activation: str = ""
+    dropout: str | None = None
+
+
+@dataclass(frozen=True)
+class Residual:
+    """h -> norm(h + tanh(gate) * after(branch(before(h)))): a branch, and how it joins the stream.
+
+    reads: "self" for attention of rows to themselves, "cross" to the encoder's states, "mlp".
+    branch: the module that computes it, or the Mlp whose parts are the layer's own. before, after,
+    norm: norms of what the branch reads, of what it gives, of the sum; None where there is none.
+    optional: a cross-attention that is left out where there are no states to read.
+    """
+
+    reads: str
+    branch: str | Mlp
+    before: str | None = None
+    after: str | None = None
+    norm: str | None = None
+    gate: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Branches, one after the other. dropout: of what a branch gives, a number or a module."""
+
+    residuals: tuple[Residual, ...]
+    dropout: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The attributes with its branches that are modules, its norms and gates."""
+        named = ((r.branch, r.before, r.after, r.norm, r.gate) for r in self.residuals)
+        return tuple(name for names in named for name in names if isinstance(name, str))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """tokens' rows, times the root of the hidden size if scaled, plus positions, normalized."""
+
+    tokens: str = "embed_tokens"
+    scaled: bool = False
+    positions: str | None = None
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers between an embedding and a norm. rotary: the module with RoPE's tables."""
+
+    embedding: Embedding
+    norm: str | None = None
+    rotary: str | None = None

@@ -1,0 +1,1 @@
+"""Who runs what `fastvlm.models` describes: each sentence of a layer's mathematics stands once."""

@@ -1,0 +1,116 @@
+"""A stack's decoding step, written down from the specs of its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from fastvlm.decoding import cache as cross_cache
+from fastvlm.decoding import rows as beam_cache
+from fastvlm.models.spec import Attention, Layer, Mlp, Residual, Stack
+from fastvlm.nn.norm import is_plain_rms_norm
+from fastvlm.run.attention import softcap_of, window_of
+from fastvlm.run.embedding import check_embedding
+from fastvlm.run.layer import run_layer
+from fastvlm.run.program import NotCompilable, Program, ensure, has_no_hooks
+from fastvlm.run.step import DecodeStep
+
+
+def build_step(stack: Any, past: Any) -> DecodeStep | None:
+    """The step of a patched stack for its prefilled cache; None where modules must be called.
+
+    A layer's last norm also makes what the first norm after it would, the next layer's or the
+    stack's: one launch for two.
+    """
+    try:
+        return DecodeStep(stack, _write(stack, past))
+    except NotCompilable:
+        return None
+
+
+def _write(stack: Any, past: Any) -> Program:
+    spec: Stack = stack.spec
+    check_embedding(stack)
+    ensure(spec.rotary is None or has_no_hooks(getattr(stack, spec.rotary)))
+    layers = [(layer, _spec_of(layer, Layer)) for layer in stack.layers]
+    firsts = [each.residuals[0].before for _, each in layers]
+    following = [None if n is None else getattr(m, n) for (m, _), n in zip(layers, firsts)][1:]
+    following.append(None if spec.norm is None else getattr(stack, spec.norm))
+    program = Program(getattr(stack, spec.embedding.tokens).weight.shape[1])
+    h, normed = 0, None
+    for index, (layer, each) in enumerate(layers):
+        writer = _Writer(program, layer, each, past, index)
+        h, normed = run_layer(writer, layer, each.residuals, h, normed, following[index])
+    return program
+
+
+def _spec_of(module: Any, kind: Any) -> Any:
+    """By which a patched module is run, if a call would run nothing else."""
+    found = getattr(type(module), "spec", None)
+    ensure(isinstance(found, kind) and has_no_hooks(module))
+    return found
+
+
+class _Writer:
+    """A `fastvlm.run.layer.Runner` that writes instructions: rows are numbers of registers."""
+
+    def __init__(self, program: Program, layer: Any, spec: Layer, past: Any, index: int) -> None:
+        self.program, self.layer, self.index = program, layer, index
+        self.own, self.cross = past, None
+        if isinstance(past, EncoderDecoderCache):
+            self.own, self.cross = past.self_attention_cache, past.cross_attention_cache
+        dropout = None if spec.dropout is None else getattr(layer, spec.dropout)
+        ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
+
+    def norm(self, x: int, norm: Any) -> int:
+        ensure(is_plain_rms_norm(norm))
+        return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset)
+
+    def branch(self, x: int, residual: Residual) -> int:
+        if isinstance(residual.branch, Mlp):
+            return self.program.mlp(x, self.layer, residual.branch)
+        part = getattr(self.layer, residual.branch)
+        if residual.reads == "mlp":
+            return self.program.mlp(x, part, _spec_of(part, Mlp))
+        spec = _spec_of(part, Attention)
+        attend = self._cross_attention if residual.reads == "cross" else self._self_attention
+        return self.program.linear(attend(x, part, spec), getattr(part, spec.out))[0]
+
+    def _self_attention(self, x: int, part: Any, spec: Attention) -> int:
+        q, k, v = self.program.linear(x, part.q_proj, part.k_proj, part.v_proj)
+        if spec.rotary:
+            q, k = self.program.rope(q, k, part.head_dim)
+        cache = beam_cache.layer_of(self.own, self.index)
+        window, softcap = window_of(part, spec), softcap_of(part, spec)
+        return self.program.self_attention(q, k, v, part, cache, window, softcap)
+
+    def _cross_attention(self, x: int, part: Any, spec: Attention) -> int:
+        ensure(self.cross is not None)
+        (q,) = self.program.linear(x, part.q_proj)
+        cache = cross_cache.layer_of(self.cross, self.index)
+        return self.program.cross_attention(q, part, cache, softcap_of(part, spec))
+
+    def join(self, x: int, h: int, residual: Residual, following: Any) -> tuple[int, int | None]:
+        if residual.norm is not None:
+            norm = getattr(self.layer, residual.norm)
+            ensure(residual.after is None and residual.gate is None and following is None)
+            return self.program.residual_layer_norm(x, h, norm), None
+        # a sum alone (a layer that normalizes before its branches only) is no instruction
+        if residual.after is None:
+            raise NotCompilable
+        after = getattr(self.layer, residual.after)
+        norms = [after] if following is None else [after, following]
+        ensure(all(map(is_plain_rms_norm, norms)))
+        ensure(len({(norm.eps, norm.offset) for norm in norms}) == 1)
+        h, *normed = self.program.residual_rms_norm(
+            x,
+            h,
+            after.weight,
+            eps=after.eps,
+            offset=after.offset,
+            gate=None if residual.gate is None else getattr(self.layer, residual.gate),
+            next_weight=None if following is None else following.weight,
+        )
+        return h, normed[0] if normed else None

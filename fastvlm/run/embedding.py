@@ -1,0 +1,58 @@
+"""What a decoding step begins with: the new token of each row, embedded by the stack's spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlm.decoding.prefixes import only_counts, starts_of
+from fastvlm.models.embedding import factor_of
+from fastvlm.models.spec import Embedding
+from fastvlm.nn.linear import is_plain
+from fastvlm.run.program import ensure, has_no_hooks
+
+
+def check_embedding(stack: Any) -> None:
+    """NotCompilable where modules must be called to embed a token."""
+    spec: Embedding = stack.spec.embedding
+    tokens = getattr(stack, spec.tokens)
+    ensure(has_no_hooks(tokens) and factor_of(tokens) is not None)
+    if spec.positions is not None:
+        positions = getattr(stack, spec.positions)
+        ensure(isinstance(getattr(positions, "offset", None), int) and only_counts(positions))
+    if spec.norm is not None:
+        norm = getattr(stack, spec.norm)
+        ensure(has_no_hooks(norm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None)
+
+
+def embed_step(stack: Any, ids: Tensor, filled: int) -> Tensor:
+    """ids [R, 1] at position filled -> [R, d]; less where a row starts if it is padded."""
+    spec: Embedding = stack.spec.embedding
+    tokens = getattr(stack, spec.tokens)
+    x = F.embedding(ids[:, 0], tokens.weight)
+    factor = factor_of(tokens)
+    if factor is not None and factor != 1:
+        x = x * factor
+    if spec.scaled:
+        x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
+    if spec.positions is not None:
+        table = getattr(stack, spec.positions)
+        at, starts = filled + table.offset, starts_of(table, x.shape[0])
+        x = x + table.weight[at if starts is None else at - starts]
+    if spec.norm is not None:
+        norm = getattr(stack, spec.norm)
+        x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return x
+
+
+def rotation_of(stack: Any, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
+    """cos and sin [R, head_dim] of the new tokens x [R, d]; () for a stack without RoPE."""
+    if stack.spec.rotary is None:
+        return ()
+    if position_ids is None:
+        position_ids = torch.full((1, 1), filled, device=x.device)
+    tables = getattr(stack, stack.spec.rotary)(x.unsqueeze(1), position_ids)
+    return tuple(t[:, 0].expand(x.shape[0], -1) for t in tables)
