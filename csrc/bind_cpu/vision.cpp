@@ -29,8 +29,8 @@ Tensor window_attention(const Tensor& qkv, const std::optional<Tensor>& pad, int
   args.window = window;
   args.scale = static_cast<float>(scale);
   args.pad = bias_for(pad, "pad", qkv.size(3));
-  Tensor out = torch::stable::new_empty(
-      qkv, {qkv.size(0), qkv.size(1), qkv.size(2), args.heads * args.dim});
+  Tensor out =
+      torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), args.heads * args.dim});
   args.out = out.mutable_data_ptr();
   if (out.numel() > 0) FASTVLM_KERNEL(window_attention)(args);
   return out;

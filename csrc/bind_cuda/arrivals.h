@@ -1,6 +1,6 @@
 // The counters of arrivals that a launch gets. Nothing is allocated, inside a capture or outside,
-// but where all slots are taken or a stream cannot be told from others: then torch's allocator gives
-// zeros, which costs a launch.
+// but where all slots are taken or a stream cannot be told from others: then torch's allocator
+// gives zeros, which costs a launch.
 #pragma once
 
 #include "bind.h"

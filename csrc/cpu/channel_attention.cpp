@@ -12,9 +12,9 @@ namespace fastvlm {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTokens = 48;        // at a time, in the first-level cache
+constexpr int64_t kTokens = 48;          // at a time, in the first-level cache
 constexpr int64_t kChunk = 5 * kTokens;  // of a task, at least
-constexpr int64_t kMostChunks = 64;    // of an image
+constexpr int64_t kMostChunks = 64;      // of an image
 
 template <class T>
 class ChannelAttention {

@@ -73,8 +73,9 @@ class DepthwiseNorm {
       for (int dx = 0; dx < kPlaces + 2; ++dx) {
         const int64_t line = y + dy - 1, column = x + dx - 1;
         const bool inside = line >= 0 && line < a_.height && column >= 0 && column < a_.width;
-        lines[dy][dx] = inside ? static_cast<const T*>(a_.x) + place(image, line, column) * a_.channels
-                               : reinterpret_cast<const T*>(zeros);
+        lines[dy][dx] = inside
+                            ? static_cast<const T*>(a_.x) + place(image, line, column) * a_.channels
+                            : reinterpret_cast<const T*>(zeros);
       }
     }
     int64_t c = 0;
@@ -154,9 +155,8 @@ class DepthwiseNorm {
 
 void depthwise_conv_norm(const DepthwiseNormArgs& args) {
   with_type(args.dtype, [&](auto type) {
-    with_type(args.y_dtype, [&](auto y_type) {
-      DepthwiseNorm<decltype(type), decltype(y_type)>(args).run();
-    });
+    with_type(args.y_dtype,
+              [&](auto y_type) { DepthwiseNorm<decltype(type), decltype(y_type)>(args).run(); });
   });
 }
 

@@ -93,8 +93,8 @@ Rows float_rows(const Matrix& x, int64_t first, int64_t count, float* scratch) {
   return {scratch, stride};
 }
 
-// sums[rows][kPanel] (+)= x[rows][depth] panel[depth][kPanel], while what is multiplied next, of the
-// same size, comes into the second-level cache.
+// sums[rows][kPanel] (+)= x[rows][depth] panel[depth][kPanel], while what is multiplied next, of
+// the same size, comes into the second-level cache.
 void multiply_panel(Rows x, int64_t rows, const float* panel, const float* next, int64_t depth,
                     bool accumulate, float* sums) {
   const int64_t tiles = rows / 6, bytes = depth * kPanel * int64_t{sizeof(float)};
@@ -181,15 +181,15 @@ void linear_of(const Matrix& x, const PackedWeight& w, const Tail& tail) {
   Scratch<float> scratch(workers() * own);
   with_type(tail.dtype, [&](auto type) {
     using T = decltype(type);
-    cut.run(x.rows * w.rows, [&](int64_t first, int64_t rows, int64_t begin, int64_t end,
-                                 int64_t worker) {
-      float* sums = scratch.data() + worker * own;
-      const Rows a = float_rows(x, first, rows, sums + kRows * kCols);
-      multiply(a, rows, w, begin, end, sums,
-               [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                 write<T>(tail, bias, first + r, w.rows, n, count, from);
-               });
-    });
+    cut.run(x.rows * w.rows,
+            [&](int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t worker) {
+              float* sums = scratch.data() + worker * own;
+              const Rows a = float_rows(x, first, rows, sums + kRows * kCols);
+              multiply(a, rows, w, begin, end, sums,
+                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                         write<T>(tail, bias, first + r, w.rows, n, count, from);
+                       });
+            });
   });
 }
 
@@ -203,23 +203,23 @@ void mlp_of_blocks(const PackedMlpArgs& args, const PackedWeight& w1, const Pack
   Scratch<float> scratch(workers() * own);
   with_type(args.tail.dtype, [&](auto type) {
     using T = decltype(type);
-    cut.run(args.x.rows * w1.rows, [&](int64_t first, int64_t rows, int64_t, int64_t,
-                                       int64_t worker) {
-      float* sums = scratch.data() + worker * own;
-      float* hidden = sums + kRows * kCols;
-      const Rows a = float_rows(args.x, first, rows, hidden + kRows * between);
-      multiply(a, rows, w1, 0, w1.rows, sums,
-               [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                 map_to(hidden + r * between + n, count, [&](int64_t i, int64_t some) {
-                   const Vec x = load_some(from + i, some) + b1.at(n + i, some);
-                   return args.tanh ? gelu_tanh(x) : gelu_erf(x);
-                 });
-               });
-      multiply({hidden, between}, rows, w2, 0, w2.rows, sums,
-               [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                 write<T>(args.tail, b2, first + r, w2.rows, n, count, from);
-               });
-    });
+    cut.run(args.x.rows * w1.rows,
+            [&](int64_t first, int64_t rows, int64_t, int64_t, int64_t worker) {
+              float* sums = scratch.data() + worker * own;
+              float* hidden = sums + kRows * kCols;
+              const Rows a = float_rows(args.x, first, rows, hidden + kRows * between);
+              multiply(a, rows, w1, 0, w1.rows, sums,
+                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                         map_to(hidden + r * between + n, count, [&](int64_t i, int64_t some) {
+                           const Vec x = load_some(from + i, some) + b1.at(n + i, some);
+                           return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+                         });
+                       });
+              multiply({hidden, between}, rows, w2, 0, w2.rows, sums,
+                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                         write<T>(args.tail, b2, first + r, w2.rows, n, count, from);
+                       });
+            });
   });
 }
 
@@ -235,14 +235,13 @@ void mlp_of_shares(const PackedMlpArgs& args, const PackedWeight& w1, const Pack
                                      int64_t worker) {
     float* sums = scratch.data() + worker * own;
     const Rows a = float_rows(args.x, first, rows, sums + kRows * kCols);
-    multiply(a, rows, w1, begin, end, sums,
-             [&](int64_t r, int64_t n, int64_t count, const float* from) {
-               map_to(hidden.data() + (first + r) * between + n, count,
-                      [&](int64_t i, int64_t some) {
-                        const Vec x = load_some(from + i, some) + b1.at(n + i, some);
-                        return args.tanh ? gelu_tanh(x) : gelu_erf(x);
-                      });
-             });
+    multiply(
+        a, rows, w1, begin, end, sums, [&](int64_t r, int64_t n, int64_t count, const float* from) {
+          map_to(hidden.data() + (first + r) * between + n, count, [&](int64_t i, int64_t some) {
+            const Vec x = load_some(from + i, some) + b1.at(n + i, some);
+            return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+          });
+        });
   });
   linear_of({hidden.data(), DType::kFloat, args.x.rows, w1.rows, between}, w2, args.tail);
 }

@@ -27,8 +27,8 @@ struct PackedMlpArgs {
   Tail tail;
 };
 
-#define FASTVLM_DECLARE(CAPABILITY)                \
-  namespace CAPABILITY {                           \
+#define FASTVLM_DECLARE(CAPABILITY)                 \
+  namespace CAPABILITY {                            \
   void packed_linear(const PackedLinearArgs& args); \
   void packed_mlp(const PackedMlpArgs& args);       \
   }

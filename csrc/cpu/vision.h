@@ -35,11 +35,11 @@ struct DepthwiseNormArgs {
   void *h, *y;
 };
 
-#define FASTVLM_DECLARE(CAPABILITY)                          \
-  namespace CAPABILITY {                                     \
-  void window_attention(const WindowAttentionArgs& args);    \
-  void channel_attention(const ChannelAttentionArgs& args);  \
-  void depthwise_conv_norm(const DepthwiseNormArgs& args);   \
+#define FASTVLM_DECLARE(CAPABILITY)                         \
+  namespace CAPABILITY {                                    \
+  void window_attention(const WindowAttentionArgs& args);   \
+  void channel_attention(const ChannelAttentionArgs& args); \
+  void depthwise_conv_norm(const DepthwiseNormArgs& args);  \
   }
 FASTVLM_FOR_EACH_CAPABILITY(FASTVLM_DECLARE)
 #undef FASTVLM_DECLARE

@@ -100,10 +100,9 @@ void WindowAttention<T>::window(int64_t image, int64_t top, int64_t left, int64_
       const int64_t columns = smaller(kLanes, a_.dim - d);
       Vec square[kLanes];
       for (int64_t j = 0; j < kLanes; ++j) {
-        square[j] = i + j < n ? load_some(qkv + place(i + j) * row + width_ + d, columns)
-                    : i + j < keys
-                        ? load_some(pad_.data() + width_ + head * a_.dim + d, columns)
-                        : Vec{};
+        square[j] = i + j < n      ? load_some(qkv + place(i + j) * row + width_ + d, columns)
+                    : i + j < keys ? load_some(pad_.data() + width_ + head * a_.dim + d, columns)
+                                   : Vec{};
       }
       transpose(square);
       for (int64_t j = 0; j < columns; ++j) store(k + (d + j) * keys_ + i, square[j]);
@@ -135,7 +134,8 @@ void WindowAttention<T>::window(int64_t image, int64_t top, int64_t left, int64_
     for (int64_t r = 0; r < rows; ++r) {
       T* out = static_cast<T*>(a_.out) + place(first + r) * width_ + head * a_.dim;
       const Vec factor = broadcast(factors[r]);
-      map_to(out, a_.dim, [&](int64_t d, int64_t) { return load(sums + r * padded_ + d) * factor; });
+      map_to(out, a_.dim,
+             [&](int64_t d, int64_t) { return load(sums + r * padded_ + d) * factor; });
     }
   }
 }

@@ -225,7 +225,19 @@ void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_, co
   ++counted.launches;
   largest_shared = std::max(largest_shared, bytes);
   most_threads = std::max(most_threads, threads);
-  if (ran_elsewhere(name, grid, threads, bytes, itself)) return;
+  // a launch that failed, here or elsewhere, leaves its counts to nobody
+  struct Zeros {
+    ~Zeros() { zero_counters(); }
+  } zeros;
+  const auto place = [name] {
+    return std::string(name) + ", block (" + std::to_string(block.x) + ", " +
+           std::to_string(block.y) + ", " + std::to_string(block.z) + "): ";
+  };
+  if (ran_elsewhere(name, grid, threads, bytes, itself)) {
+    if (!zero_counters())
+      throw std::runtime_error(place() + "a counter is not 0 behind the launch");
+    return;
+  }
   random_state = settings.seed * 0x9E3779B97F4A7C15u + 1;
   shared.resize(bytes + 128);
   if (threads < 1 || threads > 1024 || threads % kWarp != 0) {
@@ -240,10 +252,9 @@ void launch(const char* name, dim3 grid_, int threads, int bytes, Body body_, co
     block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     if (run_block()) continue;
     now = nullptr;
-    throw std::runtime_error(std::string(name) + ", block (" + std::to_string(block.x) + ", " +
-                             std::to_string(block.y) + ", " + std::to_string(block.z) +
-                             "): " + message);
+    throw std::runtime_error(place() + message);
   }
+  if (!zero_counters()) throw std::runtime_error(place() + "a counter is not 0 behind the launch");
 }
 
 void barrier(int line) {

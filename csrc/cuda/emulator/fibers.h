@@ -47,6 +47,8 @@ Mark mark();
 // What all threads of the block may count on: what one of them had seen before a barrier.
 const Seen& seen_by_block();
 void judge_count(const uint32_t* counter);
+// Whether all counters that the launch was given are 0, as they must be behind it; then they are.
+bool zero_counters();
 void land(const Copy& copy);
 void issue(const Copy& copy);
 Counts& counts();

@@ -151,6 +151,18 @@ void forget_memory() {
   ++regions_forgotten;
 }
 
+bool zero_counters() {
+  bool were_zero = true;
+  for (const Region& region : regions) {
+    if (region.access != Access::kCounters) continue;
+    auto* const begin = reinterpret_cast<uint32_t*>(region.begin);
+    auto* const end = reinterpret_cast<uint32_t*>(region.end);
+    were_zero &= std::all_of(begin, end, [](uint32_t count) { return count == 0; });
+    std::fill(begin, end, 0);
+  }
+  return were_zero;
+}
+
 void judge_count(const uint32_t* counter) {
   const uintptr_t p = address(counter);
   for (const Region& region : regions) {
