@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--turn",
         type=int,
         metavar="I",
-        help="of the tests marked turns(n) only every nth, the Ith of them, from 0",
+        help="of the tests that take turns only every nth, the Ith of them, from 0",
     )
     parser.addoption(
         "--spread",
@@ -110,6 +110,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"left out: {', '.join(_left_out)}")
 
 
+# files whose tests take turns, one in so many a run, as if each were marked so: what measures and
+# counts first, then what goes through many settings of one mechanism
+TURNS = {
+    **dict.fromkeys(
+        ("test_traffic", "test_benchmark_sides", "test_benchmarks", "test_training_benchmark"), 3
+    ),
+    **dict.fromkeys(("test_gpu_check", "test_triton_compile"), 3),
+    **dict.fromkeys(("test_load", "test_load_errors", "test_save_published"), 2),
+    **dict.fromkeys(("test_check", "test_check_command"), 2),
+    **dict.fromkeys(("test_instance_forwards", "test_hooks", "test_weights", "test_room"), 2),
+    **dict.fromkeys(("test_frameworks", "test_skipped_gradients", "test_weight_changes"), 2),
+}
+
+
 # of the backends that run on a GPU, or in an emulator: why there is none of those
 EMULATORS = {"triton": emulator.missing, "cuda": cuda_emulator.missing}
 
@@ -142,9 +156,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = not quick or number % 12 == 0
         if share is not None:
             wanted &= number % share[1] == share[0]
-        turns = item.get_closest_marker("turns")
-        if turns is not None and turn is not None:
-            wanted &= (number - turn) % turns.args[0] == 0
+        if turn is not None:
+            marked = item.get_closest_marker("turns")
+            turns = marked.args[0] if marked is not None else TURNS.get(item.path.stem, 1)
+            wanted &= (number - turn) % turns == 0
         (kept if wanted else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
