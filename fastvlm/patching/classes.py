@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from fastvlm.nn.linear import original
-from fastvlm.patching.interposed import bound_forward, forget, without_look
+from fastvlm.patching.foreign import bound_forward
+from fastvlm.patching.interposed import forget, without_look
 from fastvlm.patching.rules import Swap
 from fastvlm.patching.weights import forget_copy
 

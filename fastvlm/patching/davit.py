@@ -22,7 +22,7 @@ from fastvlm.nn.mlp import gelu_kind, gelu_mlp, is_known_gelu, kind_of
 from fastvlm.ops._autograd import autocast, autocasts
 from fastvlm.patching import davit_block
 from fastvlm.patching.classes import is_patched
-from fastvlm.patching.interposed import as_written
+from fastvlm.patching.foreign import as_written
 from fastvlm.patching.rules import Host, Rule, Swap
 
 # top, left, number of windows down and across, their height and width

@@ -22,7 +22,7 @@ from fastvlm.nn.mlp import gelu_kind
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
-from fastvlm.patching.interposed import as_written
+from fastvlm.patching.foreign import as_written
 from fastvlm.patching.rules import Host, Swap
 
 _STOCHASTIC_DEPTH = "Florence2DropPath"

@@ -9,8 +9,6 @@ transformers' own attention run, masks and padding included.
 
 from __future__ import annotations
 
-import functools
-import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,22 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastvlm.compat import hf, pytorch
+from fastvlm.compat import pytorch
 from fastvlm.models.structure import hands_down
-from fastvlm.nn.linear import is_watched, original
+from fastvlm.nn.linear import original
 from fastvlm.nn.wrapped import unwrapped
-
-# hooks that neither look at shapes nor change values: (where they are defined, their name or any)
-_HARMLESS_HOOKS = (
-    ("torch.distributed", None),  # FSDP2, replicate
-    ("torch.nn.utils", None),  # weight_norm, spectral_norm, prune: of weights
-    ("torch.utils.module_tracker", None),
-    ("deepspeed", None),
-    ("fastvlm", None),
-    ("transformers.utils.output_capturing", "output_capturing_hook"),
-    ("transformers", "make_inputs_require_grads"),
-    ("peft", "make_inputs_require_grad"),
+from fastvlm.patching.foreign import (
+    attention_of_others,
+    foreign_hook,
+    is_of,
+    own_forward,
+    replaced_forward,
 )
+
 # whose modules see each row by itself, or hand everything on
 _HARMLESS_HOMES = (
     "torch.nn",
@@ -46,7 +40,6 @@ _HARMLESS_HOMES = (
     "bitsandbytes",
     "torchao",
 )
-_TRANSFORMERS_OWN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # called before the first layer: padding there holds what it holds without fastvlm
 _EMBEDDINGS = ("embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb")
 # read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
@@ -64,74 +57,6 @@ class Interposed(NamedTuple):
 
 
 NOTHING = Interposed()
-
-
-def _is_of(home: str, where: str) -> bool:
-    return home == where or home.startswith(where + ".")
-
-
-def _origin(function: Any) -> tuple[str, str]:
-    """Where a hook is defined, and its name."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    if not hasattr(function, "__qualname__"):
-        function = type(function)
-    return function.__module__ or "", function.__qualname__.rsplit(".", 1)[-1]
-
-
-def _is_harmless(hook: Any) -> bool:
-    home, name = _origin(hook)
-    return any(_is_of(home, where) and known in (None, name) for where, known in _HARMLESS_HOOKS)
-
-
-def foreign_hook(module: nn.Module) -> str | None:
-    """The name of a hook on a module that may look at what it is given, or None."""
-    return next(
-        (_origin(hook)[1] for hook in pytorch.hooks_of(module) if not _is_harmless(hook)), None
-    )
-
-
-def _is_accelerates(module: nn.Module, forward: Any) -> bool:
-    """Whether a forward is the one with which Accelerate runs its own hooks around a module's."""
-    if not isinstance(forward, functools.partial) or "_hf_hook" not in vars(module):
-        return False
-    hook = module._hf_hook
-    hooks = [hook, *getattr(hook, "hooks", ())]
-    return all(_is_of(type(each).__module__, "accelerate") for each in hooks)
-
-
-def bound_forward(module: nn.Module, name: str = "forward") -> Any:
-    """The function that an instance's attribute binds to the module itself, or None."""
-    found = vars(module).get(name)
-    if isinstance(found, types.MethodType) and found.__self__ is module:
-        return found.__func__
-    return None
-
-
-def own_forward(module: nn.Module) -> str | None:
-    """Why a call of module does not run its class's forward; None where it does."""
-    forward = vars(module).get("forward")
-    if forward is None or _is_of(type(module).__module__, "torch._dynamo"):
-        return None
-    name = "_old_forward" if _is_accelerates(module, forward) else "forward"
-    if bound_forward(module, name) is type(module).forward:
-        return None
-    return f"it has a forward of its own ({_origin(forward)[1]})"
-
-
-def replaced_forward(cls: Any) -> str | None:
-    """Why a class does not compute what its module says: somebody put another forward there."""
-    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
-    home = getattr(owner.forward, "__module__", None)
-    if home in (owner.__module__, None):
-        return None
-    return f"the forward of {owner.__name__} was replaced by one of {home}"
-
-
-def other_forward(module: Any) -> str | None:
-    """Why a call of module does not compute what its class says."""
-    return own_forward(module) or replaced_forward(original(type(module)))
 
 
 def parts_of(stack: Any, names: tuple[str, ...]) -> list[tuple[str, Any]] | str:
@@ -164,36 +89,6 @@ def _around(outer: Any, inner: Any) -> list[Any]:
         found.append(outer)
         (outer,) = outer._modules.values()
     return found
-
-
-def attention_of_others(configs: list[Any]) -> str | None:
-    """Why attention is not what transformers itself computes by one of its implementations."""
-    for config in configs:
-        name = hf.attention_of(config)
-        if name is None or (torch.compiler.is_compiling() and name in _TRANSFORMERS_OWN):
-            continue
-        function = hf.attention_function(name)
-        if function is None and name != "eager":
-            return f"its attention implementation {name!r} is not registered"
-        if "paged" in name or (
-            function is not None and not _is_of(_origin(function)[0], "transformers")
-        ):
-            return f"its attention implementation {name!r} is not one of transformers' own"
-    return None
-
-
-def as_written(attention: Any) -> bool:
-    """Whether an attention must run as its authors wrote it: it was given another attention
-    function, or somebody looks at a part of it."""
-    if torch.compiler.is_compiling() and any(map(is_watched, attention.children())):
-        return True
-    config = getattr(attention, "config", None)
-    if config is not None and attention_of_others([config]) is not None:
-        return True
-    return any(
-        is_watched(part) and (foreign_hook(part) or own_forward(part))
-        for part in attention.children()
-    )
 
 
 def configs_of(stack: Any, names: tuple[str, ...]) -> list[Any]:
@@ -247,7 +142,7 @@ def _of_part(path: str, module: Any, known: bool, is_ours: Callable[[Any], bool]
         return replaced_forward(original(cls))
     if known or path.rsplit(".", 1)[-1] in _ACTIVATIONS:
         return None
-    if not any(_is_of(cls.__module__, home) for home in _HARMLESS_HOMES) or _is_of(
+    if not any(is_of(cls.__module__, home) for home in _HARMLESS_HOMES) or is_of(
         cls.__module__, "torch.nn.quantized"
     ):
         return f"{path} is a {cls.__module__}.{cls.__name__}, which fastvlm does not know"
@@ -371,12 +266,15 @@ def _looked_at(stack: Any) -> Interposed:
 
 
 def interposed_at_last(stack: Any) -> Interposed:
-    """The same for a call that is one graph: as the last call that was not compiled found it.
+    """The same for a call that may be one graph, where padding stays and hooks are called as ever.
 
-    A hook that comes after that, or a model of which no call was, goes unseen.
+    Then it is what the last call found that was not compiled, and the name of the attention, which
+    the graph is guarded by. An implementation replaced under its name since then goes unseen.
     """
     if not torch.compiler.is_compiling():
         return interposed(stack)
+    if (reason := attention_of_others([stack.config])) is not None:
+        return Interposed(reason)
     known: _Look | None = getattr(stack, _LOOK, None)
     return NOTHING if known is None else known.last
 

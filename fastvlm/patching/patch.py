@@ -25,7 +25,7 @@ from fastvlm.patching.classes import (
     swapped,
     unpatched_class,
 )
-from fastvlm.patching.interposed import own_forward
+from fastvlm.patching.foreign import own_forward
 from fastvlm.patching.plan import entries_of, notes_of, plan, streamed
 from fastvlm.patching.report import Report
 from fastvlm.patching.rules import FLOORS

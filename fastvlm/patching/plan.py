@@ -12,7 +12,7 @@ from fastvlm.compat.versions import attention_refused
 from fastvlm.models.embedding import factor_of
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear
-from fastvlm.patching import interposed, probe
+from fastvlm.patching import foreign, interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
 from fastvlm.patching.rules import Rule, StackRule, Swap
@@ -120,7 +120,7 @@ def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
     """Why a stack stays with transformers though the rules would have it."""
     names: tuple[str, ...] = swap.mixin.attentions  # type: ignore[attr-defined]
     reason = interposed.look(stack, names, patched.__contains__).unfused
-    return reason or interposed.attention_of_others(interposed.configs_of(stack, names))
+    return reason or foreign.attention_of_others(interposed.configs_of(stack, names))
 
 
 def _tried(
@@ -149,7 +149,7 @@ def _plan_outside(
     trains = head is not None and hasattr(type(module), "get_output_embeddings")
     trains = trains and takes(module, "labels") and hasattr(module, "config")
     loss = "loss" in wanted or language_model.has_loss(module)
-    other = interposed.other_forward(module) if trains and not is_patched(module) else None
+    other = foreign.other_forward(module) if trains and not is_patched(module) else None
     loss = loss and trains and _is_linear(head) and weights is None and other is None
     shares |= language_model.shares_states(module)
     if head is not None and (_is_linear(head) or weights is not None):
@@ -190,7 +190,7 @@ _LINEAR = Rule(("linear",), _is_linear, lambda m: LINEAR)
 
 
 def _choose_linear(module: nn.Module, wanted: frozenset[str], storage: str | None) -> Swap | str:
-    missing = _missing(_LINEAR, wanted) or interposed.other_forward(module)
+    missing = _missing(_LINEAR, wanted) or foreign.other_forward(module)
     if missing is None and not _is_linear(module):
         return f"{type(module).__name__} is called as it is: it does more than nn.Linear"
     return missing or choose_linear(module, storage)
@@ -217,7 +217,7 @@ def _choose(module: nn.Module, rule: Rule, wanted: frozenset[str]) -> Swap | str
     if is_patched(module):
         swap: Swap = type(module)._fastvlm_swap  # type: ignore[attr-defined]
         return swap
-    return interposed.other_forward(module) or rule.choose(module)
+    return foreign.other_forward(module) or rule.choose(module)
 
 
 def _change(
