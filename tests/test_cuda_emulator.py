@@ -35,6 +35,7 @@ FAULTS = {
     "no_barrier_before_the_fence": "a race: out[",
     "writes_after_the_fence": "a race: out[",
     "writes_to_a_counter": "a plain access to counters",
+    "leaves_a_count": "a counter is not 0 behind the launch",
     "counts_outside": "a count outside of all counters",
 }
 CLEAN = ("copies", "neighbours", "asynchronous", "matrices_in_one_bank", "matrices_moved",
@@ -78,8 +79,9 @@ def test_a_fault_is_found(name: str, run: Run) -> None:
     assert words is not None
     assert FAULTS[name] in words
     assert words.startswith(f"{name}, block (")
-    # a fault leaves nothing behind
+    # a fault leaves nothing behind, and no counts
     assert run("copies") is None
+    assert run("last_comes") is None
 
 
 def test_bank_conflicts_are_counted(run: Run) -> None:

@@ -160,6 +160,10 @@ GPU_KERNEL(32) writes_after_the_fence(const Planted p) {
 
 GPU_KERNEL(32) writes_to_a_counter(const Planted) { counters[1] = 0; }
 
+GPU_KERNEL(32) leaves_a_count(const Planted) {
+  if (gpu::thread_index() == 0) gpu::count_up(counters, 1);
+}
+
 GPU_KERNEL(32) counts_outside(const Planted) { gpu::count_up(counters + 2, 1); }
 
 }  // namespace
@@ -207,6 +211,7 @@ PLANTED_TWO(handed_over_to_another, (hands_over<true, false>), 64)
 PLANTED_TWO(no_barrier_before_the_fence, (hands_over<false, true>), 64)
 PLANTED_TWO(writes_after_the_fence, writes_after_the_fence, 32)
 PLANTED_ONE(writes_to_a_counter, writes_to_a_counter, 32)
+PLANTED_ONE(leaves_a_count, leaves_a_count, 32)
 PLANTED_ONE(counts_outside, counts_outside, 32)
 
 namespace {
@@ -219,8 +224,6 @@ extern "C" const char* planted_run(void (*kernel)(const float*, float*, int), co
   emulator::forget_memory();
   emulator::give_memory("in", in, n * sizeof(float), emulator::Access::kInput);
   emulator::give_memory("out", out, n * sizeof(float), emulator::Access::kResult);
-  // a fault may have come between two counts
-  counters[0] = counters[1] = 0;
   fastvlm::cuda::give_counters("counters", counters, 2);
   try {
     kernel(in, out, n);
