@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from fastvlm.demo import workload
 from fastvlm.demo.arguments import UsageError
 from fastvlm.loading.errors import LoadError, first_line
 from fastvlm.loading.load import load
+from fastvlm.loading.processors import square
 
 RANDOM = "The weights are random, so the text means nothing. With --model real weights write it."
 
@@ -67,31 +67,12 @@ def random(small: bool, device: str, dtype: torch.dtype = torch.float32) -> Load
     """Florence-2-base's shapes, or a tiny model's; the words for its tokens are made up."""
     config = workload.small() if small else workload.florence2_base()
     model = workload.random_model(config).to(device, dtype)
-    processor = _processor(model.config.image_token_id, 96 if small else workload.IMAGE_SIZE)
+    # the image's placeholder comes behind all words, as in the model
+    placeholder = {"image_token": "<image>"}
+    words = invented_tokenizer(model.config.image_token_id, extra_special_tokens=placeholder)
+    processor = square(words, 96 if small else workload.IMAGE_SIZE)
     name = "a tiny Florence-2" if small else "Florence-2-base"
     return Loaded(model, processor, None, name, False, f"{name}, random", f"seed {workload.SEED}")
-
-
-def _processor(vocabulary: int, size: int) -> Any:
-    """transformers' own, as Florence-2 has it, with made-up words."""
-    from transformers import CLIPImageProcessor, Florence2Processor
-
-    pictures = CLIPImageProcessor(
-        size={"height": size, "width": size},
-        resample=Image.Resampling.BICUBIC,
-        do_center_crop=False,
-        image_mean=list(workload.IMAGE_MEAN),
-        image_std=list(workload.IMAGE_STD),
-        image_seq_length=1 + (size // 32) ** 2,
-    )
-    # the image's placeholder comes behind all words, as in the model
-    words = invented_tokenizer(vocabulary, extra_special_tokens={"image_token": "<image>"})
-    kinds = (
-        "pure_text", "ocr", "phrase_grounding", "polygons", "bboxes", "description_with_bboxes",
-        "description_with_bboxes_or_polygons",
-    )  # fmt: skip
-    rules: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-    return Florence2Processor(pictures, words, post_processor_config=rules)
 
 
 def invented_tokenizer(size: int, **more: Any) -> Any:

@@ -21,11 +21,10 @@ from fastvlm.decoding.pictures import PictureError, open_picture
 from fastvlm.demo.arguments import UsageError
 from fastvlm.loading.errors import LoadError, first_line
 from fastvlm.loading.load import load
+from fastvlm.loading.processors import IMAGE_MEAN, IMAGE_STD
 
 # what Florence-2's preprocessor_config.json says
 IMAGE_SIZE = 768
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 DEFAULT_PHOTO = "astronaut.png"
 PROMPT = "<CAPTION>"  # Florence-2's processor turns it into "What does the image describe?"
 PROMPT_TOKENS = 16

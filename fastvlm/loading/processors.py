@@ -43,6 +43,8 @@ _ANSWERS: dict[str, dict[str, Any]] = {
 _PICTURES = ("preprocessor_config", "processor_config")
 _WORD_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 _THEIR_PROCESSOR = "processing_florence2.Florence2Processor"
+# of the pictures that the towers were trained on
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRIDE = 32  # pixels of a picture to one position of the tower
 DECODER_FOLDER = "decoder_tokenizer"
 
@@ -144,6 +146,24 @@ def _scale(source: Source, processor: Any, side: int) -> None:
     pictures = processor.image_processor
     pictures.size = {"height": side, "width": side}
     _count(processor)
+
+
+def square(words: Any, side: int) -> Any:
+    """A Florence2Processor of prompts in the words of a tokenizer, and of pictures that are scaled
+    to a square of so many pixels a side. Nothing of an answer is left out when it is read."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor, Florence2Processor
+
+    pictures = CLIPImageProcessor(
+        size={"height": side, "width": side},
+        resample=Image.Resampling.BICUBIC,
+        do_center_crop=False,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+        image_seq_length=1 + (side // STRIDE) ** 2,
+    )
+    rules: dict[str, dict[str, Any]] = {kind: {} for kind in _ANSWERS}
+    return Florence2Processor(pictures, words, post_processor_config=rules)
 
 
 def _count(processor: Any) -> None:

@@ -18,14 +18,13 @@ from fastvlm.florenz.world.build import annotations_of_scene
 from fastvlm.florenz.world.draw import draw
 from fastvlm.florenz.world.grammar import FRAMES, sentence
 from fastvlm.florenz.world.scene import Scene, draw_scene
+from fastvlm.loading.processors import IMAGE_MEAN, IMAGE_STD
 from fastvlm.packing import PackingCollator, TargetBalancer
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pixels_of(picture: Any) -> Tensor:
     """An RGB picture as pixel_values float32 [3, H, W]."""
-    scaled = (np.asarray(picture, dtype=np.float32) / 255 - MEAN) / STD
+    scaled = (np.asarray(picture, dtype=np.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
     return torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1).contiguous()
 
 

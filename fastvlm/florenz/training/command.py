@@ -140,13 +140,13 @@ def _measure(model: Any, args: argparse.Namespace, out: Path, kept: dict[str, An
     from fastvlm.florenz.training.emergence import held_out
     from fastvlm.florenz.training.looks import HISTORY, history
     from fastvlm.florenz.training.results import evaluate, save, summary
-    from fastvlm.florenz.training.saving import processor_of
     from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
+    from fastvlm.loading.processors import square
 
     words = Words(prompt_tokenizer(), text_tokenizer())
     size = SIZES[kept["settings"]["size"]]
     found = evaluate(
-        model, processor_of(words.prompts, size), words, size, held_out(size, args.scenes), out,
+        model, square(words.prompts, size.pixels), words, size, held_out(size, args.scenes), out,
         num_beams=args.beams,
     )  # fmt: skip
     results = {

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fastvlm.demo.arguments import UsageError
-from fastvlm.florenz.training.batches import MEAN, STD, Words
+from fastvlm.florenz.training.batches import Words
 from fastvlm.florenz.training.sizes import Size
+from fastvlm.loading.processors import DECODER_FOLDER, square
 
-DECODER_TOKENIZER = "decoder_tokenizer"
 _PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
@@ -47,27 +47,8 @@ def _read(file: Path) -> None:
         torch.load(file, map_location="cpu", weights_only=True)
 
 
-def processor_of(prompts: Any, size: Size) -> Any:
-    """transformers' Florence2Processor for the world's pictures and prompts."""
-    from PIL import Image
-    from transformers import CLIPImageProcessor, Florence2Processor
-
-    pictures = CLIPImageProcessor(
-        size={"height": size.pixels, "width": size.pixels}, resample=Image.Resampling.BICUBIC,
-        do_center_crop=False, image_mean=list(MEAN), image_std=list(STD),
-        image_seq_length=size.image_tokens,
-    )  # fmt: skip
-    # Florence-2's reading of boxes and polygons, which no prompt here asks for
-    kinds = (
-        "pure_text", "ocr", "phrase_grounding", "polygons", "bboxes", "description_with_bboxes",
-        "description_with_bboxes_or_polygons",
-    )  # fmt: skip
-    rules: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-    return Florence2Processor(pictures, prompts, post_processor_config=rules)
-
-
 def save_model(model: Any, words: Words, size: Size, out: Path) -> None:
     """Model, processor and the decoder's tokenizer, as `fastvlm caption --model` loads them."""
     model.save_pretrained(out)
-    processor_of(words.prompts, size).save_pretrained(out)
-    words.texts.save_pretrained(out / DECODER_TOKENIZER)
+    square(words.prompts, size.pixels).save_pretrained(out)
+    words.texts.save_pretrained(out / DECODER_FOLDER)
