@@ -86,6 +86,7 @@ def _draw(out: Path, results: dict[str, Any]) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = {"SC": "seen captioning", "ST": "seen translation", "UC": "unseen captioning"}
@@ -93,6 +94,8 @@ def _draw(out: Path, results: dict[str, Any]) -> list[Path]:
     for name in LOSSES:
         left.plot(steps, [look[name] for look in results["history"]], ".-", label=names[name])
     left.set(title="loss of scenes never trained on", xlabel="steps", yscale="log")
+    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis(StrMethodFormatter("{x:.3g}"))
     left.grid(True, which="both", alpha=0.2)
     left.legend()
     found = results["emergence"]
@@ -117,7 +120,9 @@ def _page(shown: Sequence[Shown], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{code}</th>" for code in ("", *_LANGUAGES))
     body = "".join(_row(one, texts) for one, texts in zip(shown, rows))
     style = (
-        "body{font:14px sans-serif}td,th{padding:6px;border-bottom:1px solid #ccc;text-align:left}"
+        "body{font:14px sans-serif}table{table-layout:fixed;width:100%;border-collapse:collapse}"
+        "td,th{vertical-align:top;overflow-wrap:anywhere}td div{max-height:9em;overflow:auto}"
+        "td,th{padding:6px;border-bottom:1px solid #ccc;text-align:left}"
         "img{width:96px;image-rendering:pixelated}.right{background:#e4f6e4}"
     )
     note = "Green: a sentence of the language that says what the picture shows."
@@ -134,5 +139,5 @@ def _row(one: Shown, texts: Sequence[str]) -> str:
     cells = [f'<td><img alt="" src="data:image/png;base64,{source}"></td>']
     for code, text in zip(_LANGUAGES, texts, strict=True):
         right = read(text, code).scene in (one.scene, one.scene.mirrored)
-        cells.append(f"<td{' class=right' if right else ''}>{html.escape(text)}</td>")
+        cells.append(f"<td{' class=right' if right else ''}><div>{html.escape(text)}</div></td>")
     return f"<tr>{''.join(cells)}</tr>"
