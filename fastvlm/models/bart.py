@@ -8,18 +8,35 @@ from torch import nn
 
 from fastvlm.compat import hf
 from fastvlm.models.spec import Attention, Embedding, Layer, Mlp, Residual, Stack
-from fastvlm.models.structure import extra_parts
+from fastvlm.models.structure import extra_parts, first_layer, has
 from fastvlm.nn.mlp import gelu_kind, kind_of
 from fastvlm.nn.wrapped import owns
 
-ATTENTION = Attention("out_proj", states="key_value_states")
-STACK = Stack(Embedding(positions="embed_positions", norm="layernorm_embedding"))
+KNOWN = tuple(f"transformers.models.{n}.modeling_{n}" for n in ("bart", "mbart", "plbart"))
 
+ATTENTION = Attention(
+    "out_proj",
+    ("key_value_states", "past_key_values", "attention_mask"),
+    "dropout",
+    states="key_value_states",
+)
+_EMBEDDING = Embedding(positions="embed_positions", norm="layernorm_embedding")
+_STATES = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+ENCODER = Stack(_EMBEDDING, ("attention_mask",))
+DECODER = Stack(
+    _EMBEDDING,
+    ("attention_mask", *_STATES, "inputs_embeds", "use_cache"),
+    ("self_attn", "encoder_attn"),
+)
 LAYER = ("self_attn", "fc1", "fc2", "activation_fn", "self_attn_layer_norm", "final_layer_norm")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+is_attention = has(*_PROJECTIONS, "num_heads", "scaling", "is_causal")
+is_layer = has(*LAYER)
 
 
 def read_attention(module: Any) -> Attention | str:
-    return extra_parts(module, "q_proj", "k_proj", "v_proj", "out_proj") or ATTENTION
+    return extra_parts(module, *_PROJECTIONS) or ATTENTION
 
 
 def _is_pre_norm(layer: Any) -> bool | None:
@@ -44,16 +61,25 @@ def read_layer(module: Any) -> Layer | str:
     norms = [m for m in module.children() if isinstance(m, nn.LayerNorm)]
     if any(not norm.elementwise_affine or norm.bias is None for norm in norms):
         return "a LayerNorm without weight and bias"
+
+    def residual(reads: str, branch: str | Mlp, norm: str) -> Residual:
+        before, behind = (norm, None) if pre_norm else (None, norm)
+        return Residual(reads, branch, before, norm=behind, optional=reads == "cross")
+
     act, dropout = kind_of(module.activation_fn), "activation_dropout"
     mlp = Mlp("fc1", "fc2", "activation_fn", None, kind, act, dropout)
-
-    def residual(reads: str, branch: str | Mlp, norm: str, optional: bool = False) -> Residual:
-        where = {"before" if pre_norm else "norm": norm}
-        return Residual(reads, branch, optional=optional, **where)
-
     own = residual("self", "self_attn", "self_attn_layer_norm")
     last = residual("mlp", mlp, "final_layer_norm")
     if not owns(module, "encoder_attn"):
-        return Layer((own, last), "dropout")
-    cross = residual("cross", "encoder_attn", "encoder_attn_layer_norm", optional=True)
-    return Layer((own, cross, last), "dropout")
+        return Layer((own, last), ("attention_mask",), "dropout", clamps=True)
+    cross = residual("cross", "encoder_attn", "encoder_attn_layer_norm")
+    arguments = ("attention_mask", *_STATES, "use_cache")
+    states = "key_value_states"
+    return Layer((own, cross, last), arguments, "dropout", states, splits_cache=False)
+
+
+def is_stack(module: nn.Module, decodes: bool) -> bool:
+    if not has("layers", "embed_tokens", "embed_positions", "layernorm_embedding")(module):
+        return False
+    layer = first_layer(module, "fc1")
+    return layer is not None and owns(layer, "encoder_attn") == decodes

@@ -2,7 +2,8 @@
 
 A spec holds names and choices, no modules and no tensors: it belongs to a class of modules, is read
 once when a model is patched, and stays true when parts are exchanged (an adapter), copied or saved.
-What is computed by it stands in `fastvlm.run`.
+What is computed by it stands in `fastvlm.run`. arguments: of a module's forward, by place, behind
+its first; the cache among them is called past_key_values, whatever transformers calls it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from dataclasses import dataclass
 class Attention:
     """A module with q_proj, k_proj, v_proj and `out`, over heads of its head_dim.
 
-    states: the argument with the encoder's states; None where rows only read themselves.
-    rotary: whether queries and keys are turned by their positions (RoPE). window, softcap: the
-    attributes with these numbers; None where the class has none.
+    states: the argument with the encoder's states; None where rows only read themselves. cross:
+    whether they are always there; otherwise rows read themselves without them. rotary: whether
+    queries and keys are turned by their positions (RoPE). dropout, window, softcap: the attributes
+    with these numbers; None where the class has none.
     """
 
     out: str
+    arguments: tuple[str, ...]
+    dropout: str
     states: str | None = None
+    cross: bool = False
     rotary: bool = False
     window: str | None = None
     softcap: str | None = None
@@ -64,10 +69,22 @@ class Residual:
 
 @dataclass(frozen=True)
 class Layer:
-    """Branches, one after the other. dropout: of what a branch gives, a number or a module."""
+    """Branches, one after the other.
+
+    dropout: of what a branch gives, a number or a module. states: by what name cross-attention
+    gets the encoder's. hands: the arguments that all attentions get as well. named: whether they
+    get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
+    clamps: whether float16 is kept finite.
+    """
 
     residuals: tuple[Residual, ...]
+    arguments: tuple[str, ...]
     dropout: str | None = None
+    states: str = "encoder_hidden_states"
+    hands: tuple[str, ...] = ()
+    named: bool = False
+    splits_cache: bool = True
+    clamps: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -88,8 +105,29 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers between an embedding and a norm. rotary: the module with RoPE's tables."""
+    """Layers between an embedding and a norm.
+
+    attentions: of each layer, that of its own rows first. rotary: the module with RoPE's tables.
+    hides_pads: whether pad tokens are padding where no mask is given. masks, cross_masks: the kinds
+    of masks that layers choose from; none where all get the same. trains_cached: whether a cache is
+    made in training where none is asked for.
+    """
 
     embedding: Embedding
+    arguments: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ("self_attn",)
     norm: str | None = None
     rotary: str | None = None
+    hides_pads: bool = False
+    masks: tuple[str, ...] = ()
+    cross_masks: tuple[str, ...] = ()
+    trains_cached: bool = True
+
+    @property
+    def reads_encoder(self) -> bool:
+        return len(self.attentions) > 1
+
+    @property
+    def packs_ids(self) -> bool:
+        """Whether it takes packed token ids with their positions; otherwise its layers pack."""
+        return self.rotary is not None

@@ -23,7 +23,8 @@ from fastvlm.ops._autograd import autocast, autocasts
 from fastvlm.patching import davit_block
 from fastvlm.patching.classes import is_patched
 from fastvlm.patching.foreign import as_written
-from fastvlm.patching.rules import Host, Rule, Swap
+from fastvlm.patching.rules import Rule, Swap
+from fastvlm.run.mixin import Mixin
 
 # top, left, number of windows down and across, their height and width
 Region = tuple[int, int, int, int, int, int]
@@ -124,7 +125,7 @@ def window_attention(qkv: Tensor, pad: Tensor, count: int, scale: float) -> Tens
     return out.transpose(1, 2).flatten(2)
 
 
-class _Windows(Host):
+class _Windows(Mixin):
     """Attention inside windows of a feature map, computed for its own rows only.
 
     The softmax of a window that the original pads has one more term, count * exp(score) for all of
@@ -183,7 +184,7 @@ class SizedWindowAttention(_Windows):
         return self._attend(x.unflatten(1, size)), size
 
 
-class _Channels(Host):
+class _Channels(Mixin):
     """Attention between the channels of a group: scores [D, D] are sums over the tokens."""
 
     def _attend(self, hidden_states: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.bmm(values, weights.to(dtype)).view(v.shape)
 
 
-class VisionMLP(Host):
+class VisionMLP(Mixin):
     """fc2(gelu(fc1 x)), in one op where both layers may be bypassed."""
 
     approximate = "none"
@@ -249,7 +250,7 @@ def channels_together(x: Tensor) -> Tensor:
     return x
 
 
-class DepthwiseConv(Host):
+class DepthwiseConv(Mixin):
     """The convolution of a map whose channels lie together, to one that lies in the same way.
 
     Else its block adds it to its input, and normalizes it, across the memory of the two.

@@ -23,13 +23,14 @@ from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
 from fastvlm.patching.foreign import as_written
-from fastvlm.patching.rules import Host, Swap
+from fastvlm.patching.rules import Swap
+from fastvlm.run.mixin import Mixin
 
 _STOCHASTIC_DEPTH = "Florence2DropPath"
 _PARTS = ("conv1", "norm1", "drop_path1", "conv2", "norm2", "ffn", "drop_path2")
 
 
-class _Half(Host):
+class _Half(Mixin):
     approximate = "none"
     attention = ""  # the name of the attention module
 

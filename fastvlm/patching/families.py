@@ -1,18 +1,118 @@
-"""The families that are patched, and what is left alone on purpose."""
+"""The families that are patched: by which specs, with which classes; and what is left alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from torch import nn
 
-from fastvlm.patching import bart, davit, florenz, gemma2, t5gemma
-from fastvlm.patching.rules import StackRule
+from fastvlm.models import bart, florenz, gemma2, t5gemma
+from fastvlm.models.spec import Attention, Layer, Mlp, Stack
+from fastvlm.nn.mlp import GegluMLP
+from fastvlm.patching import davit
+from fastvlm.patching.norms import choose_norm, is_rms_norm
+from fastvlm.patching.rules import Rule, StackRule, Swap, mistaken
+from fastvlm.patching.stacks import DecoderStack, EncoderStack
+from fastvlm.run.attention import PatchedAttention
+from fastvlm.run.packed import PatchedLayer
+
+Choose = Callable[[nn.Module], Swap | str]
+
+
+def _choice(read: Callable[[Any], Any], swap: Callable[[Any, Any], Swap], first: str) -> Choose:
+    """What a module becomes by the spec that read gives; or its reason, or why it cannot be."""
+
+    def choose(module: nn.Module) -> Swap | str:
+        spec = read(module)
+        if isinstance(spec, str):
+            return spec
+        arguments = (first, *spec.arguments) if hasattr(spec, "arguments") else ()
+        return mistaken(module, arguments) or swap(module, spec)
+
+    return choose
+
+
+def _attention(module: Any, spec: Attention) -> Swap:
+    crosses = spec.cross or (spec.states is not None and module.is_decoder)
+    runs_on: tuple[str, ...] = ("cross_attention",)
+    if module.is_causal or not crosses:
+        cached = ("cached_attention",) if module.is_causal else ()
+        runs_on = (*(("rope",) if spec.rotary else ()), "self_attention", *cached)
+    return Swap(PatchedAttention, runs_on, (("spec", spec),))
+
+
+def _layer(module: Any, spec: Layer) -> Swap:
+    ops = {
+        "gelu_mlp": any(isinstance(r.branch, Mlp) for r in spec.residuals),
+        "residual_layer_norm": any(r.norm for r in spec.residuals),
+        "residual_rms_norm": any(r.after for r in spec.residuals),
+    }
+    return Swap(PatchedLayer, tuple(op for op, runs in ops.items() if runs), (("spec", spec),))
+
+
+def _mlp(module: Any) -> Swap | str:
+    spec = gemma2.read_mlp(module)
+    if isinstance(spec, str):
+        return spec
+    attributes = ("approximate", spec.approximate), ("activation", spec.activation), ("spec", spec)
+    return Swap(GegluMLP, ("geglu_mlp",), attributes)
+
+
+def _stack(mixin: type[nn.Module], module: Any, spec: Stack) -> Swap:
+    return Swap(mixin, ("Layout",), (("spec", spec),))
+
+
+def _attention_rule(matches: Any, read: Any) -> Rule:
+    return Rule(("attention",), matches, _choice(read, _attention, "hidden_states"))
+
+
+def _layer_rule(matches: Any, read: Any, *floors: str) -> Rule:
+    return Rule(floors, matches, _choice(read, _layer, "hidden_states"))
+
+
+def _stack_rule(
+    matches: Any, read: Any, rules: tuple[Rule, ...], known: tuple[str, ...], decodes: bool = True
+) -> StackRule:
+    swap = partial(_stack, DecoderStack if decodes else EncoderStack)
+    return StackRule(matches, _choice(read, swap, "input_ids"), rules, decodes, known)
+
+
+_BART = (
+    _attention_rule(bart.is_attention, bart.read_attention),
+    _layer_rule(bart.is_layer, bart.read_layer, "mlp", "norm"),
+)
+_GEMMA2 = (
+    _attention_rule(gemma2.is_attention, gemma2.read_attention),
+    Rule(("mlp",), gemma2.is_mlp, _mlp),
+    Rule(("norm",), is_rms_norm, choose_norm),
+    _layer_rule(gemma2.is_layer, gemma2.read_layer, "norm"),
+)
+_T5GEMMA = (
+    _attention_rule(t5gemma.is_cross_attention, t5gemma.read_cross_attention),
+    _layer_rule(t5gemma.is_layer, t5gemma.read_layer, "norm"),
+    *_GEMMA2,
+)
+_FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA)
+
+
+def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackRule]:
+    """The encoder and the decoder of a family that has both."""
+
+    def rule(spec: Stack, decodes: bool) -> StackRule:
+        matches = partial(family.is_stack, decodes=decodes)
+        return _stack_rule(matches, lambda module: spec, rules, family.KNOWN, decodes)
+
+    return rule(family.ENCODER, False), rule(family.DECODER, True)
+
 
 # T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more
 STACKS: tuple[StackRule, ...] = (
-    *bart.STACKS,
-    *t5gemma.STACKS,
-    *florenz.STACKS,
-    *gemma2.STACKS,
+    *_two_stacks(bart, _BART),
+    *_two_stacks(t5gemma, _T5GEMMA),
+    _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
+    _stack_rule(gemma2.is_stack, lambda module: gemma2.STACK, _GEMMA2, gemma2.KNOWN),
 )
 
 KNOWN = tuple(path for stack in STACKS for path in stack.known)

@@ -18,7 +18,7 @@ from fastvlm.compat import hf, pytorch
 from fastvlm.compat.versions import attention_refused
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.logits import show_lazily
-from fastvlm.patching.rules import Host
+from fastvlm.run.mixin import Mixin
 
 # rows of 16 bits up to which the CPU's ranking streams the weight (MAX_ROWS of
 # fastvlm/cpu/gemm.py); with more it begins with a float32 copy, and takes 2.5 times as long
@@ -61,7 +61,7 @@ def forward_of(model: nn.Module) -> Iterator[bool]:
         ranking.runs = False
 
 
-class RankedGeneration(Host):
+class RankedGeneration(Mixin):
     """A model whose decoding loops need no logits where nobody looks at them."""
 
     def _sample(

@@ -188,15 +188,15 @@ class _Look:
 
     def __init__(self, stack: Any) -> None:
         self.stack = weakref.ref(stack)
-        self.found = look(stack, stack.attentions, runs_ours)
-        parts = parts_of(stack, stack.attentions)
+        self.found = look(stack, stack.spec.attentions, runs_ours)
+        parts = parts_of(stack, stack.spec.attentions)
         self.attentions = [] if isinstance(parts, str) else parts
-        self.layers = [unwrapped(layer, stack.attentions[0]) for layer in stack.layers]
+        self.layers = [unwrapped(layer, stack.spec.attentions[0]) for layer in stack.layers]
         self.own = _State.of(stack)._replace(module=None)
         self.states = [_State.of(m) for m in stack.modules() if m is not stack]
         bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
         self.forwards = [(base, base.forward) for base in bases]
-        self.configs = configs_of(stack, stack.attentions)
+        self.configs = configs_of(stack, stack.spec.attentions)
         self.last = self.found  # with what lies outside of the stack
 
     def is_of(self, stack: Any) -> bool:
@@ -288,13 +288,13 @@ def check_taken(stack: Any, marks: Any, cross: bool) -> None:
     known: _Look | None = vars(stack).get(_LOOK)
     if marks.unknown or known is None or not known.is_of(stack):
         return
-    each = len(stack.attentions) if cross else 1
+    each = len(stack.spec.attentions) if cross else 1
     if len(marks.attentions) == each * len(known.layers):
         return
     skips = stack.training and getattr(stack, "layerdrop", 0) > 0
     count = getattr(stack.config, "num_hidden_layers", len(known.layers))
     for place, (path, module) in enumerate(known.attentions):
-        index, which = divmod(place, len(stack.attentions))
+        index, which = divmod(place, len(stack.spec.attentions))
         layer = known.layers[index]
         called = id(layer) in marks.layers if runs_ours(layer) else not skips and index < count
         if called and which < each and id(module) not in marks.attentions:

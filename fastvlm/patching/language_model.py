@@ -16,26 +16,27 @@ from torch import Tensor
 from fastvlm.checks import describe
 from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import decoder_stack
+from fastvlm.loss.request import LossRequest, loss_request, requesting
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
 from fastvlm.patching.interposed import NOTHING, interposed
-from fastvlm.patching.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.patching.logits import LazyLogits, State, settled
-from fastvlm.patching.loss_request import LossRequest, loss_request, requesting
 from fastvlm.patching.ranked import RankedLogits
 from fastvlm.patching.room import RoomForAll
-from fastvlm.patching.rules import Host, Swap
+from fastvlm.patching.rules import Swap
 from fastvlm.patching.shared_states import SharedEncoderStates
 from fastvlm.patching.stacks import DecoderStack
-from fastvlm.patching.static import StaticMasks
 from fastvlm.patching.tied import head_weight
+from fastvlm.run.layouts import READERS, restarts, wants_attentions, wants_hidden_states
+from fastvlm.run.mixin import Mixin
+from fastvlm.run.static import StaticMasks
 
 IMAGES = "image_of_prompt"
 _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
-class LossHead(Host):
+class LossHead(Mixin):
     """An output head that gives lazy logits to the model's own forward, when that has labels, and
     to a decoding loop that wants the best alone."""
 

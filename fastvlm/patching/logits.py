@@ -20,32 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import ops
-from fastvlm.compat import pytorch, walks
+from fastvlm.compat import walks
+from fastvlm.loss.request import LossRequest, Packed
 from fastvlm.nn.weight_mark import WeightMark
 from fastvlm.ops._autograd import autocasts
 from fastvlm.patching.lazy_tensor import LazyTensor
-from fastvlm.patching.loss_request import LossRequest
-
-
-@dataclass(frozen=True)
-class Packed:
-    """padded [B, L, d]: rows [tokens, d] at the flat positions index, zeros elsewhere."""
-
-    padded: Tensor
-    rows: Tensor
-    index: Tensor
-
-    def is_shown_by(self, x: Tensor) -> bool:
-        """Whether x is padded or a view of all of it: what slices of nothing make."""
-        ours = self.padded
-        return (
-            x.shape == ours.shape
-            and x.stride() == ours.stride()
-            and x.storage_offset() == ours.storage_offset()
-            and x.dtype == ours.dtype
-            and pytorch.same_storage(x, ours)
-            and pytorch.version_of(x) == pytorch.version_of(ours)
-        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fastvlm.nn.linear import Linear
 from fastvlm.patching import foreign, interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
-from fastvlm.patching.rules import Rule, StackRule, Swap
+from fastvlm.patching.rules import Rule, StackRule, Swap, spec_of
 from fastvlm.patching.weights import LINEAR, adapters_of, choose_linear, read_at_a_step, storage_of
 
 
@@ -113,12 +113,12 @@ def _plan_stack(
             choice = f"its stack {prefix} was skipped"
         step = inner is _LINEAR and rule.decodes and module not in per_image
         add(_change(name, module, inner.floors, choice, step))
-    return isinstance(chosen, Swap) and getattr(chosen.mixin, "has_cross_attention", False)
+    return isinstance(chosen, Swap) and spec_of(chosen).reads_encoder
 
 
 def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
     """Why a stack stays with transformers though the rules would have it."""
-    names: tuple[str, ...] = swap.mixin.attentions  # type: ignore[attr-defined]
+    names = spec_of(swap).attentions
     reason = interposed.look(stack, names, patched.__contains__).unfused
     return reason or foreign.attention_of_others(interposed.configs_of(stack, names))
 

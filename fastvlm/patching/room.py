@@ -10,11 +10,11 @@ from fastvlm.compat import hf
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding import rows
 from fastvlm.decoding.prefixes import decoder_stack
-from fastvlm.patching.loss_request import generating
-from fastvlm.patching.rules import Host
+from fastvlm.loss.request import generating
+from fastvlm.run.mixin import Mixin
 
 
-class RoomForAll(Host):
+class RoomForAll(Mixin):
     """A model whose generate() tells its self-attention cache the length that is asked for, and
     its decoder that nobody reads the rows of padding."""
 

@@ -5,21 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from fastvlm.compat import hf
 from fastvlm.compat.versions import TESTED_NAMES
-
-if TYPE_CHECKING:
-
-    class Host(nn.Module):
-        """A class whose forward takes over from another's: it finds that one's attributes."""
-
-        def __getattr__(self, name: str) -> Any: ...
-
-else:
-    Host = nn.Module
 
 FLOORS = ("attention", "mlp", "norm", "linear", "loss")
 
@@ -31,6 +22,11 @@ class Swap:
     mixin: type[nn.Module]
     runs_on: tuple[str, ...]
     attributes: tuple[tuple[str, Any], ...] = ()
+
+
+def spec_of(swap: Swap) -> Any:
+    """What describes the modules that a swap is for (`fastvlm.models.spec`)."""
+    return dict(swap.attributes)["spec"]
 
 
 @dataclass(frozen=True)
@@ -62,24 +58,17 @@ class StackRule:
     known: tuple[str, ...] = ()
 
 
-def mistaken(module: nn.Module, forward: type[nn.Module]) -> str | None:
-    """Why a class's forward cannot take over from a module's; None where it can.
+def mistaken(module: nn.Module, arguments: tuple[str, ...]) -> str | None:
+    """Why our forward cannot take over from a module's; None where it can.
 
-    Whoever calls the module gives the first arguments by place, in the module's order, and further
-    ones by name: the layouts are among these.
+    arguments: of ours. Whoever calls the module gives the first arguments by
+    place, in the module's order, and further ones by name: the layouts are among these.
     """
-    theirs, ours = (
-        list(inspect.signature(function).parameters.values())[1:]
-        for function in (type(module).forward, forward.forward)
-    )
-    placed = [[p.name for p in ps if p.kind is p.POSITIONAL_OR_KEYWORD] for ps in (theirs, ours)]
-    if placed[0][: len(placed[1])] != placed[1]:
-        return f"its forward has other arguments than {TESTED_NAMES}: {', '.join(placed[0])}"
+    theirs = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    placed = tuple(p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD)
+    ours = tuple(hf.cache_argument() if n == "past_key_values" else n for n in arguments)
+    if placed[: len(ours)] != ours:
+        return f"its forward has other arguments than {TESTED_NAMES}: {', '.join(placed)}"
     if not any(p.kind is p.VAR_KEYWORD for p in theirs):
         return f"its forward takes no further keyword arguments, as in {TESTED_NAMES}"
     return None
-
-
-def choose_stack(forward: type[nn.Module]) -> Callable[[nn.Module], Swap | str]:
-    """The choice of a StackRule whose stack gets this class's forward."""
-    return lambda stack: mistaken(stack, forward) or Swap(forward, ("Layout",))

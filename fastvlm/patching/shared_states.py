@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastvlm.patching.room import RoomForAll
-from fastvlm.patching.static import StaticMasks
+from fastvlm.run.static import StaticMasks
 
 # options of generate() that call the model with what one copy of an image cannot serve -> what
 # they may be, and why

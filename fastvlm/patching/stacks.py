@@ -2,7 +2,7 @@
 
 A call without a cache (training) runs packed from the first layer to the last, where all layers
 can: padding is neither computed nor differentiated. A call with transformers' StaticCache has fixed
-shapes and no layouts (`fastvlm.patching.static`). Where a call asks for something the fused path
+shapes and no layouts (`fastvlm.run.static`). Where a call asks for something the fused path
 does not do (attention probabilities, a mask that is not [batch, length], a foreign cache),
 transformers' own path runs, unchanged; several new tokens on a filled cache keep their
 self-attention there.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from fastvlm.compat import hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.layout import Layout
+from fastvlm.loss.request import knows_its_readers, loss_request
 from fastvlm.models.spec import Stack
-from fastvlm.patching import static
-from fastvlm.patching.embedded import embeds_alike
 from fastvlm.patching.interposed import (
     NOTHING,
     Interposed,
@@ -36,10 +36,13 @@ from fastvlm.patching.interposed import (
     interposed,
     interposed_at_last,
 )
-from fastvlm.patching.layouts import (
+from fastvlm.run import static
+from fastvlm.run.build import run_step
+from fastvlm.run.layouts import (
     KEYWORD,
     READERS,
     Layouts,
+    grid_of,
     hides,
     is_2d,
     ones,
@@ -52,36 +55,24 @@ from fastvlm.patching.layouts import (
     window_needs_columns,
     zero_padding,
 )
-from fastvlm.patching.loss_request import knows_its_readers, loss_request
-from fastvlm.patching.rules import Host
-from fastvlm.run.build import build_step
-from fastvlm.run.embedding import embed_step, rotation_of
+from fastvlm.run.mixin import Mixin, by_name
 from fastvlm.run.step import STEPS, is_plain_step
 
 
-def _grid(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
-    given = input_ids if input_ids is not None else inputs_embeds
-    if given is None:
-        return 0, 0, torch.device("cpu")
-    return given.shape[0], given.shape[1], given.device
-
-
-class _Stack(Host):
+class _Stack(Mixin):
     """What encoders and decoders share."""
 
     keeps_signature = True
-    # the attentions of each layer, that of its own rows first
-    attentions: tuple[str, ...] = ("self_attn",)
-    # whether the stack takes packed token ids with their positions; otherwise its layers pack
-    packs_ids = False
+    spec: Stack
 
     def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
         """The mask that the model itself assumes when none is given; None is all ones."""
-        return None
+        pad = self.config.pad_token_id if self.spec.hides_pads else None
+        return None if input_ids is None or pad is None else input_ids != pad
 
-    def no_mask(self) -> Any:
+    def _no_mask(self) -> Any:
         """What to pass as attention_mask so that transformers builds no 4-D mask."""
-        return None
+        return dict.fromkeys(self.spec.masks) or None
 
     def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any], found: Interposed) -> bool:
         """Whether there is padding, and every layer can do without it."""
@@ -89,7 +80,9 @@ class _Stack(Host):
             return False
         if found.padded is not None or wants_hidden_states(self, kwargs):
             return False
-        return self.packs_ids or all(getattr(layer, "runs_packed", False) for layer in self.layers)
+        return self.spec.packs_ids or all(
+            getattr(layer, "runs_packed", False) for layer in self.layers
+        )
 
     def _settled(self, output: Any, layouts: Layouts) -> Any:
         """The output of a call in which every attention took its layouts, zeros at padding."""
@@ -100,7 +93,7 @@ class _Stack(Host):
     def _pack_ids(self, arguments: dict[str, Any], layouts: Layouts) -> None:
         """Token ids or embeddings and positions of the tokens alone, in place."""
         rows = layouts.rows
-        if not layouts.packed or not self.packs_ids or rows is None:
+        if not layouts.packed or not self.spec.packs_ids or rows is None:
             return
         for name in ("input_ids", "inputs_embeds"):
             if arguments.get(name) is not None:
@@ -120,7 +113,7 @@ class EncoderStack(_Stack):
         **kwargs: Any,
     ) -> Any:
         kwargs.pop(READERS, None)  # the decoder's
-        batch, length, device = _grid(input_ids, inputs_embeds)
+        batch, length, device = grid_of(input_ids, inputs_embeds)
         plain = not args and length > 0 and is_2d(attention_mask)
         if plain and attention_mask is not None:
             plain = attention_mask.shape == (batch, length)
@@ -138,7 +131,7 @@ class EncoderStack(_Stack):
         layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs, found))
         arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
         self._pack_ids(arguments, layouts)
-        arguments |= {"attention_mask": self.no_mask(), KEYWORD: layouts}
+        arguments |= {"attention_mask": self._no_mask(), KEYWORD: layouts}
         return self._settled(super().forward(**arguments), layouts)
 
 
@@ -158,18 +151,17 @@ class DecoderInputs:
 class DecoderStack(_Stack):
     """A causal decoder with its own cache and, where there is an encoder, cross-attention."""
 
-    has_cross_attention = False
     # a model that would repeat the encoder's states for its targets may hand the map down instead
     takes_readers = True
     reads_static_caches = True
-    spec: Stack
 
-    def no_cross_mask(self) -> Any:
-        return None
+    def _no_cross_mask(self) -> Any:
+        return dict.fromkeys(self.spec.cross_masks) or None
 
     def new_cache(self) -> Cache:
         """The cache that the model would make when asked to use one and given none."""
-        raise NotImplementedError
+        own = self.new_own_cache()
+        return EncoderDecoderCache(own, DynamicCache()) if self.spec.reads_encoder else own
 
     def new_own_cache(self) -> Cache:
         """The same for a decoder that has cross-attention and nothing to read."""
@@ -177,11 +169,23 @@ class DecoderStack(_Stack):
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         wanted = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
-        return bool(wanted) and not (self.gradient_checkpointing and self.training)
+        trains = self.training and (self.gradient_checkpointing or not self.spec.trains_cached)
+        return bool(wanted) and not trains
+
+    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = dict(by_name(self.spec.arguments, args, kwargs))
+        past = hf.cache_in(given)
+        for name in ("past_key_values", hf.cache_argument()):
+            given.pop(name, None)
+        states = ("encoder_hidden_states", "encoder_attention_mask")
+        reads = [given.pop(n, None) for n in states] if self.spec.reads_encoder else [None, None]
+        mask, embeds = given.pop("attention_mask", None), given.pop("inputs_embeds", None)
+        call = DecoderInputs(input_ids, mask, past, embeds, *reads)
+        return self._run(call, given.pop("use_cache", None), given)
 
     def _layouts(self, call: DecoderInputs, kwargs: Mapping[str, Any]) -> Layouts | None:
         """The layouts of this call, or None where transformers' own path must run."""
-        batch, length, device = _grid(call.input_ids, call.inputs_embeds)
+        batch, length, device = grid_of(call.input_ids, call.inputs_embeds)
         if length == 0 or not (is_2d(call.attention_mask) and is_2d(call.encoder_mask)):
             return None
         filled = 0
@@ -226,7 +230,7 @@ class DecoderStack(_Stack):
         encodes: whether there are states of an encoder; without, a decoder's own cache will do.
         """
         two = isinstance(past, EncoderDecoderCache)
-        if (two and not self.has_cross_attention) or (encodes and not two):
+        if (two and not self.spec.reads_encoder) or (encodes and not two):
             return False
         parts = [past]
         if isinstance(past, EncoderDecoderCache):
@@ -247,7 +251,7 @@ class DecoderStack(_Stack):
         filled: int,
         device: torch.device,
     ) -> Layout | None:
-        if not self.has_cross_attention or call.encoder_states is None:
+        if not self.spec.reads_encoder or call.encoder_states is None:
             return None
         if filled > 0 or mask is None:
             mask = ones(batch, length, device)
@@ -291,7 +295,7 @@ class DecoderStack(_Stack):
         if layouts is None:
             dtype = self.embed_tokens.weight.dtype
             arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
-            if self.has_cross_attention:
+            if self.spec.reads_encoder:
                 states, mask = self._expanded(call)
                 arguments.update(encoder_hidden_states=states, encoder_attention_mask=mask)
             return super().forward(**arguments)
@@ -302,13 +306,13 @@ class DecoderStack(_Stack):
                 cross_cache.share(cross)
         if own is not None and not beam_cache.keeps_rows(own):
             beam_cache.keep_rows(own)
-        arguments["attention_mask"] = self.no_mask() if layouts.fused_self else call.attention_mask
-        if self.has_cross_attention:
+        arguments["attention_mask"] = self._no_mask() if layouts.fused_self else call.attention_mask
+        if self.spec.reads_encoder:
             states = call.encoder_states
             if layouts.packed and layouts.cross is not None and states is not None:
                 states = layouts.cross.pack_kv(states).unsqueeze(0)
             arguments["encoder_hidden_states"] = states
-            arguments["encoder_attention_mask"] = self.no_cross_mask()
+            arguments["encoder_attention_mask"] = self._no_cross_mask()
         if call.past is not None and (layouts.rows is not None or not layouts.fused_self):
             STEPS.pop(call.past, None)  # a new prefill, perhaps of other images or weights
         if layouts.rows is None and layouts.fused_self:
@@ -321,69 +325,57 @@ class DecoderStack(_Stack):
 
     def _fixed(self, past: Any) -> bool:
         """Whether the patched attention reads this static cache, and nothing stands in its way."""
-        if not static.knows(past, self.has_cross_attention):
+        if not static.knows(past, self.spec.reads_encoder):
             return False
         # with keys of an image once for all its rows, it goes on as it began
-        begun = self.has_cross_attention and static.is_shared(past.cross_attention_cache)
+        begun = self.spec.reads_encoder and static.is_shared(past.cross_attention_cache)
         return begun or interposed_at_last(self).unfused is None
 
     def _static(self, call: DecoderInputs, arguments: dict[str, Any]) -> bool:
         """Fill in the arguments of a call with a static cache; False for transformers' own path."""
         arguments["attention_mask"] = call.attention_mask
-        if not self.has_cross_attention:
+        if not self.spec.reads_encoder:
             arguments[KEYWORD] = Layouts(static=static.Static(None), marks=None)
             return True
         states, mask = call.encoder_states, call.encoder_mask
-        batch = _grid(call.input_ids, call.inputs_embeds)[0]
+        batch = grid_of(call.input_ids, call.inputs_embeds)[0]
         if states is None or not is_2d(mask) or (call.readers is None and batch % len(states)):
             return False
         static.share(call.past, states.shape[1])
         arguments["encoder_hidden_states"] = states
-        arguments["encoder_attention_mask"] = self.no_cross_mask()
+        arguments["encoder_attention_mask"] = self._no_cross_mask()
         reads = static.readers(batch, states, mask, call.readers)
         arguments[KEYWORD] = Layouts(static=static.Static(reads), marks=None)
         return True
 
     def _compiled(self, call: DecoderInputs, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
-        """A decoding step written down (`fastvlm.run.step`); None where modules must be called."""
-        ids, past = call.input_ids, call.past
-        if self.has_cross_attention and layouts.cross is None:
+        """The output of a decoding step that is written down; None where modules must be called."""
+        ids = call.input_ids
+        if ids is None or (self.spec.reads_encoder and layouts.cross is None):
             return None
-        if ids is None or not is_plain_step(self, kwargs):
+        if not is_plain_step(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
             return None
-        if torch.is_autocast_enabled(ids.device.type):
-            return None
-        steps = STEPS.setdefault(past, {})
-        filled = past.get_seq_length()
-        if id(self) not in steps or ((known := steps[id(self)]) is not None and known.is_stale):
-            step = build_step(self, past)
-            if step is not None and not self._embeds_by_itself(call, kwargs, filled):
-                step = None
-            steps[id(self)] = step
-        step = steps[id(self)]
-        if step is None or step.stack() is not self:
-            return None
-        x = embed_step(self, ids, filled)
-        rotation = rotation_of(self, x, kwargs.get("position_ids"), filled)
-        return self._output(step(x, layouts, rotation).unsqueeze(1), past)
+        positions = kwargs.get("position_ids")
+        embeds = partial(self._embeds, call, kwargs)
+        states = run_step(self, ids, call.past, layouts, positions, embeds)
+        return None if states is None else self._output(states, call.past)
 
-    def _embeds_by_itself(self, call: DecoderInputs, kwargs: dict[str, Any], filled: int) -> bool:
-        """Whether a step begins with what this stack makes of its tokens."""
+    def _embeds(self, call: DecoderInputs, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with which transformers' forward embeds the tokens of a step."""
         arguments = {
             "input_ids": call.input_ids,
-            "attention_mask": self.no_mask(),
+            "attention_mask": self._no_mask(),
             "use_cache": False,
             **hf.cached(call.past),
             **kwargs,
         }
-        if self.has_cross_attention:
+        if self.spec.reads_encoder:
             arguments["encoder_hidden_states"] = call.encoder_states
-            arguments["encoder_attention_mask"] = self.no_cross_mask()
-        assert call.input_ids is not None
-        return embeds_alike(self, arguments, embed_step(self, call.input_ids, filled))
+            arguments["encoder_attention_mask"] = self._no_cross_mask()
+        return arguments
 
     def _output(self, states: Tensor, past: Any) -> Any:
-        if self.has_cross_attention:
+        if self.spec.reads_encoder:
             return BaseModelOutputWithPastAndCrossAttentions(
                 last_hidden_state=states, **hf.cached(past)
             )
@@ -392,7 +384,7 @@ class DecoderStack(_Stack):
     def _expanded(self, call: DecoderInputs) -> tuple[Tensor | None, Any]:
         """Encoder states and mask with one row per query row, as transformers' own path wants."""
         states, mask = call.encoder_states, call.encoder_mask
-        batch = _grid(call.input_ids, call.inputs_embeds)[0]
+        batch = grid_of(call.input_ids, call.inputs_embeds)[0]
         if states is not None and call.readers is not None:
             states = states.index_select(0, call.readers)
             if isinstance(mask, Tensor):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvlm.compat import pytorch
+from fastvlm.loss.request import LossRequest, loss_request
 from fastvlm.models.embedding import factor_of
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.classes import is_patched
-from fastvlm.patching.loss_request import LossRequest, loss_request
-from fastvlm.patching.rules import Host, Swap
+from fastvlm.patching.rules import Swap
+from fastvlm.run.mixin import Mixin
 
 
 class _SharedGradient:
@@ -109,7 +110,7 @@ class _Lookup(torch.autograd.Function):
 _SHARED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-class TiedEmbedding(Host):
+class TiedEmbedding(Mixin):
     """A token embedding whose weight is the head's."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,13 +1,21 @@
-"""The numbers of an attention module, as its spec names them."""
+"""One attention by its spec: training and prefill on packed rows, or a step against a cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
 
+from fastvlm import ops
 from fastvlm.compat import hf
+from fastvlm.decoding import cache as cross_cache
+from fastvlm.decoding import rows as beam_cache
 from fastvlm.models.spec import Attention
+from fastvlm.run import static
+from fastvlm.run.layouts import Layouts, taken
+from fastvlm.run.mixin import Mixin, by_name
 
 _SDPA_LEAVES_OUT_SOFTCAP = hf.sdpa_leaves_out_softcap()
 
@@ -39,3 +47,124 @@ def left_out_softcaps(model: torch.nn.Module) -> list[str]:
         "transformers' sdpa leaves out attn_logit_softcapping, and so does fastvlm then: "
         "model.set_attn_implementation('eager') computes with it"
     ]
+
+
+class PatchedAttention(Mixin):
+    """Self- or cross-attention; transformers' own forward where no layouts were handed down."""
+
+    spec: Attention
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        spec, layouts = self.spec, taken(kwargs, self)
+        given = by_name(spec.arguments, args, kwargs)
+        states = None if spec.states is None else given.get(spec.states)
+        mask, cache = given.get("attention_mask"), hf.cache_in(given)
+        fuses = layouts is not None
+        if layouts is not None and states is None:
+            fuses = not spec.cross and layouts.fuses(mask, hidden_states)
+        if layouts is None or not fuses:
+            out: tuple[Tensor, None] = super().forward(hidden_states, *args, **kwargs)
+            return out
+        q = self._heads(self.q_proj(hidden_states))
+        if states is not None:
+            y = self._cross(q, states, layouts, cache)
+        else:
+            k, v = (self._heads(part(hidden_states)) for part in (self.k_proj, self.v_proj))
+            if spec.rotary:
+                q, k = _rotated(q, k, *given["position_embeddings"])
+            y = self._self(q, k, v, layouts, cache, mask)
+        return getattr(self, spec.out)(y), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _dropout(self) -> float:
+        p: float = getattr(self, self.spec.dropout) if self.training else 0.0
+        return p
+
+    def _self(
+        self, q: Tensor, k: Tensor, v: Tensor, layouts: Layouts, cache: Any, mask: Any
+    ) -> Tensor:
+        """q [B, L, H, D], k, v [B, L, Hkv, D] -> [B, L, H * D]; appends to a cache.
+
+        In a packed stack B is 1 and L all tokens of the batch. mask: of a static cache's step.
+        """
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        scale, softcap = self.scaling, softcap_of(self, self.spec)
+        if layouts.static is not None:
+            index = self.layer_idx
+            return static.self_attend(q, k, v, mask, cache, index, scale=scale, softcap=softcap)
+        window = window_of(self, self.spec)
+        if cache is not None:
+            layer = beam_cache.layer_of(cache, self.layer_idx)
+            keys, values = layer.append(k, v)
+            if layouts.rows is None:
+                lengths = layer.rows.lengths
+                assert lengths is not None
+                out = ops.cached_attention(
+                    q[:, 0],
+                    keys,
+                    values,
+                    lengths,
+                    ancestry=layouts.ancestry(layer.rows.ancestry),
+                    window=window,
+                    scale=scale,
+                    softcap=softcap,
+                )
+                return out.flatten(1).unsqueeze(1)
+        rows = layouts.rows
+        assert rows is not None  # a decoding step always has a cache
+        out = ops.self_attention(
+            layouts.pack(q),
+            layouts.pack(k),
+            layouts.pack(v),
+            rows,
+            causal=self.is_causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            dropout_p=self._dropout(),
+        )
+        return layouts.unpack(out.flatten(1))
+
+    def _cross(self, q: Tensor, states: Tensor, layouts: Layouts, cache: Any) -> Tensor:
+        """q [R, L, H, D] against the encoder's states [I, S, d] -> [R, L, H * D].
+
+        In a packed stack R and I are 1, L and S all tokens. K/V are projected once per image,
+        packed, and kept in the shared cross cache if there is one.
+        """
+        softcap = softcap_of(self, self.spec)
+        if layouts.static is not None:
+            return static.cross_attend(self, q, states, layouts.static, cache, softcap=softcap)
+        layout = layouts.cross
+        assert layout is not None
+        layer = None
+        if isinstance(cache, EncoderDecoderCache):
+            layer = cross_cache.layer_of(cache.cross_attention_cache, self.layer_idx)
+        if layer is not None and layer.packed is not None:
+            k, v = layer.packed
+        else:
+            tokens = layouts.packed_states(states)
+            k, v = self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens))
+            if layer is not None:
+                layer.fill(k, v, layout, self)
+                hf.set_cross_filled(cache, self.layer_idx)
+        out = ops.cross_attention(
+            layouts.pack(q),
+            k,
+            v,
+            layout,
+            scale=self.scaling,
+            softcap=softcap,
+            dropout_p=self._dropout(),
+        )
+        return layouts.unpack(out.flatten(1))
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B, L, H, D], k [B, L, Hkv, D]; cos, sin [1 or B, L, D]."""
+    grid = q.shape[:2]
+    tables = (t.expand(grid[0], -1, -1).flatten(0, 1) for t in (cos, sin))
+    q, k = ops.rope(q.flatten(0, 1), k.flatten(0, 1), *tables)
+    return q.unflatten(0, grid), k.unflatten(0, grid)

@@ -1,10 +1,11 @@
-"""A stack's decoding step, written down from the specs of its layers."""
+"""A stack's decoding step, written down from the specs of its layers, and run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from fastvlm.decoding import cache as cross_cache
@@ -12,10 +13,11 @@ from fastvlm.decoding import rows as beam_cache
 from fastvlm.models.spec import Attention, Layer, Mlp, Residual, Stack
 from fastvlm.nn.norm import is_plain_rms_norm
 from fastvlm.run.attention import softcap_of, window_of
-from fastvlm.run.embedding import check_embedding
+from fastvlm.run.embedded import embeds_alike
+from fastvlm.run.embedding import check_embedding, embed_step, rotation_of
 from fastvlm.run.layer import run_layer
 from fastvlm.run.program import NotCompilable, Program, ensure, has_no_hooks
-from fastvlm.run.step import DecodeStep
+from fastvlm.run.step import STEPS, DecodeStep
 
 
 def build_step(stack: Any, past: Any) -> DecodeStep | None:
@@ -28,6 +30,34 @@ def build_step(stack: Any, past: Any) -> DecodeStep | None:
         return DecodeStep(stack, _write(stack, past))
     except NotCompilable:
         return None
+
+
+def run_step(
+    stack: Any,
+    ids: Tensor,
+    past: Any,
+    layouts: Any,
+    position_ids: Tensor | None,
+    arguments: Callable[[], dict[str, Any]],
+) -> Tensor | None:
+    """ids [R, 1] -> states [R, 1, d] by the step of a prefilled cache, which is made at the first.
+
+    None where modules must be called. arguments: with which the stack's own forward embeds ids.
+    """
+    filled = past.get_seq_length()
+    steps = STEPS.setdefault(past, {})
+    if id(stack) not in steps or ((known := steps[id(stack)]) is not None and known.is_stale):
+        made = build_step(stack, past)
+        if made is not None and not embeds_alike(
+            stack, arguments(), embed_step(stack, ids, filled)
+        ):
+            made = None
+        steps[id(stack)] = made
+    step = steps[id(stack)]
+    if step is None or step.stack() is not stack:
+        return None
+    x = embed_step(stack, ids, filled)
+    return step(x, layouts, rotation_of(stack, x, position_ids, filled)).unsqueeze(1)
 
 
 def _write(stack: Any, past: Any) -> Program:

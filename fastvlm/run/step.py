@@ -66,9 +66,7 @@ class DecodeStep:
         for layer in self.layers:
             layer.reserve(1)
         rows = self.layers[0].rows
-        ancestry, seen = rows.ancestry, layouts.visible
-        if seen is not None:
-            ancestry = seen if ancestry is None else torch.where(seen < 0, seen, ancestry)
+        ancestry = layouts.ancestry(rows.ancestry)
         where = () if layouts.cross is None else arguments_of(layouts.cross)
         at = StepInputs(ancestry, rows.lengths, start, where, rotation)
         recorder = graphs.recorder(x)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 from fastvlm.decoding.prefixes import decoder_stack
-from fastvlm.patching import layouts
+from fastvlm.run import layouts
 
 SEQ2SEQ = ["bart", "mbart", "florence2", "t5gemma", "florenz"]
 WISHES: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}]

@@ -17,8 +17,8 @@ from fastvlm.compat.versions import attention_refused
 if attention_refused() is not None:
     pytest.skip(str(attention_refused()), allow_module_level=True)
 
+from fastvlm.loss.request import LossRequest
 from fastvlm.patching.logits import State
-from fastvlm.patching.loss_request import LossRequest
 from fastvlm.patching.processors import APPLY, RankedProcessors
 from fastvlm.patching.ranked import MOST_RANKED, RankedLogits, RankedScores
 

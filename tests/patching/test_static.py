@@ -16,7 +16,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
-from fastvlm.patching import static
+from fastvlm.run import static
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -13,8 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import DENSE
-from fastvlm.patching.classes import unpatched_class
+from fastvlm.nn.linear import DENSE, original
 
 _TOLERANCE = 1e-2  # of the largest value: kernels round differently, another embedding is far off
 # of each stack: what it was asked for, and the answer
@@ -59,7 +58,7 @@ def embeds_alike(stack: Any, arguments: dict[str, Any], x: Tensor) -> bool:
 
 
 def _first_given(stack: Any, arguments: dict[str, Any]) -> Tensor | None:
-    cls = unpatched_class(stack)
+    cls = original(type(stack))
     bare, first = cls.__new__(cls), _First(stack.layers[0])
     modules = {**stack._modules, "layers": nn.ModuleList([first])}
     bare.__dict__.update({**stack.__dict__, "_modules": modules})

@@ -21,6 +21,27 @@ from torch import Tensor, nn
 from fastvlm.compat import pytorch
 
 
+@dataclass(frozen=True)
+class Packed:
+    """padded [B, L, d]: rows [tokens, d] at the flat positions index, zeros elsewhere."""
+
+    padded: Tensor
+    rows: Tensor
+    index: Tensor
+
+    def is_shown_by(self, x: Tensor) -> bool:
+        """Whether x is padded or a view of all of it: what slices of nothing make."""
+        ours = self.padded
+        return (
+            x.shape == ours.shape
+            and x.stride() == ours.stride()
+            and x.storage_offset() == ours.storage_offset()
+            and x.dtype == ours.dtype
+            and pytorch.same_storage(x, ours)
+            and pytorch.version_of(x) == pytorch.version_of(ours)
+        )
+
+
 @dataclass
 class LossRequest:
     """One call with labels.
@@ -39,7 +60,7 @@ class LossRequest:
     num_groups: int | None = None
     group_losses: Tensor | None = None
     group_tokens: Tensor | None = None
-    packed: Any = None
+    packed: Packed | None = None
     table: tuple[Any, ...] | None = None
     hidden_labels: bool = False
     defers: bool = True

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from fastvlm import ops
 from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import decoder_stack
-from fastvlm.patching.rules import Host
+from fastvlm.run.mixin import Mixin
 
 StaticCache: Any = hf.cache_layer("StaticCache")
 StaticLayer: Any = hf.cache_layer("StaticLayer")
@@ -188,7 +188,7 @@ def additive(mask: Any, config: Any, dtype: torch.dtype) -> Any:
     return torch.where(mask, torch.zeros_like(hidden), hidden)
 
 
-class StaticMasks(Host):
+class StaticMasks(Mixin):
     """generate() makes the masks of steps on a static cache here: which positions a row sees.
 
     For eager attention transformers makes them something to add, and what a sum may hold besides

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from fastvlm.layout import Layout
-from fastvlm.patching import static
-from fastvlm.patching.logits import Packed
-from fastvlm.patching.loss_request import loss_request
-from fastvlm.patching.static import Static
+from fastvlm.loss.request import Packed, loss_request
+from fastvlm.run import static
+from fastvlm.run.static import Static
 
 KEYWORD = "fastvlm_layouts"
 # keyword argument of a patched model: int64 [B], the encoder row that each decoder row reads
@@ -80,6 +79,13 @@ class Layouts:
         if not self.packed or rows is None or x.shape[:2] == (1, rows.num_tokens):
             return x
         return rows.pack(x).unsqueeze(0)
+
+    def ancestry(self, moved: Tensor | None) -> Tensor | None:
+        """What a step's rows read of the cache, whose own table is moved (None: each itself)."""
+        seen = self.visible
+        if seen is None:
+            return moved
+        return seen if moved is None else torch.where(seen < 0, seen, moved)
 
     def pack(self, x: Tensor) -> Tensor:
         """What a layer has of each query row, [B, L, ...] or [1, tokens, ...] -> [tokens, ...]."""
@@ -151,6 +157,16 @@ def restarts(position_ids: Tensor | None) -> bool:
 def is_2d(mask: object) -> bool:
     """A mask this module understands: none, or [batch, length]."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+
+
+def grid_of(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> tuple[int, int, torch.device]:
+    """Rows, columns and device of what a stack is given."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        return 0, 0, torch.device("cpu")
+    return given.shape[0], given.shape[1], given.device
 
 
 def ones(batch: int, length: int, device: torch.device) -> Tensor:

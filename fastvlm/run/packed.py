@@ -1,0 +1,149 @@
+"""One layer by its spec on the rows of a batch: training, prefill, and steps that call modules.
+
+Its attentions, norms and MLP stay modules that are called, but for what one op does together and
+nobody listens to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from fastvlm import ops
+from fastvlm.compat import hf
+from fastvlm.models.spec import Layer, Mlp, Residual
+from fastvlm.nn.linear import is_plain, is_watched
+from fastvlm.nn.mlp import gelu_mlp, is_known_gelu
+from fastvlm.nn.norm import is_plain_rms_norm
+from fastvlm.run.layer import run_layer
+from fastvlm.run.layouts import entered
+from fastvlm.run.mixin import Mixin, by_name
+
+_STATES, _STATES_MASK = "encoder_hidden_states", "encoder_attention_mask"
+# what the attention of a layer's own rows gets besides; the rest goes to each of its attentions
+_OF_ROWS = ("position_embeddings", "position_ids")
+
+
+class PatchedLayer(Mixin):
+    """A layer that is run by its spec."""
+
+    spec: Layer
+    runs_packed = True
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layouts = entered(kwargs, self)
+        given = by_name(self.spec.arguments, args, kwargs)
+        # a stack that adds positions by column leaves it to its first layer to pack
+        h = hidden_states if layouts is None else layouts.enter(hidden_states)
+        reads = given.get(_STATES) is not None
+        residuals = [r for r in self.spec.residuals if reads or not r.optional]
+        h, _ = run_layer(_Modules(self, given), self, residuals, h)
+        return _finite(h) if self.spec.clamps and h.dtype == torch.float16 else h
+
+
+def _finite(h: Tensor) -> Tensor:
+    """As transformers does, but decided on the device: no wait for it."""
+    limit = torch.finfo(torch.float16).max - 1000
+    return torch.where(torch.isfinite(h).all(), h, h.clamp(-limit, limit))
+
+
+class _Modules:
+    """A `fastvlm.run.layer.Runner` that calls a layer's modules. given: what the layer was."""
+
+    def __init__(self, layer: Any, given: dict[str, Any]) -> None:
+        self.layer, self.given = layer, given
+        self.spec: Layer = layer.spec
+
+    def norm(self, x: Tensor, norm: Any) -> Tensor:
+        y: Tensor = norm(x)
+        return y
+
+    def branch(self, x: Tensor, residual: Residual) -> Tensor:
+        layer = self.layer
+        if isinstance(residual.branch, Mlp):
+            return _mlp(x, layer, residual.branch)
+        part = getattr(layer, residual.branch)
+        if residual.reads == "mlp":
+            y: Tensor = part(x)
+            return y
+        arguments = self._arguments(residual)
+        out = part(hidden_states=x, **arguments) if self.spec.named else part(x, **arguments)
+        attended: Tensor = out[0]
+        return attended
+
+    def _arguments(self, residual: Residual) -> dict[str, Any]:
+        """What an attention is called with, besides the rows."""
+        given, spec, cache = self.given, self.spec, hf.cache_in(self.given)
+        ends = (*spec.arguments, "past_key_values", hf.cache_argument())
+        rest = {n: value for n, value in given.items() if n not in ends or n in spec.hands}
+        if residual.reads == "cross":
+            read = {spec.states: given.get(_STATES), "attention_mask": given.get(_STATES_MASK)}
+            return {**read, **hf.cached(cache), **rest}
+        if spec.splits_cache and isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        rows = {n: given.get(n) for n in _OF_ROWS if n in spec.arguments}
+        caches = hf.cached(cache) if "past_key_values" in spec.arguments else {}
+        return {**rows, "attention_mask": given.get("attention_mask"), **caches, **rest}
+
+    def join(
+        self, x: Tensor, h: Tensor, residual: Residual, following: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = self.layer
+        after: Any = None if residual.after is None else getattr(layer, residual.after)
+        norm: Any = None if residual.norm is None else getattr(layer, residual.norm)
+        gate = None if residual.gate is None else getattr(layer, residual.gate)
+        dropout = None if self.spec.dropout is None else getattr(layer, self.spec.dropout)
+        p, watched = _rate(dropout, layer.training)
+        if after is None and gate is None and _is_plain_layer_norm(norm) and not watched:
+            tail = ops.residual_layer_norm
+            return tail(x, h, norm.weight, norm.bias, eps=norm.eps, dropout_p=p), None
+        behind = [] if following is None else [following]
+        if norm is None and p == 0 and not watched and _fuse(after, *behind):
+            out: Any = ops.residual_rms_norm(
+                x,
+                h,
+                after.weight,
+                gate=gate,
+                next_weight=None if following is None else following.weight,
+                eps=after.eps,
+                offset=after.offset,
+            )
+            return (out, None) if following is None else out
+        x = x if after is None else after(x)
+        x = x if gate is None else torch.tanh(gate) * x
+        if isinstance(dropout, nn.Module):
+            x = dropout(x)
+        elif p > 0:
+            x = F.dropout(x, p)
+        h = h + x
+        return (h if norm is None else norm(h)), None
+
+
+def _rate(dropout: Any, training: bool) -> tuple[float, bool]:
+    """The share that a dropout, a number or a module, leaves out now; and who else is there."""
+    if not isinstance(dropout, nn.Module):
+        return (dropout or 0.0) if training else 0.0, False
+    return (dropout.p if training else 0.0), is_watched(dropout)  # type: ignore[return-value]
+
+
+def _is_plain_layer_norm(norm: Any) -> bool:
+    return is_plain(norm, nn.LayerNorm) and norm.bias is not None
+
+
+def _fuse(*norms: Any) -> bool:
+    """Whether one op may compute these norms, one behind the other."""
+    if not all(map(is_plain_rms_norm, norms)):
+        return False
+    return len({(norm.eps, norm.offset) for norm in norms}) == 1
+
+
+def _mlp(x: Tensor, layer: Any, spec: Mlp) -> Tensor:
+    p = getattr(layer, spec.dropout) if layer.training and spec.dropout is not None else 0.0
+    act = getattr(layer, spec.act)
+    up, down = getattr(layer, spec.up), getattr(layer, spec.down)
+    known = is_known_gelu(act, spec.activation)
+    return gelu_mlp(x, up, down, spec.approximate, p, None if known else act)
