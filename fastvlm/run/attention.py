@@ -69,7 +69,7 @@ class PatchedAttention(Mixin):
         if states is not None:
             y = self._cross(q, states, layouts, cache)
         else:
-            k, v = (self._heads(part(hidden_states)) for part in (self.k_proj, self.v_proj))
+            k, v = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
             if spec.rotary:
                 q, k = _rotated(q, k, *given["position_embeddings"])
             y = self._self(q, k, v, layouts, cache, mask)

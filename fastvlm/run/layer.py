@@ -40,12 +40,11 @@ def run_layer(
     """
     for residual, then in zip(residuals, (*residuals[1:], None)):
         if normed is None:
-            normed = h if residual.before is None else runner.norm(h, _part(layer, residual.before))
+            before = residual.before
+            normed = h if before is None else runner.norm(h, getattr(layer, before))
         x = runner.branch(normed, residual)
-        behind = following if then is None else _part(layer, then.before)
+        behind = following
+        if then is not None:
+            behind = None if then.before is None else getattr(layer, then.before)
         h, normed = runner.join(x, h, residual, behind)
     return h, normed
-
-
-def _part(layer: Any, name: str | None) -> Any:
-    return None if name is None else getattr(layer, name)

@@ -23,6 +23,8 @@ from fastvlm.run.layer import run_layer
 from fastvlm.run.layouts import entered
 from fastvlm.run.mixin import Mixin, by_name
 
+# what a cache is called: by this transformers, and in the specs
+_CACHES = (hf.cache_argument(), "past_key_values")
 _STATES, _STATES_MASK = "encoder_hidden_states", "encoder_attention_mask"
 # what the attention of a layer's own rows gets besides; the rest goes to each of its attentions
 _OF_ROWS = ("position_embeddings", "position_ids")
@@ -55,8 +57,14 @@ class _Modules:
     """A `fastvlm.run.layer.Runner` that calls a layer's modules. given: what the layer was."""
 
     def __init__(self, layer: Any, given: dict[str, Any]) -> None:
-        self.layer, self.given = layer, given
-        self.spec: Layer = layer.spec
+        spec: Layer = layer.spec
+        self.layer, self.given, self.spec = layer, given, spec
+        self.cache = hf.cache_in(given)
+        self.shared = {
+            name: value
+            for name, value in given.items()
+            if name not in _CACHES and (name not in spec.arguments or name in spec.hands)
+        }
 
     def norm(self, x: Tensor, norm: Any) -> Tensor:
         y: Tensor = norm(x)
@@ -77,17 +85,22 @@ class _Modules:
 
     def _arguments(self, residual: Residual) -> dict[str, Any]:
         """What an attention is called with, besides the rows."""
-        given, spec, cache = self.given, self.spec, hf.cache_in(self.given)
-        ends = (*spec.arguments, "past_key_values", hf.cache_argument())
-        rest = {n: value for n, value in given.items() if n not in ends or n in spec.hands}
+        given, spec, cache = self.given, self.spec, self.cache
+        arguments = dict(self.shared)
         if residual.reads == "cross":
-            read = {spec.states: given.get(_STATES), "attention_mask": given.get(_STATES_MASK)}
-            return {**read, **hf.cached(cache), **rest}
-        if spec.splits_cache and isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        rows = {n: given.get(n) for n in _OF_ROWS if n in spec.arguments}
-        caches = hf.cached(cache) if "past_key_values" in spec.arguments else {}
-        return {**rows, "attention_mask": given.get("attention_mask"), **caches, **rest}
+            arguments[spec.states] = given.get(_STATES)
+            arguments["attention_mask"] = given.get(_STATES_MASK)
+            arguments[_CACHES[0]] = cache
+            return arguments
+        arguments["attention_mask"] = given.get("attention_mask")
+        for name in _OF_ROWS:
+            if name in spec.arguments:
+                arguments[name] = given.get(name)
+        if "past_key_values" in spec.arguments:
+            if spec.splits_cache and isinstance(cache, EncoderDecoderCache):
+                cache = cache.self_attention_cache
+            arguments[_CACHES[0]] = cache
+        return arguments
 
     def join(
         self, x: Tensor, h: Tensor, residual: Residual, following: Any
@@ -97,22 +110,25 @@ class _Modules:
         norm: Any = None if residual.norm is None else getattr(layer, residual.norm)
         gate = None if residual.gate is None else getattr(layer, residual.gate)
         dropout = None if self.spec.dropout is None else getattr(layer, self.spec.dropout)
-        p, watched = _rate(dropout, layer.training)
-        if after is None and gate is None and _is_plain_layer_norm(norm) and not watched:
-            tail = ops.residual_layer_norm
-            return tail(x, h, norm.weight, norm.bias, eps=norm.eps, dropout_p=p), None
-        behind = [] if following is None else [following]
-        if norm is None and p == 0 and not watched and _fuse(after, *behind):
-            out: Any = ops.residual_rms_norm(
-                x,
-                h,
-                after.weight,
-                gate=gate,
-                next_weight=None if following is None else following.weight,
-                eps=after.eps,
-                offset=after.offset,
-            )
-            return (out, None) if following is None else out
+        watched, p = False, dropout
+        if isinstance(dropout, nn.Module):
+            watched, p = is_watched(dropout), dropout.p
+        p = p if p is not None and layer.training else 0.0
+        if not watched:
+            if norm is not None and after is None and gate is None and _is_layer_norm(norm):
+                tail = ops.residual_layer_norm
+                return tail(x, h, norm.weight, norm.bias, eps=norm.eps, dropout_p=p), None
+            if after is not None and norm is None and p == 0 and _fuse(after, following):
+                out: Any = ops.residual_rms_norm(
+                    x,
+                    h,
+                    after.weight,
+                    gate=gate,
+                    next_weight=None if following is None else following.weight,
+                    eps=after.eps,
+                    offset=after.offset,
+                )
+                return (out, None) if following is None else out
         x = x if after is None else after(x)
         x = x if gate is None else torch.tanh(gate) * x
         if isinstance(dropout, nn.Module):
@@ -123,22 +139,18 @@ class _Modules:
         return (h if norm is None else norm(h)), None
 
 
-def _rate(dropout: Any, training: bool) -> tuple[float, bool]:
-    """The share that a dropout, a number or a module, leaves out now; and who else is there."""
-    if not isinstance(dropout, nn.Module):
-        return (dropout or 0.0) if training else 0.0, False
-    return (dropout.p if training else 0.0), is_watched(dropout)  # type: ignore[return-value]
-
-
-def _is_plain_layer_norm(norm: Any) -> bool:
+def _is_layer_norm(norm: Any) -> bool:
     return is_plain(norm, nn.LayerNorm) and norm.bias is not None
 
 
-def _fuse(*norms: Any) -> bool:
-    """Whether one op may compute these norms, one behind the other."""
-    if not all(map(is_plain_rms_norm, norms)):
+def _fuse(after: Any, following: Any) -> bool:
+    """Whether one op may compute a norm, and the one behind it if there is one."""
+    if not is_plain_rms_norm(after):
         return False
-    return len({(norm.eps, norm.offset) for norm in norms}) == 1
+    if following is None:
+        return True
+    same = is_plain_rms_norm(following) and following.eps == after.eps
+    return same and bool(following.offset == after.offset)
 
 
 def _mlp(x: Tensor, layer: Any, spec: Mlp) -> Tensor:
