@@ -77,7 +77,7 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
 }
-# between the embedding and the layers, where our stacks ask theirs (`fastvlm.patching.embedded`)
+# between the embedding and the layers, where our stacks ask theirs (`fastvlm.run.embedded`)
 ASKED = [("bart", "positions from three"), ("t5gemma", "embeddings scaled")]
 CASES = [
     (family, plant)
