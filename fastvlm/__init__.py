@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastvlm.checking.check import check
     from fastvlm.checking.result import Check
     from fastvlm.decoding.caption import Caption, caption
+    from fastvlm.features.kept import VisionFeatures
     from fastvlm.layout import Layout
     from fastvlm.loading.errors import LoadError
     from fastvlm.loading.load import Loaded, load
@@ -31,6 +32,7 @@ __all__ = [
     "LoadError",
     "Loaded",
     "PatchError",
+    "VisionFeatures",
     "caption",
     "check",
     "load",
@@ -50,6 +52,7 @@ _HOME = {
     "Check": "fastvlm.checking.result",
     "check": "fastvlm.checking.check",
     "Layout": "fastvlm.layout",
+    "VisionFeatures": "fastvlm.features.kept",
     "LoadError": "fastvlm.loading.errors",
     **dict.fromkeys(("Loaded", "load"), "fastvlm.loading.load"),
     "save_published": "fastvlm.loading.save",

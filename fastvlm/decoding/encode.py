@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,12 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_once(model: Any, pixel_values: Tensor, prompts: Sequence[Sequence[int]]) -> Encoded:
+def encode_once(
+    model: Any, pixel_values: Tensor | Mapping[str, Any], prompts: Sequence[Sequence[int]]
+) -> Encoded:
     """Encode images [I, 3, H, W] under each of the prompts, every combination.
+
+    pixel_values: also what `fastvlm.VisionFeatures.pixel_values` gives.
 
     model: a Florence-2 or Florenz model, patched or not. prompts: token ids, with the special
     tokens that the model expects (Florence-2: bos, text, eos), without the image's placeholders.
@@ -41,12 +45,16 @@ def encode_once(model: Any, pixel_values: Tensor, prompts: Sequence[Sequence[int
     ``model.generate(encoder_outputs=BaseModelOutput(encoded.states), attention_mask=encoded.mask,
     ...)``, or the forward pass. ValueError: pixel_values of another shape, no or empty prompts.
     """
-    if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4:
+    kept = isinstance(pixel_values, Mapping)
+    if not kept and (not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4):
         raise fail(_OP, "pixel_values", "a tensor [images, 3, H, W]", pixel_values)
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise fail(_OP, "prompts", "one sequence of token ids or more, none empty", prompts)
     device = model.device
-    pixels = pixel_values.to(device, model.dtype)
+    # kept features are moved by the tower that takes them
+    pixels = (
+        pixel_values.to(device, model.dtype) if isinstance(pixel_values, Tensor) else pixel_values
+    )
     features = model.get_image_features(pixels).pooler_output
     ids, mask = _padded(prompts, device)
     words = model.get_input_embeddings()(ids)

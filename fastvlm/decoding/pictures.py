@@ -57,14 +57,15 @@ def as_rgb(picture: Any) -> Any:
     if width == 0 or height == 0:
         raise PictureError(f"{width} x {height} pixels")
     picture.load()
-    if _orientation(picture) in range(2, 9):
+    if orientation(picture) in range(2, 9):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         picture = _eight_bits(picture)
     return picture.convert("RGB")
 
 
-def _orientation(picture: Any) -> object:
+def orientation(picture: Any) -> object:
+    """How its EXIF says that a picture is to be turned, 1 to 8; None where it says nothing."""
     try:
         return picture.getexif().get(0x0112)
     except Exception:  # of metadata that is broken; the picture is not

@@ -24,6 +24,7 @@ from fastvlm.compat.modeling import (
     slice_logits_to_keep,
     torch_compilable_check,
 )
+from fastvlm.features.batch import images_in
 from fastvlm.florenz.config import FlorenzConfig
 from fastvlm.florenz.gemma import FlorenzGemmaDecoder
 from fastvlm.florenz.generation import FlorenzGeneration
@@ -110,7 +111,7 @@ class FlorenzModel(FlorenzPreTrainedModel):
                 lambda: str(fail(OP, "pixel_values", "given where input_ids have images", None)),
             )
             return words, None
-        images, prompts = pixel_values.shape[0], input_ids.shape[0]
+        images, prompts = images_in(pixel_values), input_ids.shape[0]
         check_readers("image_of_prompt", image_of_prompt, prompts, images, ("prompts", "images"))
         features = self.get_image_features(pixel_values).pooler_output.to(words.device, words.dtype)
         length = features.shape[1]

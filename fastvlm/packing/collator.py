@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fastvlm.checks import choice, fail
 from fastvlm.packing.balance import TargetBalancer, limit_targets
 from fastvlm.packing.samples import Group, PreparedSample, Sample, Target, parse
 from fastvlm.packing.tokens import Ids, PaddingSide, count, pad, token_id, tokenize, truncate
+
+if TYPE_CHECKING:
+    from fastvlm.features.kept import VisionFeatures
 
 _OP = "packing.PackingCollator"
 Batch = dict[str, Any]
@@ -51,6 +54,8 @@ class PackingCollator:
       decoder_tokenizer None: the same as tokenizer.
     - image_processor: called as ``image_processor(images=[...], return_tensors="pt")`` on the
       ``image`` of the batch's images.
+    - vision_features: a `fastvlm.VisionFeatures`. The batch then holds kept features in place of
+      pixel_values, and pictures whose features are kept go through no image_processor.
     - pad_token_id, decoder_pad_token_id, prompt_end_token_id, target_end_token_id: None for the
       tokenizer's. A decoder_pad_token_id is only needed for decoder_input_ids.
     - image_token_id, num_image_tokens: both or neither. Puts so many placeholders in front of each
@@ -71,6 +76,7 @@ class PackingCollator:
         tokenizer: Callable[..., Any] | None = None,
         decoder_tokenizer: Callable[..., Any] | None = None,
         image_processor: Callable[..., Any] | None = None,
+        vision_features: VisionFeatures | None = None,
         pad_token_id: int | None = None,
         decoder_pad_token_id: int | None = None,
         decoder_start_token_id: int | None = None,
@@ -88,7 +94,9 @@ class PackingCollator:
         decoder_tokenizer = decoder_tokenizer if decoder_tokenizer is not None else tokenizer
         self.group_names = _groups(groups)
         self.tokenizer, self.decoder_tokenizer = tokenizer, decoder_tokenizer
-        self.image_processor = image_processor
+        self.image_processor, self.vision_features = image_processor, vision_features
+        if vision_features is not None:
+            self.image_processor = vision_features.processor_for(image_processor, _OP)
         pad_id = token_id(tokenizer, "pad_token_id", pad_token_id)
         if pad_id is None:
             raise fail(_OP, "pad_token_id", "given where no tokenizer has one", pad_id)
@@ -148,7 +156,7 @@ class PackingCollator:
         )
         readers = [(row, target) for row, (_, _, group) in enumerate(rows) for target in group]
         return {
-            "pixel_values": self._pixel_values(list(images.values())),
+            "pixel_values": self._images(list(images.values())),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "image_of_prompt": torch.tensor([image for image, _, _ in rows]),
@@ -220,6 +228,14 @@ class PackingCollator:
         shifted[:, 0] = self.decoder_start_token_id
         shifted.masked_fill_(shifted == -100, self.decoder_pad_token_id)
         return {"labels": labels, "decoder_input_ids": shifted}
+
+    def _images(self, images: Sequence[Sample]) -> Tensor | Batch:
+        """pixel_values, or what was kept of them."""
+        kept = self.vision_features
+        if kept is None:
+            return self._pixel_values(images)
+        given = (torch.as_tensor(one.image) if one.is_pixels else one.image for one in images)
+        return kept.of_keys([kept.key(one) for one in given], lambda: self._pixel_values(images))
 
     def _pixel_values(self, images: Sequence[Sample]) -> Tensor:
         pixels: list[Any] = [sample.image for sample in images]

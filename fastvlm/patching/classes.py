@@ -116,6 +116,9 @@ def become(module: nn.Module, cls: Any) -> None:
     forget_copy(module)
     forget(module)
     before = type(module).forward
+    left = getattr(type(module), "_fastvlm_swap", None)
+    for name in getattr(getattr(left, "mixin", None), "instance_attributes", ()):
+        vars(module).pop(name, None)
     module.__class__ = cls
     for name in ("forward", "_old_forward"):  # Accelerate's, around the class's
         if bound_forward(module, name) is before:

@@ -1,0 +1,153 @@
+"""What kept features depend on besides the picture, and what differs between two of these."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvlm.checks import fail
+from fastvlm.features.keys import bytes_of
+from fastvlm.nn.linear import original
+
+OP = "VisionFeatures"
+FORMAT = 1
+# of a config, and of an image processor: what says nothing of the numbers
+_TRAINING_ONLY = ("drop_path_rate", "initializer_range")
+_NAMES_ONLY = ("processor_class", "_processor_class", "return_tensors")
+
+Identity = dict[str, Any]
+
+
+def identity_of(
+    parts: Mapping[str, nn.Module], transform: Mapping[str, Any] | None, part: str, dtype: str
+) -> Identity:
+    """parts: the modules whose output is kept, by name. part: the last of them.
+
+    Without "arithmetic", which is known when the first features are computed.
+    """
+    return {
+        "format": FORMAT,
+        "part": part,
+        "dtype": dtype,
+        "code": {
+            f"{name}.{key}": value
+            for name, module in parts.items()
+            for key, value in code_of(module).items()
+        },
+        "transform": transform,
+        "weights": weights_of(parts),
+    }
+
+
+def code_of(module: nn.Module) -> dict[str, Any]:
+    """The class of a module, and what its own config says of how it computes."""
+    cls = original(type(module))
+    config = getattr(module, "config", None)
+    told: dict[str, Any] = {}
+    if config is not None and hasattr(config, "to_dict"):
+        told = {
+            name: value
+            for name, value in config.to_dict().items()
+            if name not in _general(config) and name not in _TRAINING_ONLY
+        }
+    return _plain({"class": f"{cls.__module__}.{cls.__qualname__}", **told})
+
+
+def _general(config: Any) -> set[str]:
+    """The fields that every config of transformers has, whatever the model."""
+    from transformers import PretrainedConfig
+
+    return {*PretrainedConfig().to_dict(), "transformers_version", "model_type"}
+
+
+def tensors_of(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter and buffer of some modules, with its name."""
+    for prefix, module in parts.items():
+        yield from module.named_parameters(prefix=prefix)
+        yield from module.named_buffers(prefix=prefix)
+
+
+def weights_of(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+    """By name: dtype, shape and a hash of the values of each parameter and buffer."""
+    return {name: weight_of(name, tensor) for name, tensor in tensors_of(parts)}
+
+
+def weight_of(name: str, weight: Tensor) -> str:
+    """ValueError: it is not whole in this process (sharded, or on the meta device)."""
+    whole = not weight.is_meta and type(weight).__name__ != "DTensor"
+    size = weight.numel() * weight.element_size()
+    if not whole or weight.untyped_storage().nbytes() < size:
+        wanted = (
+            "a model whose vision tower is whole in each process, so that its weights can be "
+            f"compared (leave it out of what is sharded); {name} is not"
+        )
+        raise fail(OP, "model", wanted, weight)
+    digest = hashlib.blake2b(bytes_of(weight), digest_size=16).hexdigest()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"{dtype} {list(weight.shape)} {digest}"
+
+
+def transform_of(image_processor: Any) -> dict[str, Any] | None:
+    """What an image processor does to a picture, as it writes it down itself."""
+    if image_processor is None:
+        return None
+    if not hasattr(image_processor, "to_dict"):
+        wanted = "an image processor of transformers, or None where images come as pixel_values"
+        raise fail(OP, "image_processor", wanted, image_processor)
+    told = {k: v for k, v in image_processor.to_dict().items() if k not in _NAMES_ONLY}
+    return _plain({"class": type(image_processor).__name__, **told})
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, so that what is read compares with what was written."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str, sort_keys=True))
+    return plain
+
+
+def digest(identity: Identity) -> str:
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def differences(kept: Identity, here: Identity) -> list[str]:
+    """What differs, in words: one entry for each thing that the features depend on."""
+    found = []
+    for name in ("format", "part", "dtype"):
+        if kept.get(name) != here[name]:
+            found.append(f"{name} {kept.get(name)!r}, here {here[name]!r}")
+    for name in ("code", "transform"):
+        found += _changed(name, kept.get(name), here[name])
+    before, now = kept.get("weights", {}), here["weights"]
+    names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+    if names:
+        first = names[0]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        shown = f"{_shown(before.get(first))}, here {_shown(now.get(first))}"
+        found.append(f"other weights: {first} ({shown}){more}")
+    return found
+
+
+def _shown(weight: str | None) -> str:
+    return "none" if weight is None else weight[:-24]  # a few digits of the hash tell them apart
+
+
+def _changed(name: str, before: Any, now: Any) -> list[str]:
+    if before == now:
+        return []
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        given = ("none" if one is None else "one" for one in (before, now))
+        return ["{} {}, here {}".format(name, *given)]
+    return [
+        f"{name} {key}: {_short(before.get(key))}, here {_short(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) < 120 else f"{text[:117]}..."
