@@ -15,7 +15,8 @@ from fastvlm.compat import pytorch
 from fastvlm.features.identity import OP, tensors_of, weight_of
 from fastvlm.nn.weight_mark import WeightMark
 from fastvlm.patching.classes import become, swapped, unpatched_class
-from fastvlm.patching.rules import Host, Swap
+from fastvlm.patching.rules import Swap
+from fastvlm.run.mixin import Mixin
 
 if TYPE_CHECKING:
     from fastvlm.features.kept import VisionFeatures
@@ -35,7 +36,7 @@ def owner_of(model: nn.Module) -> Any:
     return found[0]
 
 
-class TakesFeatures(Host):
+class TakesFeatures(Mixin):
     """A vision tower whose images may have been seen before."""
 
     keeps_signature = True
@@ -62,7 +63,7 @@ class TakesFeatures(Host):
         return BaseModelOutputWithPooling(last_hidden_state=features)
 
 
-class TakesProjected(Host):
+class TakesProjected(Mixin):
     """The projector behind it, which has nothing to do where its own output was kept."""
 
     keeps_signature = True
