@@ -24,6 +24,7 @@ def test_the_small_job(tmp_path: Path) -> None:
         assert {"sdpa", "fastvlm"} <= set(case["median"])
         assert all(seconds > 0 for side in case["seconds"].values() for seconds in side)
     assert max(cases["tower"]["off_by"].values()) < 1e-4
+    assert "fastvlm, features kept" in cases["step"]["median"]
     losses = cases["step, small images"]["eval_loss"]
     assert abs(losses["fastvlm"] - losses["sdpa"]) < 1e-4 * abs(losses["sdpa"])
 

@@ -10,7 +10,9 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.job import sides as sides_of
-from benchmarks.job.sides import OURS, side_of
+from benchmarks.job.sides import KEPT, OURS, side_of
 from benchmarks.job.workload import TINY, Sizes, build, captioning, training
-from fastvlm import env
+from fastvlm import VisionFeatures, env
 from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -162,11 +164,16 @@ class Job:
         self.model.train()
         self.model.model.vision_tower.requires_grad_(False)
         losses: dict[str, float] = {}
+        features: VisionFeatures | None = None
 
         def step(side: str) -> Timed:
             def run() -> None:
+                given = dict(batch)
+                if side == KEPT:
+                    assert features is not None
+                    given["pixel_values"] = features.of_keys(keys, lambda: batch["pixel_values"])
                 self.model.zero_grad(set_to_none=True)
-                loss = self.model(**batch, use_cache=False).loss
+                loss = self.model(**given, use_cache=False).loss
                 loss.backward()
 
             return self.side(side, run)
@@ -182,7 +189,19 @@ class Job:
         if small:  # without dropout, where the losses can be compared; a warm-up too
             for side in chosen:
                 quiet_loss(side)
-        seconds = rounds(runs, share, ROUNDS)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            if not small:
+                # stochastic depth is left out of what is kept
+                warnings.filterwarnings("ignore", message=".*draws at random")
+                features = VisionFeatures(folder, self.model, dtype="float32")
+                # a loader finds them by the picture, as it finds pixel_values ready
+                keys = [features.key(one) for one in batch["pixel_values"]]
+                runs[KEPT] = step(KEPT)
+                runs[KEPT]()
+                features.flush()
+            seconds = rounds(runs, share, ROUNDS)
+            if features is not None:
+                features.detach()
         self.model.zero_grad(set_to_none=True)
         facts = {"pixels": pixels, "batch": size, "prompt_tokens": list(s.prompts)}
         return case_of(name, seconds, **facts, label_tokens=list(s.labels), eval_loss=losses)

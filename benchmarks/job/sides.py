@@ -14,12 +14,13 @@ import fastvlm
 
 TRANSFORMERS = ("sdpa", "eager")
 OURS = "fastvlm"
+KEPT = "fastvlm, features kept"
 
 
 @contextlib.contextmanager
 def side_of(side: str, model: Any) -> Iterator[None]:
     """The model as a side runs it: the same weights at the same addresses for all of them."""
-    if side == OURS:
+    if side in (OURS, KEPT):
         model.set_attn_implementation("sdpa")
         with fastvlm.patched(model):
             yield
