@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from fastvlm.checks import fail
 from fastvlm.decoding.images import as_image, pixels_of
 from fastvlm.decoding.pictures import PictureError, open_picture
 from fastvlm.decoding.writer import Asked, Writer, Written
+from fastvlm.features.kept import VisionFeatures, features_of
 
 OP = "Captioner"
 
@@ -47,6 +49,7 @@ class Captioner:
     most_waiting: pictures that may wait, their pixels decoded; beyond it submit() blocks.
     workers: threads that open pictures. linger: seconds to wait for pictures that are being opened
         when the batch is not full yet.
+    features: as for `fastvlm.caption`.
 
     It is a context manager; `close` ends it. A batch ends as a whole: a picture that comes while
     one decodes waits for the next. ValueError, TypeError: by argument.
@@ -68,6 +71,7 @@ class Captioner:
         most_waiting: int = 32,
         workers: int = 2,
         linger: float = 0.05,
+        features: VisionFeatures | str | os.PathLike[str] | None = None,
         **generate_kwargs: Any,
     ) -> None:
         for name, value in (("most_waiting", most_waiting), ("workers", workers)):
@@ -92,6 +96,7 @@ class Captioner:
             op=OP,
         )
         self._image_processor = getattr(processor, "image_processor", None)
+        self._features = features_of(features, model, processor)
         self._reader = Reader(self._writer, processor, keep_prefix)
         self._reader.check(self.questions)
         self._fixed, self._device = batch_size, torch.device(model.device)
@@ -175,6 +180,8 @@ class Captioner:
         self._openers.shutdown(wait=True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._features is not None:
+            self._features.flush()
 
     def __enter__(self) -> Captioner:
         return self
@@ -195,22 +202,28 @@ class Captioner:
             self._waiting.leave(request)
             return
         try:
-            size, pixels = self._pixels(request.picture)
+            ready = self._ready(request.picture)
         except Exception as error:
             self._waiting.leave(request)
             request.fail(error)
             return
         request.picture = None
-        self._waiting.ready(request, Ready(pixels, size))
+        self._waiting.ready(request, ready)
 
-    def _pixels(self, picture: Any) -> tuple[tuple[int, int] | None, torch.Tensor]:
+    def _ready(self, picture: Any) -> Ready:
         if callable(picture):
             picture = picture()
         if isinstance(picture, (bytes, bytearray, memoryview)) or hasattr(picture, "read"):
             picture = _from_file(picture)
         image = as_image(picture, "picture")
         size = None if isinstance(image, torch.Tensor) else image.size
-        return size, pixels_of(image, self._image_processor)
+        if self._features is None:
+            return Ready(pixels_of(image, self._image_processor), size)
+        key = self._features.key(image)
+        kept = self._features.read([key])
+        if kept is not None:
+            return Ready(kept[0], size)
+        return Ready(pixels_of(image, self._image_processor), size, key)
 
     def _run(self) -> None:
         """The thread of the model."""
@@ -252,7 +265,10 @@ class Captioner:
             return not still
 
         try:
-            pixels = torch.stack([request.open.pixels for request in batch])
+            pixels: Any = torch.stack([request.open.pixels for request in batch])
+            if self._features is not None:
+                keys = [request.open.key for request in batch]
+                pixels = self._features.batch_of(pixels, [key for key in keys if key is not None])
             rows = [Asked(question.prompt, question.prefix) for question in asked]
             with size.measured(len(batch)):
                 written = self._writer.write(pixels, rows, stop=all_over)

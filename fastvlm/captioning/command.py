@@ -114,6 +114,7 @@ def _job(args: argparse.Namespace) -> int:
         beside.append(Drawings(args.draw))
     if not loaded.real and processes.rank == 0:
         print(models.RANDOM, file=sys.stderr)
+    kept = arguments.features(args, loaded)
     captioner = Captioner(
         loaded.model,
         loaded.processor,
@@ -123,6 +124,7 @@ def _job(args: argparse.Namespace) -> int:
         num_beams=args.beams,
         max_new_tokens=args.new_tokens,
         keep_prefix=args.keep_prefix,
+        features=kept,
         batch_size=args.batch_size,
         workers=args.workers,
         # twice what decodes together: the next batch is open when one ends

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, languages: list[str], load: Callable[[], Loade
         num_beams=args.beams,
         max_new_tokens=args.new_tokens or arguments.NEW_TOKENS,
         keep_prefix=args.keep_prefix,
+        features=arguments.features(args, told),
     )
     if not told.real:
         print(RANDOM, file=sys.stderr)

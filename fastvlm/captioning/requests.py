@@ -36,10 +36,20 @@ class Deadline:
 
 @dataclass
 class Ready:
-    """A picture that a model can look at: pixel_values [3, H, W], and its own width and height."""
+    """A picture that a model can look at: pixel_values [3, H, W], and its own width and height.
+
+    Where features are kept: pixels are those of the picture, or, with its key, still to be
+    computed.
+    """
 
     pixels: Tensor
     size: tuple[int, int] | None
+    key: bytes | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for pictures that one batch may hold."""
+        return self.pixels.shape, self.key is None
 
 
 @dataclass(eq=False)
@@ -165,11 +175,10 @@ class Waiting:
 
     def _alike(self, most: int) -> list[Request]:
         first = self._ready[0]
-        shape = first.open.pixels.shape
         alike = (
             one
             for one in self._ready
-            if one.questions == first.questions and one.open.pixels.shape == shape
+            if one.questions == first.questions and one.open.kind == first.open.kind
         )
         return list(islice(alike, most))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from fastvlm.compat.versions import needs_newer_transformers
 from fastvlm.decoding.images import is_stream, to_pixels
 from fastvlm.decoding.languages import OP, Language, chosen, prompt_texts
 from fastvlm.decoding.writer import Asked, Writer
+from fastvlm.features.kept import VisionFeatures, features_of
 
 if TYPE_CHECKING:
     from fastvlm.decoding.images import Images
@@ -66,6 +68,7 @@ def caption(
     keep_prefix: bool = False,
     seed: int | None = None,
     batch_size: int = 4,
+    features: VisionFeatures | str | os.PathLike[str] | None = None,
     **generate_kwargs: Any,
 ) -> list[Caption] | Iterator[Caption]:
     """Captions of images in several languages; each image is seen once, all rows decode together.
@@ -95,6 +98,8 @@ def caption(
     seed: for sampling; the global random state is then left as it was. Of an iterable the batches
         take seed, seed + 1, ….
     batch_size: images of an iterable that decode together; a list decodes at once.
+    features: a `fastvlm.VisionFeatures` of this model, or a folder: what the vision tower makes of
+        an image is kept there, and read the next time.
     generate_kwargs: for generate(): do_sample, num_return_sequences, length_penalty, …. Its own
         logits processors and criteria see rows of all images and languages, shorter prefixes
         padded on the left with the start token, and no scores of earlier steps.
@@ -116,7 +121,9 @@ def caption(
         raise fail(OP, "batch_size", "a whole number, 1 or more", batch_size)
     spoken = chosen(languages, prefixes)
     texts = prompt_texts(spoken, prompt, names_target=writer.names_target)
-    run = _Run(writer, getattr(processor, "image_processor", None), spoken, texts, keep_prefix)
+    image_processor = getattr(processor, "image_processor", None)
+    kept = features_of(features, model, processor)
+    run = _Run(writer, image_processor, spoken, texts, keep_prefix, kept)
     if is_stream(images):
         return run.stream(images, batch_size, seed)
     return run.batch(images, 0, seed)
@@ -131,10 +138,14 @@ class _Run:
     languages: list[Language]
     prompts: list[str]
     keep_prefix: bool
+    features: VisionFeatures | None = None
 
     def batch(self, images: Any, first: int, seed: int | None) -> list[Caption]:
         """Of images that decode together; the first one has this index."""
-        pixels = to_pixels(images, self.image_processor, first)
+        if self.features is None:
+            pixels: Any = to_pixels(images, self.image_processor, first)
+        else:
+            pixels = self.features.pixel_values(images, first)
         asked = [Asked(text, one.prefix) for text, one in zip(self.prompts, self.languages)]
         captions = []
         for found in self.writer.write(pixels, asked, seed=seed):

@@ -41,17 +41,27 @@ def to_pixels(images: Any, image_processor: Any, first: int = 0) -> Tensor:
     ValueError: no image, something else than an image, a file that is none, images of several
     sizes.
     """
+    return stacked(opened(images, first), image_processor)
+
+
+def opened(images: Any, first: int = 0) -> dict[str, Any]:
+    """Each of the images as `as_image` gives it, by its name in messages."""
     batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     items = list(images) if batch or isinstance(images, (list, tuple)) else [images]
     if not items:
         raise fail(OP, "images", "one image or more", images)
     names = [f"images[{first + index}]" for index in range(len(items))]
-    pixels = [pixels_of(as_image(item, name), image_processor) for item, name in zip(items, names)]
-    for name, other in zip(names, pixels):
-        if other.shape != pixels[0].shape:
-            wanted = f"of the size of {names[0]}, {list(pixels[0].shape)}"
-            raise fail(OP, name, wanted, other)
-    return torch.stack([one.to(pixels[0]) for one in pixels])
+    return {name: as_image(item, name) for name, item in zip(names, items)}
+
+
+def stacked(images: dict[str, Any], image_processor: Any) -> Tensor:
+    """pixel_values [images, 3, H, W] of `opened` images. ValueError: they are of several sizes."""
+    pixels = {name: pixels_of(image, image_processor) for name, image in images.items()}
+    name, wanted = next(iter(pixels.items()))
+    for other, one in pixels.items():
+        if one.shape != wanted.shape:
+            raise fail(OP, other, f"of the size of {name}, {list(wanted.shape)}", one)
+    return torch.stack([one.to(wanted) for one in pixels.values()])
 
 
 def pixels_of(image: Any, image_processor: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
@@ -94,13 +94,14 @@ class Writer:
 
     def write(
         self,
-        pixels: Tensor,
+        pixels: Tensor | Mapping[str, Any],
         asked: Sequence[Asked],
         *,
         seed: int | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Written]:
-        """Answers to all of asked about pixel_values [images, 3, H, W], image by image.
+        """Answers to all of asked about pixel_values [images, 3, H, W], image by image, or about
+        what `fastvlm.VisionFeatures.pixel_values` gives.
 
         stop: called between steps; once it returns True the answers end as they are.
         """

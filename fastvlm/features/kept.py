@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvlm.checks import choice, fail
 from fastvlm.compat.versions import needs_newer_transformers
-from fastvlm.decoding.images import as_image, pixels_of
+from fastvlm.decoding.images import opened, stacked
 from fastvlm.features.batch import FEATURES, KEYS, OF, PIXELS, of_features, of_pixels
 from fastvlm.features.collate import FeatureCollator
 from fastvlm.features.identity import OP, differences, identity_of, transform_of
@@ -117,31 +117,26 @@ class VisionFeatures:
         W] replaced by what `pixel_values` makes of them."""
         return FeatureCollator(self, collate)
 
-    def pixel_values(self, images: Any) -> dict[str, Any]:
+    def pixel_values(self, images: Any, first: int = 0) -> dict[str, Any]:
         """What a batch holds in place of pixel_values: features, or pixels where one is missing.
 
         images: pixel_values [images, 3, H, W], or a list of paths, PIL images, uint8 arrays [H, W,
-            3] and pixel_values [3, H, W]. Pictures whose features are kept are not transformed. A
-            list may give several times the same.
+            3] and pixel_values [3, H, W], as for `fastvlm.caption`. Pictures whose features are
+            kept are not transformed. The same may be given several times. first: the number of the
+            first in messages.
         """
-        if not isinstance(images, (Tensor, list, tuple)) or not len(images):
-            raise fail(OP, "images", "pixel_values [images, 3, H, W], or a list of images", images)
-        opened = [as_image(image, f"images[{i}]") for i, image in enumerate(images)]
-
-        def pixels() -> Tensor:
-            found = [pixels_of(image, self.image_processor) for image in opened]
-            for i, one in enumerate(found):
-                if one.shape != found[0].shape:
-                    wanted = f"of the size of images[0], {list(found[0].shape)}"
-                    raise fail(OP, f"images[{i}]", wanted, one)
-            return torch.stack(found)
-
-        return self.of_keys([self.key(image) for image in opened], pixels)
+        named = opened(images, first)
+        keys = [self.key(image) for image in named.values()]
+        return self.of_keys(keys, lambda: stacked(named, self.image_processor))
 
     def of_keys(self, keys: Sequence[bytes], pixels: Callable[[], Tensor]) -> dict[str, Any]:
         """The same of images by their keys; pixels() is called where one is missing."""
         found = self.read(keys)
-        return of_pixels(pixels(), keys) if found is None else of_features(found, self.store.of)
+        return self.batch_of(pixels(), keys) if found is None else self.batch_of(found)
+
+    def batch_of(self, rows: Tensor, keys: Sequence[bytes] = ()) -> dict[str, Any]:
+        """The same of kept features, or, with their keys, of pixel_values."""
+        return of_pixels(rows, keys) if keys else of_features(rows, self.store.of)
 
     def key(self, image: Any) -> bytes:
         """Of an image: pixel_values [3, H, W], or what goes through the image processor."""
@@ -248,6 +243,15 @@ class VisionFeatures:
         owner = None if self._owner is None else self._owner()
         if owner is not None:
             detach(owner)
+
+
+def features_of(
+    features: VisionFeatures | str | os.PathLike[str] | None, model: Any, processor: Any
+) -> VisionFeatures | None:
+    """What a caller gives as features=: a folder stands for its features of this model."""
+    if features is None or isinstance(features, VisionFeatures):
+        return features
+    return VisionFeatures(features, model, getattr(processor, "image_processor", None))
 
 
 def _flush(ref: weakref.ref[VisionFeatures]) -> None:
