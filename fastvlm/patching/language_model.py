@@ -19,6 +19,7 @@ from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.loss.request import LossRequest, loss_request, requesting
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, is_plain
+from fastvlm.patching import padded_labels
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
 from fastvlm.patching.interposed import NOTHING, interposed
 from fastvlm.patching.logits import LazyLogits, State, settled
@@ -129,6 +130,8 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
             with requesting(None), forward_of(self) as ranked:
                 outputs = super().forward(**kwargs)
                 return settled(outputs) if ranked else outputs
+        if self.training and torch.is_grad_enabled():
+            padded_labels.look(self, labels)
         hidden = self._hides_labels(kwargs, labels)
         if self.training:  # in evaluation logits and caches are looked at, there too
             if kwargs.get("use_cache") is None:
