@@ -26,6 +26,7 @@ enum Op : int64_t {
   kRope,
   kSelfAttention,
   kCrossAttention,
+  kLayerNorm,
   kOps
 };
 
@@ -108,6 +109,7 @@ class Step {
       case kRope: return rope();
       case kSelfAttention: return self_attention();
       case kCrossAttention: return cross_attention();
+      case kLayerNorm: return layer_norm();
       case kOps: return;
     }
   }
@@ -223,6 +225,18 @@ class Step {
   void residual_layer_norm() {
     NormArgs args = norm();
     args.bias = vector_for(tensor(1), "bias", args.cols);
+    FASTVLM_KERNEL(residual_layer_norm)(args);
+  }
+
+  // norm(x); with a residual residual + x, and the norm of that
+  void layer_norm() {
+    STD_TORCH_CHECK(out_.size == rows_of_.size, "code: a result more with a residual");
+    NormArgs args = norm();
+    args.bias = vector_for(tensor(1), "bias", args.cols);
+    if (out_.size > 1) {
+      args.y = args.out;
+      args.out = write(1, args.cols);
+    }
     FASTVLM_KERNEL(residual_layer_norm)(args);
   }
 

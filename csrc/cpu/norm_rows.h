@@ -215,19 +215,24 @@ class RmsRow {
   double rstd_;
 };
 
-// A row z = residual + dropout(x) in float32, less its mean, and 1 / sqrt(variance + eps).
+// A row z = residual + dropout(x), or x, in float32, less its mean, and 1 / sqrt(variance + eps).
+// Where y is given z goes there too.
 template <class T>
 class LayerNormRow {
  public:
   LayerNormRow(const Rows<T>& rows, int64_t r, float* z) : z_(z) {
     const NormArgs& a = rows.a;
-    const T *x = rows.row(a.x, r), *residual = rows.row(a.residual, r);
+    const T* x = rows.row(a.x, r);
+    const T* residual = a.residual.data == nullptr ? nullptr : rows.row(a.residual, r);
+    T* stream = rows.result(a.y, r);
     const bool drops = a.dropout.scale != 0;
     RowSum total, squares, rest;
     for_row(a.cols, [&](int64_t i, int64_t n, int chain) {
       Vec branch = load_some(x + i, n);
       if (drops) branch *= keep_scale(a.dropout, r * a.cols + i);
-      const Vec v = first_lanes(load_some(residual + i, n) + branch, n);
+      if (residual != nullptr) branch = load_some(residual + i, n) + branch;
+      if (stream != nullptr) put(stream, i, n, branch);
+      const Vec v = first_lanes(branch, n);
       total.add(chain, v);
       store(z + i, v);
     });

@@ -21,7 +21,7 @@ from fastvlm.ops import dispatch
 # the numbers of the ops, in the order of `Op` in step.cpp
 OPS = (
     "linear", "gelu_mlp", "geglu_mlp", "activate", "residual_layer_norm", "rms_norm",
-    "residual_rms_norm", "rope", "self_attention", "cross_attention",
+    "residual_rms_norm", "rope", "self_attention", "cross_attention", "layer_norm",
 )  # fmt: skip
 _seconds: Tensor | None = None
 

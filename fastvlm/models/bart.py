@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,7 @@ def _is_pre_norm(layer: Any) -> bool | None:
     explicit = getattr(layer, "normalize_before", None)
     if explicit is not None:
         return bool(explicit)
-    if hf.is_named(layer, "MBart"):
+    if hf.is_named(layer, "MBart") or hf.is_named(layer, "Whisper"):
         return True
     return False if hf.is_named(layer, "Bart") or hf.is_named(layer, "Florence2") else None
 
@@ -70,16 +71,25 @@ def read_layer(module: Any) -> Layer | str:
     mlp = Mlp("fc1", "fc2", "activation_fn", None, kind, act, dropout)
     own = residual("self", "self_attn", "self_attn_layer_norm")
     last = residual("mlp", mlp, "final_layer_norm")
+    clamps = "always" if pre_norm else "overflow"
     if not owns(module, "encoder_attn"):
-        return Layer((own, last), ("attention_mask",), "dropout", clamps=True)
+        return Layer((own, last), ("attention_mask",), "dropout", clamps=clamps)
     cross = residual("cross", "encoder_attn", "encoder_attn_layer_norm")
     arguments = ("attention_mask", *_STATES, "use_cache")
     states = "key_value_states"
     return Layer((own, cross, last), arguments, "dropout", states, splits_cache=False)
 
 
-def is_stack(module: nn.Module, decodes: bool) -> bool:
-    if not has("layers", "embed_tokens", "embed_positions", "layernorm_embedding")(module):
-        return False
+def has_layers(module: nn.Module, decodes: bool) -> bool:
     layer = first_layer(module, "fc1")
     return layer is not None and owns(layer, "encoder_attn") == decodes
+
+
+def is_stack(module: nn.Module, decodes: bool) -> bool:
+    parts = has("layers", "embed_tokens", "embed_positions", "layernorm_embedding")
+    return parts(module) and has_layers(module, decodes)
+
+
+def read_stack(module: nn.Module, decodes: bool) -> Stack | str:
+    stack = DECODER if decodes else ENCODER
+    return replace(stack, norm="layer_norm") if owns(module, "layer_norm") else stack

@@ -74,7 +74,7 @@ class Layer:
     dropout: of what a branch gives, a number or a module. states: by what name cross-attention
     gets the encoder's. hands: the arguments that all attentions get as well. named: whether they
     get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
-    clamps: whether float16 is kept finite.
+    clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them.
     """
 
     residuals: tuple[Residual, ...]
@@ -84,7 +84,7 @@ class Layer:
     hands: tuple[str, ...] = ()
     named: bool = False
     splits_cache: bool = True
-    clamps: bool = False
+    clamps: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -95,11 +95,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """tokens' rows, times the root of the hidden size if scaled, plus positions, normalized."""
+    """tokens' rows, times the root of the hidden size if scaled, plus positions, normalized.
+
+    given: whether position_ids name the rows of positions; otherwise columns do, from the table's
+    offset on.
+    """
 
     tokens: str = "embed_tokens"
     scaled: bool = False
     positions: str | None = None
+    given: bool = False
     norm: str | None = None
 
 
@@ -110,7 +115,9 @@ class Stack:
     attentions: of each layer, that of its own rows first. rotary: the module with RoPE's tables.
     hides_pads: whether pad tokens are padding where no mask is given. masks, cross_masks: the kinds
     of masks that layers choose from; none where all get the same. trains_cached: whether a cache is
-    made in training where none is asked for.
+    made in training where none is asked for. reads: its first argument, "input_features" for frames
+    of which none is padding; ignores_mask: it takes a mask of them and never looks at it.
+    drops_cache: whether layers get no cache where use_cache is False.
     """
 
     embedding: Embedding
@@ -122,10 +129,18 @@ class Stack:
     masks: tuple[str, ...] = ()
     cross_masks: tuple[str, ...] = ()
     trains_cached: bool = True
+    reads: str = "input_ids"
+    ignores_mask: bool = False
+    drops_cache: bool = False
 
     @property
     def reads_encoder(self) -> bool:
         return len(self.attentions) > 1
+
+    @property
+    def masks_encoder(self) -> bool:
+        """Whether it takes a mask of the encoder's states."""
+        return "encoder_attention_mask" in self.arguments
 
     @property
     def packs_ids(self) -> bool:

@@ -70,3 +70,7 @@ def is_stack(module: nn.Module, decodes: bool) -> bool:
         return False
     layer = first_layer(module, "pre_self_attn_layernorm")
     return layer is not None and owns(layer, "cross_attn") == decodes
+
+
+def read_stack(module: nn.Module, decodes: bool) -> Stack | str:
+    return DECODER if decodes else ENCODER

@@ -8,28 +8,29 @@ from typing import Any
 
 from torch import nn
 
-from fastvlm.models import bart, florenz, gemma2, t5gemma
+from fastvlm.models import bart, florenz, gemma2, t5gemma, whisper
 from fastvlm.models.spec import Attention, Layer, Mlp, Stack
 from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
+from fastvlm.patching.decoder_stack import DecoderStack
+from fastvlm.patching.encoder_stack import EncoderStack, FrameEncoderStack
 from fastvlm.patching.norms import choose_norm, is_rms_norm
 from fastvlm.patching.rules import Rule, StackRule, Swap, mistaken
-from fastvlm.patching.stacks import DecoderStack, EncoderStack
 from fastvlm.run.attention import PatchedAttention
 from fastvlm.run.packed import PatchedLayer
 
 Choose = Callable[[nn.Module], Swap | str]
 
 
-def _choice(read: Callable[[Any], Any], swap: Callable[[Any, Any], Swap], first: str) -> Choose:
+def _choice(read: Callable[[Any], Any], swap: Callable[[Any, Any], Swap]) -> Choose:
     """What a module becomes by the spec that read gives; or its reason, or why it cannot be."""
 
     def choose(module: nn.Module) -> Swap | str:
         spec = read(module)
         if isinstance(spec, str):
             return spec
-        arguments = (first, *spec.arguments) if hasattr(spec, "arguments") else ()
-        return mistaken(module, arguments) or swap(module, spec)
+        first = getattr(spec, "reads", "hidden_states")
+        return mistaken(module, (first, *spec.arguments)) or swap(module, spec)
 
     return choose
 
@@ -60,23 +61,23 @@ def _mlp(module: Any) -> Swap | str:
     return Swap(GegluMLP, ("geglu_mlp",), attributes)
 
 
-def _stack(mixin: type[nn.Module], module: Any, spec: Stack) -> Swap:
-    return Swap(mixin, ("Layout",), (("spec", spec),))
+def _stack(decodes: bool, module: Any, spec: Stack) -> Swap:
+    encoder = EncoderStack if spec.reads == "input_ids" else FrameEncoderStack
+    return Swap(DecoderStack if decodes else encoder, ("Layout",), (("spec", spec),))
 
 
 def _attention_rule(matches: Any, read: Any) -> Rule:
-    return Rule(("attention",), matches, _choice(read, _attention, "hidden_states"))
+    return Rule(("attention",), matches, _choice(read, _attention))
 
 
 def _layer_rule(matches: Any, read: Any, *floors: str) -> Rule:
-    return Rule(floors, matches, _choice(read, _layer, "hidden_states"))
+    return Rule(floors, matches, _choice(read, _layer))
 
 
 def _stack_rule(
     matches: Any, read: Any, rules: tuple[Rule, ...], known: tuple[str, ...], decodes: bool = True
 ) -> StackRule:
-    swap = partial(_stack, DecoderStack if decodes else EncoderStack)
-    return StackRule(matches, _choice(read, swap, "input_ids"), rules, decodes, known)
+    return StackRule(matches, _choice(read, partial(_stack, decodes)), rules, decodes, known)
 
 
 _BART = (
@@ -100,16 +101,19 @@ _FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA
 def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackRule]:
     """The encoder and the decoder of a family that has both."""
 
-    def rule(spec: Stack, decodes: bool) -> StackRule:
-        matches = partial(family.is_stack, decodes=decodes)
-        return _stack_rule(matches, lambda module: spec, rules, family.KNOWN, decodes)
+    def rule(decodes: bool) -> StackRule:
+        matches, read = (
+            partial(test, decodes=decodes) for test in (family.is_stack, family.read_stack)
+        )
+        return _stack_rule(matches, read, rules, family.KNOWN, decodes)
 
-    return rule(family.ENCODER, False), rule(family.DECODER, True)
+    return rule(False), rule(True)
 
 
 # T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more
 STACKS: tuple[StackRule, ...] = (
     *_two_stacks(bart, _BART),
+    *_two_stacks(whisper, _BART),
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
     _stack_rule(gemma2.is_stack, lambda module: gemma2.STACK, _GEMMA2, gemma2.KNOWN),

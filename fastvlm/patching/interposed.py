@@ -41,7 +41,9 @@ _HARMLESS_HOMES = (
     "torchao",
 )
 # called before the first layer: padding there holds what it holds without fastvlm
-_EMBEDDINGS = ("embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb")
+_EMBEDDINGS = (
+    "embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb", "conv1", "conv2",
+)  # fmt: skip
 # read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
 _ACTIVATIONS = ("activation_fn", "act_fn")
 

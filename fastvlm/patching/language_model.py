@@ -20,6 +20,7 @@ from fastvlm.loss.request import LossRequest, loss_request, requesting
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching import padded_labels
+from fastvlm.patching.decoder_stack import DecoderStack
 from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
 from fastvlm.patching.interposed import NOTHING, interposed
 from fastvlm.patching.logits import LazyLogits, State, settled
@@ -27,7 +28,6 @@ from fastvlm.patching.ranked import RankedLogits
 from fastvlm.patching.room import RoomForAll
 from fastvlm.patching.rules import Swap
 from fastvlm.patching.shared_states import SharedEncoderStates
-from fastvlm.patching.stacks import DecoderStack
 from fastvlm.patching.tied import head_weight
 from fastvlm.run.layouts import READERS, restarts, wants_attentions, wants_hidden_states
 from fastvlm.run.mixin import Mixin

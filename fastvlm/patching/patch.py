@@ -46,9 +46,9 @@ def patch(
     last label they are the head's answer to zeros). Such a call also takes ``image_of_prompt``,
     ``prompt_of_target`` and ``groups`` (`fastvlm.patching.language_model.LossModel`).
 
-    model: a transformers model (Florence-2, BART, mBART, Gemma-2, T5Gemma, PaliGemma 2), one with
-    the same structure, or a module that contains one (a trainer's wrapper, a PEFT model). Only
-    this instance changes. Patching twice changes nothing more.
+    model: a transformers model (Florence-2, BART, mBART, Whisper, Gemma-2, T5Gemma, PaliGemma 2),
+    one with the same structure, or a module that contains one (a trainer's wrapper, a PEFT
+    model). Only this instance changes. Patching twice changes nothing more.
     only: the kinds of ops to patch in, of "attention", "mlp", "norm", "linear", "loss"; None for
     all.
     weights: for decoding only. "bf16" or "int8" (symmetric, one factor for each output row): linear
@@ -79,9 +79,9 @@ def patch(
     if not report.patched:
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
         raise PatchError(
-            f"fastvlm.patch: model must contain a Florence-2, BART, mBART, Gemma-2, T5Gemma or "
-            f"PaliGemma decoder, or modules of that structure; got {type(model).__name__}, in "
-            f"which nothing can be patched{' (' + why + ')' if why else ''}"
+            f"fastvlm.patch: model must contain a Florence-2, BART, mBART, Whisper, Gemma-2, "
+            f"T5Gemma or PaliGemma decoder, or modules of that structure; got {type(model).__name__}, "
+            f"in which nothing can be patched{' (' + why + ')' if why else ''}"
         )
     if strict and report.skipped:
         skipped = "; ".join(f"{e.module}: {e.reason}" for e in report.skipped)

@@ -158,9 +158,7 @@ def _plan_outside(
         if loss:
             choice = language_model.head(head, isinstance(choice, Swap))
         add(_change(at, head, ("linear",), choice, True))
-    generates = hasattr(type(module), "_expand_inputs_for_generation") and hasattr(
-        module, "lm_head"
-    )
+    generates = hasattr(type(module), "_expand_inputs_for_generation") and head is not None
     kept = "attention" in wanted or language_model.shares_states(module)
     shares = shares and kept and generates and module.config.is_encoder_decoder
     for inner, part in module.named_modules(prefix=name) if loss else ():

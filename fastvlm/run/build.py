@@ -49,14 +49,14 @@ def run_step(
     if id(stack) not in steps or ((known := steps[id(stack)]) is not None and known.is_stale):
         made = build_step(stack, past)
         if made is not None and not embeds_alike(
-            stack, arguments(), embed_step(stack, ids, filled)
+            stack, arguments(), embed_step(stack, ids, filled, position_ids)
         ):
             made = None
         steps[id(stack)] = made
     step = steps[id(stack)]
     if step is None or step.stack() is not stack:
         return None
-    x = embed_step(stack, ids, filled)
+    x = embed_step(stack, ids, filled, position_ids)
     return step(x, layouts, rotation_of(stack, x, position_ids, filled)).unsqueeze(1)
 
 
@@ -95,6 +95,8 @@ class _Writer:
         ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
 
     def norm(self, x: int, norm: Any) -> int:
+        if isinstance(norm, nn.LayerNorm):
+            return self.program.layer_norm(x, norm)[0]
         ensure(is_plain_rms_norm(norm))
         return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset)
 
@@ -127,14 +129,15 @@ class _Writer:
             norm = getattr(self.layer, residual.norm)
             ensure(residual.after is None and residual.gate is None and following is None)
             return self.program.residual_layer_norm(x, h, norm), None
-        # a sum alone (a layer that normalizes before its branches only) is no instruction
-        if residual.after is None:
-            raise NotCompilable
+        if residual.after is None:  # a sum is an instruction with the norm of it
+            ensure(following is not None and residual.gate is None)
+            h, normed = self.program.layer_norm(x, following, h)
+            return h, normed
         after = getattr(self.layer, residual.after)
         norms = [after] if following is None else [after, following]
         ensure(all(map(is_plain_rms_norm, norms)))
         ensure(len({(norm.eps, norm.offset) for norm in norms}) == 1)
-        h, *normed = self.program.residual_rms_norm(
+        h, *behind = self.program.residual_rms_norm(
             x,
             h,
             after.weight,
@@ -143,4 +146,4 @@ class _Writer:
             gate=None if residual.gate is None else getattr(self.layer, residual.gate),
             next_weight=None if following is None else following.weight,
         )
-        return h, normed[0] if normed else None
+        return h, behind[0] if behind else None

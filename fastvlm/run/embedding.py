@@ -22,14 +22,20 @@ def check_embedding(stack: Any) -> None:
     ensure(has_no_hooks(tokens) and factor_of(tokens) is not None)
     if spec.positions is not None:
         positions = getattr(stack, spec.positions)
-        ensure(isinstance(getattr(positions, "offset", None), int) and only_counts(positions))
+        if spec.given:
+            ensure(isinstance(positions, nn.Embedding) and has_no_hooks(positions))
+        else:
+            ensure(isinstance(getattr(positions, "offset", None), int) and only_counts(positions))
     if spec.norm is not None:
         norm = getattr(stack, spec.norm)
         ensure(has_no_hooks(norm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None)
 
 
-def embed_step(stack: Any, ids: Tensor, filled: int) -> Tensor:
-    """ids [R, 1] at position filled -> [R, d]; less where a row starts if it is padded."""
+def embed_step(stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None) -> Tensor:
+    """ids [R, 1] at position filled -> [R, d]; less where a row starts if it is padded.
+
+    position_ids: [1 or R, 1], for a stack that goes by them.
+    """
     spec: Embedding = stack.spec.embedding
     tokens = getattr(stack, spec.tokens)
     x = F.embedding(ids[:, 0], tokens.weight)
@@ -40,12 +46,21 @@ def embed_step(stack: Any, ids: Tensor, filled: int) -> Tensor:
         x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
     if spec.positions is not None:
         table = getattr(stack, spec.positions)
-        at, starts = filled + table.offset, starts_of(table, x.shape[0])
-        x = x + table.weight[at if starts is None else at - starts]
+        x = x + table.weight[_places(table, spec.given, x.shape[0], filled, position_ids)]
     if spec.norm is not None:
         norm = getattr(stack, spec.norm)
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return x
+
+
+def _places(
+    table: Any, given: bool, rows: int, filled: int, position_ids: Tensor | None
+) -> int | Tensor:
+    """Which rows of a table of positions the new tokens get: an index, or one for each."""
+    if given:
+        return filled if position_ids is None else position_ids[:, 0]
+    at, starts = filled + table.offset, starts_of(table, rows)
+    return at if starts is None else at - starts
 
 
 def rotation_of(stack: Any, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:

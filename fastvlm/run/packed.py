@@ -44,13 +44,16 @@ class PatchedLayer(Mixin):
         reads = given.get(_STATES) is not None
         residuals = [r for r in self.spec.residuals if reads or not r.optional]
         h, _ = run_layer(_Modules(self, given), self, residuals, h)
-        return _finite(h) if self.spec.clamps and h.dtype == torch.float16 else h
+        return h if self.spec.clamps is None else _finite(h, self.spec.clamps)
 
 
-def _finite(h: Tensor) -> Tensor:
+def _finite(h: Tensor, when: str) -> Tensor:
     """As transformers does, but decided on the device: no wait for it."""
+    if h.dtype != torch.float16:
+        return h
     limit = torch.finfo(torch.float16).max - 1000
-    return torch.where(torch.isfinite(h).all(), h, h.clamp(-limit, limit))
+    clamped = h.clamp(-limit, limit)
+    return clamped if when == "always" else torch.where(torch.isfinite(h).all(), h, clamped)
 
 
 class _Modules:

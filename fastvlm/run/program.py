@@ -112,6 +112,13 @@ class Program:
             (norm.eps,),
         )[0]
 
+    def layer_norm(self, x: int, norm: Any, residual: int | None = None) -> list[int]:
+        """norm(x); with residual h = residual + x, and norm(h)."""
+        ensure(is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None)
+        rows = (x,) if residual is None else (x, residual)
+        widths = [self.widths[x]] * len(rows)
+        return self._add("layer_norm", widths, rows, (norm.weight, norm.bias), (norm.eps,))
+
     def rms_norm(self, x: int, weight: Tensor, eps: float, offset: float) -> int:
         return self._add("rms_norm", [self.widths[x]], (x,), (weight,), (eps, offset))[0]
 

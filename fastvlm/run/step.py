@@ -93,8 +93,10 @@ STEPS: WeakKeyDictionary[Any, dict[int, DecodeStep | None]] = WeakKeyDictionary(
 
 def is_plain_step(stack: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but the next states."""
-    asks = ("output_attentions", "output_hidden_states", "return_dict")
+    asks = ("output_attentions", "output_hidden_states")
     if any(kwargs.get(name) is not None for name in asks) or torch.compiler.is_compiling():
+        return False
+    if kwargs.get("return_dict") not in (None, True):
         return False
     config = stack.config
     if config.output_attentions or config.output_hidden_states:
@@ -158,6 +160,8 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
         case "residual_layer_norm":
             norm, (eps,) = _OPS.residual_layer_norm.default, settings
             return lambda r, at: [norm(r[first], r[last], *tensors, None, eps, 0.0)]
+        case "layer_norm":
+            return _layer_norm(instruction)
         case "rms_norm":
             rms = _OPS.rms_norm.default
             return lambda r, at: [rms(r[first], *tensors, *settings)]
@@ -181,6 +185,19 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
                 cross(r[first].unflatten(1, shape), *tensors, *at.where, *asked)[0].flatten(1)
             ]
     raise AssertionError(instruction.op)
+
+
+def _layer_norm(instruction: Instruction) -> OpCall:
+    first, *residual = instruction.rows
+    norm, (eps,) = _OPS.residual_layer_norm.default, instruction.settings
+
+    def run(r: Registers, at: StepInputs) -> list[Tensor]:
+        x = r[first]
+        h = r[residual[0]] if residual else torch.zeros_like(x)
+        y = norm(x, h, *instruction.tensors, None, eps, 0.0)
+        return [h + x, y] if residual else [y]
+
+    return run
 
 
 def _product(weight: Any, scale: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Any]:

@@ -40,6 +40,14 @@ def mbart(**settings: Any) -> nn.Module:
     return _spread(tf.MBartForConditionalGeneration(config), 0.15)
 
 
+def whisper(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64}
+    nothing = {"begin_suppress_tokens": None, "suppress_tokens": None}
+    config = tf.WhisperConfig(**{**_text(), **sizes, **nothing, **settings})
+    return _spread(tf.WhisperForConditionalGeneration(config), 0.3)
+
+
 def _text() -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
@@ -196,7 +204,7 @@ def _seq2seq_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _with_labels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    labels, mask = _pad(_tokens(inputs["input_ids"].shape[0], 7, 5), [7, 3, 5], left=False)
+    labels, mask = _pad(_tokens(3, 7, 5), [7, 3, 5], left=False)
     return {**inputs, "labels": labels.masked_fill(mask == 0, -100)}
 
 
@@ -209,6 +217,11 @@ def _florence_inputs(model: nn.Module) -> dict[str, Tensor]:
         "attention_mask": torch.cat([torch.ones_like(image), mask], 1),
         "pixel_values": pixels,
     }
+
+
+def _whisper_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Three clips of the length that the model takes, two frames for each of its positions."""
+    return {"input_features": torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(2))}
 
 
 def _causal_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -251,6 +264,7 @@ FAMILIES = {
     "mbart": _seq2seq(mbart),
     "florence2": Family(florence2, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
     "florenz": Family(florenz, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
+    "whisper": Family(whisper, _whisper_inputs, lambda m: _with_labels(_whisper_inputs(m))),
     "gemma2": Family(gemma2, _causal_inputs, _causal_training),
     "t5gemma": _seq2seq(t5gemma),
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),

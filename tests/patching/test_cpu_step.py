@@ -17,7 +17,7 @@ from fastvlm.cpu import step as cpu_step
 from fastvlm.cpu.step import CpuStep, timed
 from fastvlm.run.program import Program
 
-PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
+PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma", "mbart", "whisper"]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import fastvlm
 from fastvlm.decoding import rows
 from fastvlm.run import graphs, step
 
-PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
+PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma", "whisper"]
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one-row": {},
 }
 # those whose attention is patched; PaliGemma of transformers 5.23 fails with a static cache
-OURS = ["bart", "florence2", "florenz", "gemma2", "mbart", "t5gemma"]
+OURS = ["bart", "florence2", "florenz", "gemma2", "mbart", "t5gemma", "whisper"]
 ENCODERS = [name for name in OURS if name != "gemma2"]
 STATIC = {"cache_implementation": "static"}
 
@@ -131,7 +131,7 @@ def test_compiles_to_the_graphs_that_transformers_compiles_to(run: Any, name: st
     assert len(ours) <= len(theirs)
     encodes = name in ENCODERS
     assert ours[-1]["fastvlm.cached_attention.default"] == (4 if encodes else 2)
-    mlp = "gelu_mlp" if "bart" in name or name == "florence2" else "geglu_mlp"
+    mlp = "geglu_mlp" if name in ("gemma2", "t5gemma", "florenz") else "gelu_mlp"
     assert ours[-1][f"fastvlm.{mlp}.default"] == 2
 
 
@@ -146,7 +146,8 @@ def test_inductor(name: str) -> None:
     assert torch.equal(automatic(model, inputs, "inductor"), expected)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+# Whisper's generate() takes what it returns apart
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "whisper"])
 def test_cross_cache_is_held_once_per_image(name: str) -> None:
     model = FAMILIES[name].build()
     inputs = FAMILIES[name].inputs(model)

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvlm
 from fastvlm.decoding import rows
 from fastvlm.decoding.prefixes import decoder_stack
-from fastvlm.patching.stacks import DecoderStack
+from fastvlm.patching.decoder_stack import DecoderStack
 from fastvlm.run.step import DecodeStep
 
-PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma"]
+PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma", "whisper"]
 
 
 @pytest.fixture

@@ -270,7 +270,6 @@ TYPES: dict[str, ModelType] = {
     ),
     # of images, speech and text
     **_of(
-        "whisper=WhisperForConditionalGeneration "
         "speech_to_text=Speech2TextForConditionalGeneration speecht5=SpeechT5ForSpeechToText "
         "speecht5-tts=SpeechT5ForTextToSpeech moonshine=MoonshineForConditionalGeneration "
         "canary=CanaryForConditionalGeneration cohere_asr=CohereAsrForConditionalGeneration "

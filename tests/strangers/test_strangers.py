@@ -25,6 +25,7 @@ THIRDS = 1 if os.environ.get("FASTVLM_STRANGERS") == "all" else 3
 WHOLE = {
     "bart": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
     "mbart": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
+    "whisper": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
     "plbart": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
     "gemma2": {"self_attention", "cached_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "t5gemma": {"self_attention", "cross_attention", "rope", "geglu_mlp", "residual_rms_norm"},

@@ -1,11 +1,8 @@
-"""Patched encoder and decoder stacks: build the Layouts, hand them down, leave the rest as it is.
+"""Patched decoder stacks: build the Layouts, hand them down, leave the rest as it is.
 
-A call without a cache (training) runs packed from the first layer to the last, where all layers
-can: padding is neither computed nor differentiated. A call with transformers' StaticCache has fixed
-shapes and no layouts (`fastvlm.run.static`). Where a call asks for something the fused path
-does not do (attention probabilities, a mask that is not [batch, length], a foreign cache),
-transformers' own path runs, unchanged; several new tokens on a filled cache keep their
-self-attention there.
+As in `fastvlm.patching.encoder_stack`. A call with transformers' StaticCache has fixed shapes and
+no layouts (`fastvlm.run.static`). With a foreign cache transformers' own path runs, unchanged;
+several new tokens on a filled cache keep their self-attention there.
 """
 
 from __future__ import annotations
@@ -28,11 +25,9 @@ from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.layout import Layout
 from fastvlm.loss.request import knows_its_readers, loss_request
-from fastvlm.models.spec import Stack
+from fastvlm.patching.encoder_stack import PatchedStack
 from fastvlm.patching.interposed import (
     NOTHING,
-    Interposed,
-    check_taken,
     interposed,
     interposed_at_last,
 )
@@ -46,93 +41,14 @@ from fastvlm.run.layouts import (
     hides,
     is_2d,
     ones,
-    packed_positions,
     restarts,
     visible_positions,
     wants_attentions,
-    wants_hidden_states,
     warn_of_zeros,
     window_needs_columns,
-    zero_padding,
 )
-from fastvlm.run.mixin import Mixin, by_name
+from fastvlm.run.mixin import by_name
 from fastvlm.run.step import STEPS, is_plain_step
-
-
-class _Stack(Mixin):
-    """What encoders and decoders share."""
-
-    keeps_signature = True
-    spec: Stack
-
-    def default_mask(self, input_ids: Tensor | None) -> Tensor | None:
-        """The mask that the model itself assumes when none is given; None is all ones."""
-        pad = self.config.pad_token_id if self.spec.hides_pads else None
-        return None if input_ids is None or pad is None else input_ids != pad
-
-    def _no_mask(self) -> Any:
-        """What to pass as attention_mask so that transformers builds no 4-D mask."""
-        return dict.fromkeys(self.spec.masks) or None
-
-    def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any], found: Interposed) -> bool:
-        """Whether there is padding, and every layer can do without it."""
-        if rows.q_padding is None or rows.q_padding.index is None:
-            return False
-        if found.padded is not None or wants_hidden_states(self, kwargs):
-            return False
-        return self.spec.packs_ids or all(
-            getattr(layer, "runs_packed", False) for layer in self.layers
-        )
-
-    def _settled(self, output: Any, layouts: Layouts) -> Any:
-        """The output of a call in which every attention took its layouts, zeros at padding."""
-        if layouts.marks is not None:
-            check_taken(self, layouts.marks, layouts.has_cross)
-        return zero_padding(output, layouts)
-
-    def _pack_ids(self, arguments: dict[str, Any], layouts: Layouts) -> None:
-        """Token ids or embeddings and positions of the tokens alone, in place."""
-        rows = layouts.rows
-        if not layouts.packed or not self.spec.packs_ids or rows is None:
-            return
-        for name in ("input_ids", "inputs_embeds"):
-            if arguments.get(name) is not None:
-                arguments[name] = rows.pack(arguments[name]).unsqueeze(0)
-        arguments["position_ids"] = packed_positions(arguments.get("position_ids"), rows)
-
-
-class EncoderStack(_Stack):
-    """A bidirectional text encoder."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        *args: Any,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        kwargs.pop(READERS, None)  # the decoder's
-        batch, length, device = grid_of(input_ids, inputs_embeds)
-        plain = not args and length > 0 and is_2d(attention_mask)
-        if plain and attention_mask is not None:
-            plain = attention_mask.shape == (batch, length)
-        found = interposed(self)
-        if not plain or found.unfused is not None or wants_attentions(self, kwargs):
-            return super().forward(
-                input_ids, attention_mask, *args, inputs_embeds=inputs_embeds, **kwargs
-            )
-        mask = self.default_mask(input_ids) if attention_mask is None else attention_mask
-        # who was given no mask, cross-attention too, reads the states of padding as well
-        unhidden = attention_mask is None and hides(mask)
-        if unhidden or window_needs_columns(self, mask):
-            return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
-        layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs, found))
-        arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        self._pack_ids(arguments, layouts)
-        arguments |= {"attention_mask": self._no_mask(), KEYWORD: layouts}
-        return self._settled(super().forward(**arguments), layouts)
 
 
 @dataclass
@@ -148,7 +64,7 @@ class DecoderInputs:
     readers: Tensor | None = None  # int64 [B], the encoder row that each query row reads
 
 
-class DecoderStack(_Stack):
+class DecoderStack(PatchedStack):
     """A causal decoder with its own cache and, where there is an encoder, cross-attention."""
 
     # a model that would repeat the encoder's states for its targets may hand the map down instead
@@ -157,6 +73,13 @@ class DecoderStack(_Stack):
 
     def _no_cross_mask(self) -> Any:
         return dict.fromkeys(self.spec.cross_masks) or None
+
+    def _read(self, states: Tensor | None, mask: Any) -> dict[str, Any]:
+        """The arguments that say what cross-attention reads."""
+        if not self.spec.reads_encoder:
+            return {}
+        masks = {"encoder_attention_mask": mask} if self.spec.masks_encoder else {}
+        return {"encoder_hidden_states": states, **masks}
 
     def new_cache(self) -> Cache:
         """The cache that the model would make when asked to use one and given none."""
@@ -276,6 +199,8 @@ class DecoderStack(_Stack):
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
         asks = wants_attentions(self, kwargs)
+        if self.spec.drops_cache and call.past is not None:
+            asks = asks or not self._wants_cache(use_cache)
         fixed = not asks and self._fixed(call.past)
         if not (asks or fixed):
             if call.past is None and self._wants_cache(use_cache):
@@ -295,9 +220,7 @@ class DecoderStack(_Stack):
         if layouts is None:
             dtype = self.embed_tokens.weight.dtype
             arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
-            if self.spec.reads_encoder:
-                states, mask = self._expanded(call)
-                arguments.update(encoder_hidden_states=states, encoder_attention_mask=mask)
+            arguments |= self._read(*self._expanded(call))
             return super().forward(**arguments)
         own = call.past
         if isinstance(call.past, EncoderDecoderCache):
@@ -307,12 +230,10 @@ class DecoderStack(_Stack):
         if own is not None and not beam_cache.keeps_rows(own):
             beam_cache.keep_rows(own)
         arguments["attention_mask"] = self._no_mask() if layouts.fused_self else call.attention_mask
-        if self.spec.reads_encoder:
-            states = call.encoder_states
-            if layouts.packed and layouts.cross is not None and states is not None:
-                states = layouts.cross.pack_kv(states).unsqueeze(0)
-            arguments["encoder_hidden_states"] = states
-            arguments["encoder_attention_mask"] = self._no_cross_mask()
+        states = call.encoder_states
+        if layouts.packed and layouts.cross is not None and states is not None:
+            states = layouts.cross.pack_kv(states).unsqueeze(0)
+        arguments |= self._read(states, self._no_cross_mask())
         if call.past is not None and (layouts.rows is not None or not layouts.fused_self):
             STEPS.pop(call.past, None)  # a new prefill, perhaps of other images or weights
         if layouts.rows is None and layouts.fused_self:
@@ -342,8 +263,7 @@ class DecoderStack(_Stack):
         if states is None or not is_2d(mask) or (call.readers is None and batch % len(states)):
             return False
         static.share(call.past, states.shape[1])
-        arguments["encoder_hidden_states"] = states
-        arguments["encoder_attention_mask"] = self._no_cross_mask()
+        arguments |= self._read(states, self._no_cross_mask())
         reads = static.readers(batch, states, mask, call.readers)
         arguments[KEYWORD] = Layouts(static=static.Static(reads), marks=None)
         return True
@@ -362,17 +282,14 @@ class DecoderStack(_Stack):
 
     def _embeds(self, call: DecoderInputs, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with which transformers' forward embeds the tokens of a step."""
-        arguments = {
+        return {
             "input_ids": call.input_ids,
             "attention_mask": self._no_mask(),
             "use_cache": False,
             **hf.cached(call.past),
             **kwargs,
+            **self._read(call.encoder_states, self._no_cross_mask()),
         }
-        if self.spec.reads_encoder:
-            arguments["encoder_hidden_states"] = call.encoder_states
-            arguments["encoder_attention_mask"] = self._no_cross_mask()
-        return arguments
 
     def _output(self, states: Tensor, past: Any) -> Any:
         if self.spec.reads_encoder:
