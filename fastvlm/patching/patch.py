@@ -79,9 +79,10 @@ def patch(
     if not report.patched:
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
         raise PatchError(
-            f"fastvlm.patch: model must contain a Florence-2, BART, mBART, Whisper, Gemma-2, "
-            f"T5Gemma or PaliGemma decoder, or modules of that structure; got {type(model).__name__}, "
-            f"in which nothing can be patched{' (' + why + ')' if why else ''}"
+            "fastvlm.patch: model must contain a Florence-2, BART, mBART, Whisper, Gemma-2, "
+            "T5Gemma or PaliGemma decoder, or modules of that structure; got "
+            f"{type(model).__name__}, in which nothing can be patched"
+            f"{' (' + why + ')' if why else ''}"
         )
     if strict and report.skipped:
         skipped = "; ".join(f"{e.module}: {e.reason}" for e in report.skipped)

@@ -313,9 +313,11 @@ def _answers(stack: Any) -> list[Tensor]:
     width = _reads(stack.layers[0])
     states: dict[str, Any] = {}
     if width is not None:
-        values = torch.empty(2, 5, width, dtype=DTYPE).normal_(generator=random)
-        seen = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
-        states = {"encoder_hidden_states": values, "encoder_attention_mask": seen}
+        states["encoder_hidden_states"] = torch.empty(2, 5, width, dtype=DTYPE).normal_(
+            generator=random
+        )
+        if takes(stack, "encoder_attention_mask"):
+            states["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     decodes = width is not None or getattr(stack.layers[0].self_attn, "is_causal", False)
     found = []
     for padded in (True, False):  # which run by ways of their own, in theirs and in ours
@@ -348,13 +350,23 @@ def _trained(stack: Any, ids: Tensor, states: dict[str, Any], padded: bool) -> l
         wanted.append(states["encoder_hidden_states"])
     stack.train()
     try:
-        out = stack(input_ids=ids, attention_mask=mask, **settings)[0]
+        if takes(stack, "input_features"):  # frames, of which none is padding
+            tokens = stack(_features(stack))[0].flatten(0, 1)
+        else:
+            tokens = stack(input_ids=ids, attention_mask=mask, **settings)[0][mask == 1]
     finally:
         stack.eval()
-    tokens = out[mask == 1]
     grads = torch.autograd.grad(tokens, wanted, torch.cos(tokens.detach()), allow_unused=True)
     shapes = zip(wanted, grads)
     return [tokens.detach(), *(p.new_zeros(p.shape) if g is None else g for p, g in shapes)]
+
+
+def _features(stack: Any) -> Tensor:
+    """Of as many frames as a stack with two convolutions before its positions makes one each of."""
+    strides = stack.conv1.stride[0] * stack.conv2.stride[0]
+    shape = (2, stack.conv1.in_channels, strides * stack.embed_positions.num_embeddings)
+    random = torch.Generator().manual_seed(2)
+    return torch.empty(shape, dtype=DTYPE).normal_(generator=random)
 
 
 @torch.no_grad()

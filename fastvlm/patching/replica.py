@@ -176,6 +176,8 @@ class Replica:
                 values[name] = min(int(token), ROWS - 1)
         if isinstance(values.get("sliding_window"), int):
             values["sliding_window"] = WINDOW
+        if isinstance(values.get("max_source_positions"), int):  # frames are as many as places
+            values["max_source_positions"] = min(values["max_source_positions"], ROWS)
         values.update({n: 0.0 for n, v in values.items() if "drop" in n and isinstance(v, float)})
         if self.kept is None:
             return

@@ -42,10 +42,13 @@ def mbart(**settings: Any) -> nn.Module:
 
 def whisper(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64}
-    nothing = {"begin_suppress_tokens": None, "suppress_tokens": None}
-    config = tf.WhisperConfig(**{**_text(), **sizes, **nothing, **settings})
+    config = tf.WhisperConfig(**{**_sound(), **settings})
     return _spread(tf.WhisperForConditionalGeneration(config), 0.3)
+
+
+def _sound() -> dict[str, Any]:
+    sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64}
+    return {**_text(), **sizes, "begin_suppress_tokens": None, "suppress_tokens": None}
 
 
 def _text() -> dict[str, Any]:

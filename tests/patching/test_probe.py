@@ -66,6 +66,17 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
             "        residual",
         ),
     },
+    "whisper": {
+        "scale": (
+            "(self.q_proj(hidden_states) * self.scaling)",
+            "(self.q_proj(hidden_states) * 0.3)",
+        ),
+        "norm left out": (
+            "hidden_states = self.final_layer_norm(hidden_states)\n",
+            "hidden_states = hidden_states + 0 * self.final_layer_norm(hidden_states)\n",
+        ),
+        "one position further": ("self.weight[position_ids]", "self.weight[position_ids + 1]"),
+    },
     "t5gemma": {
         "embeddings scaled": (
             "self.config.hidden_size**0.5",
@@ -78,7 +89,11 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 # between the embedding and the layers, where our stacks ask theirs (`fastvlm.run.embedded`)
-ASKED = [("bart", "positions from three"), ("t5gemma", "embeddings scaled")]
+ASKED = [
+    ("bart", "positions from three"),
+    ("t5gemma", "embeddings scaled"),
+    ("whisper", "one position further"),
+]
 CASES = [
     (family, plant)
     for family, plants in PLANTS.items()
@@ -129,7 +144,7 @@ def test_other_heads_and_losses_give_their_own_numbers(plant: str, training: boo
     assert torch.allclose(given, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bart", "mbart", "gemma2", "t5gemma"])
+@pytest.mark.parametrize("family", ["bart", "mbart", "whisper", "gemma2", "t5gemma"])
 def test_a_trainers_copy_is_patched_as_the_family_is(family: str) -> None:
     ours, theirs = trainer_copy.build(family), models.FAMILIES[family].build()
     report, known = fastvlm.patch(ours), fastvlm.patch(theirs)
@@ -155,7 +170,7 @@ def test_what_computes_something_else_is_left_alone(family: str, plant: str) -> 
 def test_other_embeddings_are_patched_and_give_their_own_numbers(family: str, plant: str) -> None:
     model = trainer_copy.build(family, PLANTS[family][plant]).eval()
     batch = models.FAMILIES[family].training(model)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     expected = model(**batch).loss
     tokens = model.generate(**inputs, num_beams=2, max_new_tokens=8)
     assert not fastvlm.patch(model).skipped

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trainer_copy
 from models import EOS, PAD, VOCAB, _whisper_inputs, whisper
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
@@ -190,3 +191,28 @@ def test_several_targets_read_one_clip(model: nn.Module) -> None:
             assert torch.allclose(
                 ours.grad, theirs.grad, atol=1e-4 + 1e-4 * theirs.grad.abs().max()
             )
+
+
+def test_a_copy_whose_encoder_reads_its_mask_keeps_it() -> None:
+    """Whisper never looks at the mask of its frames; what somebody made of it may."""
+    model = trainer_copy.build(
+        "whisper",
+        ("                    None,\n", "                    mask,\n"),
+        (
+            "inputs_embeds = inputs_embeds.permute(0, 2, 1)",
+            "inputs_embeds = inputs_embeds.permute(0, 2, 1)\n"
+            "        mask = attention_mask\n"
+            "        mask = None if mask is None else mask[:, None, None, :] == 1",
+        ),
+    )
+    encoder = model.model.encoder
+    mask = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
+    with torch.no_grad():
+        expected = [
+            encoder(clips(), attention_mask=each).last_hidden_state for each in (mask, None)
+        ]
+        assert not fastvlm.patch(model).skipped
+        got = [encoder(clips(), attention_mask=each).last_hidden_state for each in (mask, None)]
+    assert not torch.allclose(*expected, atol=1e-2)
+    for ours, theirs in zip(got, expected):
+        assert torch.allclose(ours, theirs, atol=1e-4)
