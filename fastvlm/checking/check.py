@@ -227,6 +227,9 @@ class _Checking:
         self, what: str, settings: dict[str, Any], own: Steps, ours: Steps, yard: Yardstick | None
     ) -> Verdict:
         differ = alike(ours.tokens, own.tokens, own.fill)
+        if differ and yard is not None:  # Whisper's generate() gives other rows with logits
+            same = self._on("transformers", lambda: self.runner.tokens(settings))
+            differ = alike(ours.tokens, same, own.fill)
         if not differ:
             return Verdict(what, SAME)
         where = rows_in_words(differ)

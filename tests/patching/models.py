@@ -47,7 +47,7 @@ def whisper(**settings: Any) -> nn.Module:
 
 
 def _sound() -> dict[str, Any]:
-    sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64}
+    sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 128}
     return {**_text(), **sizes, "begin_suppress_tokens": None, "suppress_tokens": None}
 
 
