@@ -43,7 +43,7 @@ def mbart(**settings: Any) -> nn.Module:
 def whisper(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
     config = tf.WhisperConfig(**{**_sound(), **settings})
-    return _spread(tf.WhisperForConditionalGeneration(config), 0.3)
+    return _spread(tf.WhisperForConditionalGeneration(config), 0.4)
 
 
 def _sound() -> dict[str, Any]:

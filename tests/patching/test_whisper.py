@@ -76,6 +76,7 @@ def _written(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     np.random.seed(3)
     long = "attention_mask" in settings
     settings = {**copy.deepcopy(settings), "max_new_tokens": 6 if long else 10}
+    settings["no_repeat_ngram_size"] = 2
     out = model.generate(clips(48 if long else 24), **settings)
     return out if isinstance(out, dict) else {"sequences": out}
 

@@ -217,7 +217,12 @@ PAIRS = {
 }
 
 TYPES: dict[str, ModelType] = {
-    **{name: _family(name) for name in FAMILIES if name not in ("florenz",)},
+    **{name: _family(name) for name in FAMILIES if name not in ("florenz", "whisper")},
+    **_of(
+        "whisper=WhisperForConditionalGeneration",
+        _numbers("input_features", 3, 8, 24),
+        **models._sound(),
+    ),
     **PAIRS,
     **_of(
         "mvp=MvpForConditionalGeneration plbart=PLBartForConditionalGeneration "
