@@ -67,6 +67,7 @@ def test_captioner(loaded: models.Loaded, tmp_path: Path) -> None:
     features.detach()
 
 
+@pytest.mark.slow
 def test_the_command_for_another_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

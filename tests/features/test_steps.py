@@ -21,6 +21,7 @@ def kept(features: VisionFeatures, given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "pixel_values": features.pixel_values(given["pixel_values"])}
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("family", "part", "patched"),
     [

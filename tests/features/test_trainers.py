@@ -119,6 +119,7 @@ def test_an_unchanged_trainer(tmp_path: Path) -> None:
     assert losses(keep=True) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.turns(3)
 def test_the_page_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its snippet runs, on a tiny checkpoint in Microsoft's layout, and keeps what it says."""
     text = (ROOT / "docs" / "training.md").read_text()
