@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -189,15 +190,27 @@ def test_loops_of_transformers_are_told_from_others(name: str) -> None:
 
 
 @on_transformers_5
-@pytest.mark.parametrize("name", ["_sample", "_beam_search"])
-def test_loops_take_the_last_logits_to_float32_as_is_expected(name: str) -> None:
-    """A loop that does it otherwise ranks nothing, and nobody would notice but by the time."""
-    source = inspect.getsource(getattr(GenerationMixin, name))
-    assert ".to(copy=True, dtype=torch.float32, device=input_ids.device)" in source
-    cpu = torch.device("cpu")
-    assert hf.is_cast_of_last_logits((), {"copy": True, "dtype": torch.float32, "device": cpu}, cpu)
-    assert not hf.is_cast_of_last_logits((torch.float32,), {}, cpu)
-    assert not hf.is_cast_of_last_logits((), {"dtype": torch.float32}, cpu)
+def test_generate_calls_a_loop_that_it_is_given() -> None:
+    with torch.device("meta"):
+        model = tf.Gemma2ForCausalLM(config())
+    assert hf.takes_own_loop(model.generate)
+    assert not hf.takes_own_loop(lambda *args, **kwargs: None)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    given = hf.arguments_of_generate((ids,), {"num_beams": 2})
+    assert given == {"inputs": ids, "num_beams": 2}
+    assert not hf.syncs_gpus(model)
+    assert hf.forward_of_steps(model, tf.GenerationConfig(), {}) == model.__call__
+    with hf.optimized_for_decoding(model):
+        pass
+
+
+@on_transformers_5
+@pytest.mark.parametrize("encodes", [False, True])
+@pytest.mark.parametrize("beams", [False, True])
+def test_what_generate_gives(encodes: bool, beams: bool) -> None:
+    made = hf.generate_output(encodes, beams)(sequences=torch.ones(1), **hf.cached("cache"))
+    assert hf.cache_in(made) == "cache"
+    assert ("sequences_scores" in dataclasses.asdict(made)) == beams
 
 
 def test_classes_are_known_by_their_names() -> None:

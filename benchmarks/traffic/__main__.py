@@ -109,11 +109,11 @@ def count_step(name: str, config: FlorenzConfig, side: str, work: Decoding) -> R
         else:
             steps.fill_caches(model, x, work)
         h = part("stack", lambda: steps.states(model, x))
-        with contextlib.ExitStack() as stack:
-            if ours:
-                with counter.Traffic(backends):
-                    stack.enter_context(steps.generating(model, x.scores))
-            part("head", lambda: steps.head(model, h, x.scores))
+        if ours:  # a loop's first step is over
+            with counter.Traffic(backends):
+                steps.ranked(model, h, x.scores)
+        head = steps.ranked if ours else steps.head
+        part("head", lambda: head(model, h, x.scores))
         part("reorder", lambda: steps.reorder(x))
     return record
 

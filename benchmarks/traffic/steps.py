@@ -25,7 +25,9 @@ from benchmarks.traffic.inputs import Decoding, fill, without_values
 from fastvlm import layout as layouts
 from fastvlm.decoding.cache import in_groups
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
-from fastvlm.patching.generation import forward_of
+from fastvlm.generate.bans import NONE
+from fastvlm.generate.beams import best_of_images
+from fastvlm.generate.head import Head, Last
 
 
 @dataclass
@@ -122,13 +124,10 @@ def head(model: Any, h: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.topk(found, k=2 * beams)  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def generating(model: Any, scores: Tensor) -> Iterator[None]:
-    """What these lines come to in generate() of a patched model; its first step is over."""
-    h = torch.empty(scores.numel(), model.lm_head.in_features, dtype=torch.bfloat16, device=DEVICE)
-    with model._ranking(None, []), forward_of(model):
-        head(model, h, scores)
-        yield
+def ranked(model: Any, h: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the decoding loop of a patched model."""
+    head = Head(model.lm_head, None, model.config.final_logit_softcapping)
+    return best_of_images(Last(h, head), scores, 2 * scores.shape[1], NONE)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ transformers before it is called: fastvlm's ops stand without it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -206,6 +207,9 @@ def mask_maker() -> Callable[..., Any] | None:
     return make
 
 
+LOOPS = ("_sample", "_beam_search")  # greedy decoding and sampling, beam search
+
+
 def is_own_loop(loop: Any, name: str) -> bool:
     """Whether a bound method is GenerationMixin's own decoding loop of that name."""
     from transformers import GenerationMixin
@@ -213,9 +217,59 @@ def is_own_loop(loop: Any, name: str) -> bool:
     return loop.__func__ is getattr(GenerationMixin, name)
 
 
-def is_cast_of_last_logits(args: Any, kwargs: Any, device: torch.device) -> bool:
-    """Whether .to(*args, **kwargs) is how a decoding loop takes the last logits to float32."""
-    return not args and kwargs == {"copy": True, "dtype": torch.float32, "device": device}
+def takes_own_loop(generate: Any) -> bool:
+    """Whether a bound generate() is GenerationMixin's own, and calls a callable custom_generate
+    with the model, ids, processors, criteria, config and the model's keyword arguments."""
+    from transformers import GenerationMixin
+
+    own = getattr(generate, "__func__", None) is GenerationMixin.generate
+    return own and "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
+
+
+def arguments_of_generate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of generate() by name."""
+    from transformers import GenerationMixin
+
+    names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def syncs_gpus(model: Any) -> bool:
+    """Whether generate() keeps processes in step by itself: FSDP, DeepSpeed's ZeRO-3."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    try:
+        from transformers.distributed.fsdp import is_fsdp_managed_module
+    except ImportError:  # to 5.1x its home
+        from transformers.integrations.fsdp import is_fsdp_managed_module
+    many = torch.distributed.get_world_size() > 1
+    return many and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def forward_of_steps(model: Any, config: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """What a decoding loop calls for each step without beams: the model, or its compiled call
+    where generate() compiles one (a static cache on a GPU)."""
+    if config.num_beams == 1 and model._valid_auto_compile_criteria(dict(kwargs), config):
+        compiled: Callable[..., Any] = model.get_compiled_call(config.compile_config)
+        return compiled
+    called: Callable[..., Any] = model.__call__
+    return called
+
+
+def optimized_for_decoding(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a mixture of experts computes as it is fastest for a few tokens."""
+    context: contextlib.AbstractContextManager[Any] = model._optimize_model_for_decode()
+    return context
+
+
+def generate_output(encodes: bool, beams: bool) -> Any:
+    """The class of what generate() gives with return_dict_in_generate."""
+    from transformers.generation import utils
+
+    kind = ("Beam" if beams else "") + ("EncoderDecoder" if encodes else "DecoderOnly")
+    return getattr(utils, f"Generate{kind}Output")
 
 
 def is_named(module: Any, part: str) -> bool:

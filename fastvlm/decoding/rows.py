@@ -55,12 +55,22 @@ class Rows:
             self.lengths = torch.full((rows,), filled, dtype=torch.int32, device=device)
             return
         if self.table.shape[1] < capacity:
-            more = _own(rows, capacity - self.table.shape[1], device)
+            # fewer rows than the cache has, where some have left
+            more = _own(self.table.shape[0], capacity - self.table.shape[1], device)
             self.table = torch.cat([self.table, more], 1)
         self.lengths.fill_(filled)
 
     def reorder(self, index: Tensor) -> None:
-        if self.table is None:
+        """index: int64, the row of now that each row becomes. Of fewer rows the others leave:
+        what they have written stays where it is, and nobody reads it any more."""
+        if self.table is None or self.lengths is None:
+            return
+        if index.shape[0] != self.table.shape[0]:
+            self.table = self.table.index_select(0, index.to(self.table.device))
+            # what is written from now on is each row's own
+            self.table[:, self.filled :] = _own(index.shape[0], 1, self.table.device)
+            self.lengths = self.lengths[: index.shape[0]].clone()
+            self.moved = True
             return
         if _frozen(self.table):
             self.table = self.table.clone()
@@ -138,13 +148,14 @@ class RowLayer(DynamicLayer):
         """
         assert self.k is not None
         assert self.v is not None
+        rows = k.shape[0]  # fewer than there were, where some have left
         if isinstance(start, Tensor):
-            self.k.index_copy_(1, start, k.unsqueeze(1))
-            self.v.index_copy_(1, start, v.unsqueeze(1))
+            self.k[:rows].index_copy_(1, start, k.unsqueeze(1))
+            self.v[:rows].index_copy_(1, start, v.unsqueeze(1))
             return self.k, self.v
         at = start if k.dim() == 3 else slice(start, self.filled)
-        self.k[:, at] = k
-        self.v[:, at] = v
+        self.k[:rows, at] = k
+        self.v[:rows, at] = v
         return self.k[:, : self.filled], self.v[:, : self.filled]
 
     def _grow(self, k: Tensor, stop: int) -> None:
@@ -268,7 +279,7 @@ def keep_rows(cache: Cache) -> None:
 def make_room(cache: Cache, positions: int) -> None:
     """Say how many positions a cache may come to, be it one of ours already or turned into one."""
     if keeps_rows(cache):
-        hf.layer_maker(cache).args[0].needed = positions
+        rows_of(cache).needed = positions
     else:
         cache.__dict__["fastvlm_needed"] = positions
 
@@ -276,6 +287,12 @@ def make_room(cache: Cache, positions: int) -> None:
 def keeps_rows(cache: Any) -> bool:
     made = hf.layer_maker(cache)
     return isinstance(made, partial) and made.func is RowLayer
+
+
+def rows_of(cache: Any) -> Rows:
+    """What the layers of such a cache share."""
+    found: Rows = hf.layer_maker(cache).args[0]
+    return found
 
 
 def layer_of(cache: Any, index: int) -> RowLayer:

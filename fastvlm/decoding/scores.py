@@ -26,20 +26,20 @@ class TokenScores(StoppingCriteria):
     def __init__(self, beams: bool, stop: Callable[[], bool] | None = None) -> None:
         self.beams = beams
         self.stop = stop
-        self.empties_unseen = beams
         self.steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last: Any = scores[-1]
+        last: Tensor = scores[-1]
         if not self.beams:
             taken = last.gather(1, input_ids[:, -1:]).squeeze(1)
-            self.steps.append(taken - last.logsumexp(1))
-        if isinstance(last, Tensor):
-            last.data = last.new_empty(0)  # generate() holds the same tensor
-        else:
-            last.forget()  # a patched model's ranking, of which nobody has asked the rest
+            self.note(taken - last.logsumexp(1))
+        last.data = last.new_empty(0)  # generate() holds the same tensor
         ends = self.stop is not None and self.stop()
         return torch.full((input_ids.shape[0],), ends, dtype=torch.bool, device=input_ids.device)
+
+    def note(self, taken: Tensor) -> None:
+        """taken: float32 [rows], of one step; a decoding loop of ours calls this alone."""
+        self.steps.append(taken)
 
     def of(self, row: int, tokens: int, length_penalty: float) -> float:
         """The summed log-probability of a row's first tokens, over tokens ** length_penalty, which

@@ -1,6 +1,9 @@
-"""generate() of a patched model asks its head for the best tokens alone, where they are enough.
+"""generate() of a patched model: the decoding loop is fastvlm's (`fastvlm.generate`).
 
-transformers' own loops run; while they do, the head of their model gives `RankedLogits`.
+transformers prepares inputs, caches, processors and criteria as ever, and calls the loop that it is
+given as ``custom_generate``. Its own loops stay for a streamer, ``stop_strings``, ``synced_gpus``,
+an assistant, a loop or ``custom_generate`` of somebody else, and where scores, logits, attentions
+or hidden states are asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,119 +20,131 @@ from torch import Tensor, nn
 
 from fastvlm.compat import hf, pytorch
 from fastvlm.compat.versions import attention_refused
-from fastvlm.nn.linear import is_plain
-from fastvlm.patching.logits import show_lazily
+from fastvlm.decoding import cache as shared
+from fastvlm.decoding.prefixes import decoder_stack
+from fastvlm.decoding.scores import TokenScores
+from fastvlm.generate.bans import unknown
+from fastvlm.generate.beams import search
+from fastvlm.generate.ends import Ends
+from fastvlm.generate.head import Last
+from fastvlm.generate.plan import Plan, Written
+from fastvlm.generate.sampling import sample
+from fastvlm.generate.steps import Read, Steps
+from fastvlm.loss.request import LossRequest
+from fastvlm.nn.linear import is_low_precision, is_plain, original
+from fastvlm.patching.logits import State, show_lazily
+from fastvlm.patching.recorded import RecordedLogits
 from fastvlm.run.mixin import Mixin
+from fastvlm.run.program import has_no_hooks
 
 # rows of 16 bits up to which the CPU's ranking streams the weight (MAX_ROWS of
 # fastvlm/cpu/gemm.py); with more it begins with a float32 copy, and takes 2.5 times as long
 _FEW_16_BIT_ROWS = 64
-# criteria that look at tokens alone
-_LOOK_AT_TOKENS = ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria")
+# settings of generate() that call for a loop of transformers', or for one that it loads
+_OTHER_LOOPS = (
+    "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "prompt_lookup_num_tokens",
+    "assistant_early_exit", "stop_strings", "low_memory", "num_beam_groups",
+)  # fmt: skip
+_OTHERS = ("streamer", "synced_gpus", "assistant_model", "custom_generate")
+# processors of transformers that see each row by itself
+_BY_ROW = (
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
+    "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor", "NoBadWordsLogitsProcessor",
+    "SequenceBiasLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization",
+    "ExponentialDecayLengthPenalty",
+)  # fmt: skip
 
 
 @dataclass
-class Ranking:
-    """A decoding loop. runs: its model's forward is running. kept: what all its steps share."""
+class Recording:
+    """A forward of a model in a decoding loop. runs: it is running."""
 
     model: nn.Module
     head: nn.Module
     runs: bool = False
-    kept: dict[Any, Tensor] = field(default_factory=dict)
 
 
 # of the loop that runs in this thread
-_RANKING: ContextVar[Ranking | None] = ContextVar("fastvlm_ranking", default=None)
+_RECORDING: ContextVar[Recording | None] = ContextVar("fastvlm_recording", default=None)
 
 
-def ranking_for(head: nn.Module) -> Ranking | None:
-    """The loop whose model calls this head, where it ranks."""
-    ranking = _RANKING.get()
-    return ranking if ranking is not None and ranking.runs and ranking.head is head else None
+def recording_for(head: nn.Module) -> bool:
+    """Whether a loop's forward calls this head, whose logits are to be recorded."""
+    recording = _RECORDING.get()
+    return recording is not None and recording.runs and recording.head is head
 
 
 @contextmanager
 def forward_of(model: nn.Module) -> Iterator[bool]:
-    """A forward of model; whether its logits are to be ranked."""
-    ranking = _RANKING.get()
-    if ranking is None or ranking.model is not model or ranking.runs:
+    """A forward of model; whether its logits are recorded."""
+    recording = _RECORDING.get()
+    if recording is None or recording.model is not model or recording.runs:
         yield False
         return
-    ranking.runs = True
+    recording.runs = True
     try:
         yield True
     finally:
-        ranking.runs = False
+        recording.runs = False
 
 
-class RankedGeneration(Mixin):
-    """A model whose decoding loops need no logits where nobody looks at them."""
+@contextmanager
+def _recorded(recording: Recording | None) -> Iterator[None]:
+    """Forwards of a loop; with a recording of what becomes of the head's output."""
+    token, hook = _RECORDING.set(recording), None
+    if recording is not None and not getattr(recording.head, "gives_lazy_logits", False):
+        hook = recording.head.register_forward_hook(_record)
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)
+        if hook is not None:
+            hook.remove()
 
-    def _sample(
-        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-        generation_config: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        why = self._needs_logits(
-            input_ids, logits_processor, stopping_criteria, generation_config, "_sample"
-        )
-        with self._ranking(why, logits_processor) as processors:
-            return super()._sample(  # type: ignore[misc]
-                input_ids, processors, stopping_criteria, generation_config, **kwargs
-            )
 
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        if attention_refused() is not None:  # before 5 some versions hand over a scorer of beams
-            return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
-        return self._ranked_beam_search(*args, **kwargs)
+def _record(head: Any, args: tuple[Any, ...], out: Tensor) -> Any:
+    """Behind a head that computes by itself: its weight has fewer bits."""
+    if not recording_for(head):
+        return None
+    h, request = args[0], LossRequest()
+    return RecordedLogits(h, head.weight, head.bias, request, out.dtype, State.now(h), head=head)
 
-    def _ranked_beam_search(
-        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-        generation_config: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        why = self._needs_logits(
-            input_ids, logits_processor, stopping_criteria, generation_config, "_beam_search"
-        )
-        with self._ranking(why, logits_processor) as processors:
-            return super()._beam_search(  # type: ignore[misc]
-                input_ids, processors, stopping_criteria, generation_config, **kwargs
-            )
 
-    @contextmanager
-    def _ranking(self, why: str | None, processors: Any) -> Iterator[Any]:
-        from fastvlm.patching.processors import RankedProcessors
+class OwnLoop(Mixin):
+    """A model whose generate() runs fastvlm's decoding loop where that does what was asked."""
 
-        ranking = None
-        if why is None:
-            ranking = Ranking(self, self.get_output_embeddings())
-            processors = RankedProcessors(processors)
-        token = _RANKING.set(ranking)
-        try:
-            yield processors
-        finally:
-            _RANKING.reset(token)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        generate: Any = super().generate  # type: ignore[misc]
+        if attention_refused() is not None or not hf.takes_own_loop(generate):
+            return generate(*args, **kwargs)
+        given = hf.arguments_of_generate(args, kwargs)
+        if self._wants_another_loop(given):
+            return generate(*args, **kwargs)
+        names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+        brought = [each for name in names for each in _listed(given.get(name))]
+        theirs = [one for one in brought if not isinstance(one, TokenScores)]
+        kept = hf.cache_in(given) is not None
+        loop = partial(_decode, watched=bool(theirs), kept=kept)
+        return generate(*args, custom_generate=loop, **kwargs)
 
-    def _needs_logits(
-        self, input_ids: Tensor, processors: Any, criteria: Any, config: Any, loop: str
-    ) -> str | None:
-        """Why this call of a loop must have all logits; None where it need not."""
-        from fastvlm.patching.processors import unknown
-
-        if (old := attention_refused()) is not None:
-            return old
-        if not hf.is_own_loop(getattr(super(), loop), loop):
-            return "its decoding loop is not transformers'"
-        if config.do_sample:
-            return "it draws from all tokens"
-        asked = config.output_logits or (config.output_scores and not _emptied(criteria))
-        if config.return_dict_in_generate and asked:
-            return "its scores are asked for"
-        if (name := unknown(processors)) is not None:
-            return f"{name} looks at them"
-        if torch.is_grad_enabled():
-            return "gradients are on"
-        return self._head_needs_logits(input_ids.shape[0], loop)
+    def _wants_another_loop(self, given: dict[str, Any]) -> bool:
+        if any(given.get(name) not in (None, False) for name in _OTHERS):
+            return True
+        if given.get("cache_implementation") == "paged":
+            return True
+        theirs: Any = super()
+        if not all(hf.is_own_loop(getattr(theirs, name), name) for name in hf.LOOPS):
+            return True
+        configs = [vars(c) for c in (given.get("generation_config"), self.generation_config) if c]
+        for name in _OTHER_LOOPS:
+            asked = next((v for c in (given, *configs) if (v := c.get(name)) is not None), None)
+            if asked and not (name == "num_beam_groups" and asked == 1):
+                return True
+        return hf.syncs_gpus(self)
 
     def _head_needs_logits(self, rows: int, loop: str) -> str | None:
+        """Why the best of the head cannot be ranked without logits; None where they can."""
         head = self.get_output_embeddings()
         around = getattr(self, "lm_head", head)  # T5Gemma's holds the head
         if not getattr(head, "gives_lazy_logits", False) or not is_plain(head):
@@ -142,12 +158,37 @@ class RankedGeneration(Mixin):
             return "no kernel ranks in float64"
         return _slower(weight, rows, loop)
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        ranking = _RANKING.get()
-        if ranking is not None and ranking.model is self:
-            show_lazily(outputs)  # this is the loop; anybody else who looks gets a tensor
-        update: Any = super()._update_model_kwargs_for_generation  # type: ignore[misc]
-        return update(outputs, *args, **kwargs)
+    def _records(self) -> Recording | None:
+        """The recording of a loop's forwards; None where the head is to be called as it is."""
+        head = self.get_output_embeddings()
+        around = getattr(self, "lm_head", head)
+        known = isinstance(head, nn.Linear) and (is_plain(head) or is_low_precision(head))
+        if not known or not has_no_hooks(head) or (around is not head and _is_hooked(around)):
+            return None
+        return Recording(self, head)
+
+    def _bare_stack(self) -> Any:
+        """The decoder whose program may stand for the model, if nothing but it and the head runs
+        in a step: no module around it has hooks, or is of a class that transformers has not."""
+        stack = decoder_stack(self)
+        if stack is None or getattr(type(stack), "spec", None) is None:
+            return None
+        path = next((name for name, module in self.named_modules() if module is stack), None)
+        if path is None:
+            return None
+        parts = path.split(".")
+        for length in range(len(parts)):
+            module = self.get_submodule(".".join(parts[:length]))
+            home = original(type(module)).__module__.split(".")[0]
+            if home not in ("transformers", "fastvlm") or not has_no_hooks(module):
+                return None
+        return stack
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _slower(weight: Tensor, rows: int, loop: str) -> str | None:
@@ -162,12 +203,95 @@ def _slower(weight: Tensor, rows: int, loop: str) -> str | None:
     return None
 
 
-def _emptied(criteria: Any) -> bool:
-    """Whether the scores of each step are emptied before anybody looks (`fastvlm.caption`)."""
-    *others, last = criteria
-    seen = [c for c in others if type(c).__name__ not in _LOOK_AT_TOKENS]
-    return not seen and getattr(last, "empties_unseen", False)
-
-
 def _is_hooked(module: nn.Module) -> bool:
     return "forward" in vars(module) or pytorch.has_hooks(module, backward=False)
+
+
+def _decode(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+    generation_config: Any, watched: bool = False, kept: bool = False, **model_kwargs: Any,
+) -> Any:  # fmt: skip
+    """What generate() calls in place of its own loop. watched: by processors or criteria that the
+    caller brought, which may look at all rows, or do something to the model. kept: the caller
+    brought the cache, and keeps it."""
+    config = generation_config
+    name = "_sample" if config.num_beams == 1 else "_beam_search"
+    notes = next((c for c in stopping_criteria if isinstance(c, TokenScores)), None)
+    ends = Ends([c for c in stopping_criteria if c is not notes], getattr(notes, "stop", None))
+    shown = config.output_logits or config.output_attentions or config.output_hidden_states
+    # a criterion before the notes looks at scores that they then empty
+    shown = shown or (config.output_scores and (notes is None or ends.others))
+    if torch.is_grad_enabled() or (config.return_dict_in_generate and shown):
+        loop = getattr(type(model), name)
+        return loop(
+            model, input_ids, logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria, generation_config=config, **model_kwargs,
+        )  # fmt: skip
+    recording = model._records()
+    listed = list(logits_processor)
+    foreign = unknown(listed) is not None
+    ranks = not foreign and not config.do_sample and recording is not None
+    ranks = ranks and model._head_needs_logits(input_ids.shape[0], name) is None
+    by_row = all(type(p).__name__ in _BY_ROW for p in listed if unknown([p]) is not None)
+    leaves = (
+        not (watched or kept)
+        and by_row
+        and (notes is not None or not config.return_dict_in_generate)
+    )
+    steps = Steps(
+        model,
+        partial(_prefill, model, recording, input_ids, config, model_kwargs),
+        partial(_call, model, recording, hf.forward_of_steps(model, config, model_kwargs)),
+        model_kwargs,
+        input_ids.device,
+        stack=None if recording is None or watched else model._bare_stack(),
+        leaves=leaves and not (config.do_sample and config.num_beams > 1),
+    )
+    plan = Plan(
+        steps,
+        ends,
+        config,
+        input_ids.device,
+        processors=logits_processor if foreign else None,
+        known=() if foreign else tuple(listed),
+        ranks=ranks,
+        notes=None if notes is None or notes.beams else notes,
+    )
+    if name == "_sample":
+        with hf.optimized_for_decoding(model):
+            written = sample(plan, input_ids)
+    else:
+        with shared.in_groups(hf.cache_in(model_kwargs)):
+            written = search(plan, input_ids)
+    return _output(model, config, written, steps.cache)
+
+
+def _prefill(
+    model: Any, recording: Recording | None, ids: Tensor, config: Any, kwargs: dict[str, Any]
+) -> Read:
+    with _recorded(recording):
+        outputs = model._prefill(ids, config, kwargs, is_first_iteration=not config.is_assistant)
+    return _read(outputs)
+
+
+def _call(model: Any, recording: Recording | None, forward: Any, **arguments: Any) -> Read:
+    with _recorded(recording):
+        outputs = forward(**arguments, return_dict=True)
+    return _read(outputs)
+
+
+def _read(outputs: Any) -> Read:
+    show_lazily(outputs)  # this is the loop; anybody else who looks gets a tensor
+    logits = outputs.logits
+    last = logits.last() if isinstance(logits, RecordedLogits) else Last(logits=logits[:, -1])
+    return Read(outputs, last)
+
+
+def _output(model: Any, config: Any, written: Written, cache: Any) -> Any:
+    if not config.return_dict_in_generate:
+        return written.sequences
+    fields: dict[str, Any] = {"sequences": written.sequences, **hf.cached(cache)}
+    if written.beams is not None:
+        fields["beam_indices"] = written.beams
+        fields["sequences_scores"] = written.scores if config.output_scores else None
+    return hf.generate_output(model.config.is_encoder_decoder, written.beams is not None)(**fields)

@@ -21,10 +21,10 @@ from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching import padded_labels
 from fastvlm.patching.decoder_stack import DecoderStack
-from fastvlm.patching.generation import RankedGeneration, forward_of, ranking_for
+from fastvlm.patching.generation import OwnLoop, forward_of, recording_for
 from fastvlm.patching.interposed import NOTHING, interposed
 from fastvlm.patching.logits import LazyLogits, State, settled
-from fastvlm.patching.ranked import RankedLogits
+from fastvlm.patching.recorded import RecordedLogits
 from fastvlm.patching.room import RoomForAll
 from fastvlm.patching.rules import Swap
 from fastvlm.patching.shared_states import SharedEncoderStates
@@ -38,26 +38,25 @@ _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
 class LossHead(Mixin):
-    """An output head that gives lazy logits to the model's own forward, when that has labels, and
-    to a decoding loop that wants the best alone."""
+    """An output head that gives lazy logits to the model's own forward, when that has labels, or
+    when a decoding loop wants to know what it makes of them."""
 
     gives_lazy_logits = True
 
     def forward(self, input: Tensor) -> Any:
-        request, ranking = loss_request(), None
+        request, recorded = loss_request(), False
         if request is not None and not (request.defers and request.head is self):
             return super().forward(input)
         if request is None and not torch.compiler.is_compiling():
-            ranking = ranking_for(self)
-        if (request is None and ranking is None) or not is_plain(self):
+            recorded = recording_for(self)
+        if not (recorded or request is not None) or not is_plain(self):
             return super().forward(input)
         state = State.now(input, None if request is None else self.weight)
         casts = state.autocast is not None and input.dtype != torch.float64
         dtype = state.autocast if casts and state.autocast is not None else input.dtype
         if request is None:
-            kept = {} if ranking is None else ranking.kept
             request = LossRequest()
-            return RankedLogits(input, self.weight, self.bias, request, dtype, state, kept=kept)
+            return RecordedLogits(input, self.weight, self.bias, request, dtype, state, head=self)
         packed = request.packed if request.packed and request.packed.is_shown_by(input) else None
         weight = head_weight(self.weight, request)
         return LazyLogits(input, weight, self.bias, request, dtype, state, packed=packed)
@@ -91,7 +90,7 @@ def _indices(name: str, value: Any, rows: int | None) -> None:
         raise _fail(name, f"of one entry for each of the {rows} rows", value)
 
 
-class LossModel(StaticMasks, RoomForAll, RankedGeneration):
+class LossModel(StaticMasks, RoomForAll, OwnLoop):
     """A model whose call with labels has no logits, unless somebody looks at them.
 
     Besides what the model itself takes, its forward takes
@@ -127,9 +126,9 @@ class LossModel(StaticMasks, RoomForAll, RankedGeneration):
             if around is not None and decoder is not None and around.decoder is decoder:
                 with around.within():
                     return super().forward(**kwargs)
-            with requesting(None), forward_of(self) as ranked:
+            with requesting(None), forward_of(self) as recorded:
                 outputs = super().forward(**kwargs)
-                return settled(outputs) if ranked else outputs
+                return settled(outputs) if recorded else outputs
         if self.training and torch.is_grad_enabled():
             padded_labels.look(self, labels)
         hidden = self._hides_labels(kwargs, labels)

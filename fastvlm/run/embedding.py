@@ -31,10 +31,14 @@ def check_embedding(stack: Any) -> None:
         ensure(has_no_hooks(norm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None)
 
 
-def embed_step(stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None) -> Tensor:
+def embed_step(
+    stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None,
+    starts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """ids [R, 1] at position filled -> [R, d]; less where a row starts if it is padded.
 
-    position_ids: [1 or R, 1], for a stack that goes by them.
+    position_ids: [1 or R, 1], for a stack that goes by them. starts: int64 [R], where that is known
+    already.
     """
     spec: Embedding = stack.spec.embedding
     tokens = getattr(stack, spec.tokens)
@@ -46,7 +50,7 @@ def embed_step(stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None
         x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
     if spec.positions is not None:
         table = getattr(stack, spec.positions)
-        x = x + table.weight[_places(table, spec.given, x.shape[0], filled, position_ids)]
+        x = x + table.weight[_places(table, spec.given, x.shape[0], filled, position_ids, starts)]
     if spec.norm is not None:
         norm = getattr(stack, spec.norm)
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -54,12 +58,13 @@ def embed_step(stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None
 
 
 def _places(
-    table: Any, given: bool, rows: int, filled: int, position_ids: Tensor | None
-) -> int | Tensor:
+    table: Any, given: bool, rows: int, filled: int, position_ids: Tensor | None,
+    starts: Tensor | None,
+) -> int | Tensor:  # fmt: skip
     """Which rows of a table of positions the new tokens get: an index, or one for each."""
     if given:
         return filled if position_ids is None else position_ids[:, 0]
-    at, starts = filled + table.offset, starts_of(table, rows)
+    at, starts = filled + table.offset, starts_of(table, rows) if starts is None else starts
     return at if starts is None else at - starts
 
 

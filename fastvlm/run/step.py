@@ -46,8 +46,17 @@ class StepInputs(NamedTuple):
 OpCall = Callable[[Registers, StepInputs], Any]
 
 
+class Ran(NamedTuple):
+    """A step that has run: what it gave, [R, d], if anybody still has it, and what it was given."""
+
+    out: weakref.ref[Tensor]
+    layouts: Any
+    rotation: Any
+
+
 class DecodeStep:
-    """The step of one stack for one cache. layers: its self-attention caches."""
+    """The step of one stack for one cache. layers: its self-attention caches. last: the one that
+    ran last."""
 
     def __init__(self, stack: Any, program: Program):
         self.stack, self.layers = weakref.ref(stack), program.layers
@@ -57,11 +66,17 @@ class DecodeStep:
         self._results = [i.results for i in instructions]
         self._on_cpu = CpuStep(program.instructions, program.widths)
         self._captured = graphs.CapturedStep()
+        self.last: Ran | None = None
         # parameters are read where they lie, but for copies of them in fewer bits
         self.is_stale = WrittenTo(program.copied)
 
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], the stack's last states."""
+        out = self._run(x, layouts, rotation)
+        self.last = Ran(weakref.ref(out), layouts, rotation)
+        return out
+
+    def _run(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         start = self.layers[0].filled
         for layer in self.layers:
             layer.reserve(1)

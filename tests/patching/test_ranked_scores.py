@@ -17,10 +17,12 @@ from fastvlm.compat.versions import attention_refused
 if attention_refused() is not None:
     pytest.skip(str(attention_refused()), allow_module_level=True)
 
+from fastvlm.generate.bans import KNOWN, NONE, Bans, unknown
+from fastvlm.generate.beams import best_of_images
+from fastvlm.generate.head import Head, Last, best_of_rows, mask_logits
 from fastvlm.loss.request import LossRequest
 from fastvlm.patching.logits import State
-from fastvlm.patching.processors import APPLY, RankedProcessors
-from fastvlm.patching.ranked import MOST_RANKED, RankedLogits, RankedScores
+from fastvlm.patching.recorded import RecordedLogits
 
 IMAGES, BEAMS, VOCAB, WIDTH = 2, 3, 37, 16
 ROWS = IMAGES * BEAMS
@@ -46,20 +48,16 @@ PROCESSORS: dict[str, Any] = {
 
 
 def test_every_kind_is_here() -> None:
-    assert {type(p) for p in PROCESSORS.values()} == set(APPLY)
+    assert {type(p) for p in PROCESSORS.values()} == set(KNOWN)
+    assert unknown(PROCESSORS.values()) is None
+    assert unknown([generation.TemperatureLogitsWarper(2.0)]) == "TemperatureLogitsWarper"
 
 
-def logits(dtype: torch.dtype = torch.float32, bias: Tensor | None = None) -> RankedLogits:
+def last(dtype: torch.dtype = torch.float32, **head: Any) -> Last:
     torch.manual_seed(4)
-    h, weight = torch.randn(ROWS, 1, WIDTH), nn.Parameter(torch.randn(VOCAB, WIDTH))
-    h, weight = h.to(dtype), nn.Parameter(weight.to(dtype), requires_grad=False)
-    return RankedLogits(h, weight, bias, LossRequest(), dtype, State.now(h))
-
-
-def scores_of(lazy: Any, normal: bool) -> Any:
-    """As the loops of transformers take them."""
-    taken = lazy[:, -1, :].to(copy=True, dtype=torch.float32, device=torch.device("cpu"))
-    return F.log_softmax(taken, dim=-1) if normal else taken
+    module = nn.Linear(WIDTH, VOCAB, bias=False).to(dtype).requires_grad_(False)
+    module.weight.data.normal_()
+    return Last(torch.randn(ROWS, WIDTH).to(dtype), Head(module, dtype=dtype, **head))
 
 
 def ids(length: int = 8) -> Tensor:
@@ -70,17 +68,25 @@ def ids(length: int = 8) -> Tensor:
     return tokens
 
 
-def beams_of(scores: Any, added: Tensor) -> Any:
-    scores = torch.reshape(scores, [IMAGES, BEAMS, VOCAB]) + added[:, :, None]
-    return torch.reshape(scores, (IMAGES, -1))
+def grown(processors: list[Any], tokens: Tensor) -> Any:
+    """What is banned behind tokens, told from the first column on, one by one."""
+    rows = tokens[:, :1].tolist()
+    bans = Bans(processors, rows)
+    for column in tokens.T[1:].tolist():
+        rows = [[*row, token] for row, token in zip(rows, column)]
+        bans.grow(None, rows)
+    at_once = Bans(processors, rows).next(rows)
+    assert at_once == bans.next(rows)
+    return at_once
 
 
-def assert_best(lazy: RankedScores, full: Tensor, k: int) -> None:
-    values, tokens = torch.topk(lazy, k=k)  # type: ignore[call-overload]
+def assert_best(found: tuple[Tensor, Tensor], full: Tensor, k: int) -> None:
+    values, order = found[0].sort(dim=-1, descending=True, stable=True)
+    tokens = found[1].gather(1, order)
     wanted = full.sort(dim=-1, descending=True, stable=True)
-    assert torch.allclose(values, wanted.values[:, :k], atol=1e-5)
+    assert torch.allclose(values[:, :k], wanted.values[:, :k], atol=1e-5)
     real = wanted.values[:, :k].isfinite()  # the order of tokens that nobody may take is nobody's
-    assert torch.equal(tokens[real], wanted.indices[:, :k][real])
+    assert torch.equal(tokens[:, :k][real], wanted.indices[:, :k][real])
 
 
 @pytest.mark.parametrize("normal", [False, True], ids=["logits", "log-probabilities"])
@@ -88,95 +94,113 @@ def assert_best(lazy: RankedScores, full: Tensor, k: int) -> None:
 @pytest.mark.parametrize("then", [None, "suppress", "no-repeat-2", "eos"])
 @pytest.mark.parametrize("length", [1, 8])
 def test_processors(first: str, then: str | None, length: int, normal: bool) -> None:
-    chosen = [PROCESSORS[name] for name in (first, then) if name is not None]
-    lazy = scores_of(logits(), normal)
-    full = LogitsProcessorList(chosen)(ids(length), scores_of(logits().tensor(), normal))
-    found = RankedProcessors(chosen)(ids(length), lazy)
-    assert type(lazy) is type(found) is RankedScores
-    assert torch.allclose(found.tensor(), full, atol=1e-5)
-    assert_best(found, full, 5)
-    best = torch.argmax(found, dim=-1)  # type: ignore[arg-type]
-    assert torch.equal(full.gather(1, best[:, None]), full.amax(1, keepdim=True))
-    added = torch.randn(IMAGES, BEAMS)
-    assert_best(beams_of(found, added), beams_of(full, added), 2 * BEAMS)
-    assert torch.allclose(beams_of(found, added).tensor(), beams_of(full, added), atol=1e-5)
+    chosen, x = [PROCESSORS[name] for name in (first, then) if name is not None], last()
+    scores = x.all_logits()
+    scores = F.log_softmax(scores, dim=-1) if normal else scores
+    full = LogitsProcessorList(chosen)(ids(length), scores)
+    banned = grown(chosen, ids(length))
+    assert torch.allclose(mask_logits(scores.clone(), banned), full, atol=1e-5)
+    assert_best(best_of_rows(x, 5, banned, normal=normal), full, 5)
+    if normal:
+        running = torch.randn(IMAGES, BEAMS)
+        of_images = (full.view(IMAGES, BEAMS, VOCAB) + running[:, :, None]).view(IMAGES, -1)
+        assert_best(best_of_images(x, running, 2 * BEAMS, banned), of_images, 2 * BEAMS)
+
+
+def test_beams_that_change_places() -> None:
+    """A table of n-grams goes with its row, to as many as go on from it."""
+    rows = [[3, 4, 3], [5, 6, 5], [7, 8, 9]]
+    bans = Bans([PROCESSORS["no-repeat-2"]], rows)
+    rows = [[5, 6, 5, 3], [5, 6, 5, 5], [3, 4, 3, 9]]
+    bans.grow([1, 1, 0], rows)
+    rows = [[5, 6, 5, 3, 5], [5, 6, 5, 5, 5], [3, 4, 3, 9, 3]]
+    bans.grow(None, rows)
+    assert bans.next(rows).of_rows == [[6, 3], [6, 5], [4, 9]]
+    bans.keep([2, 0])
+    assert bans.next([rows[2], rows[0]]).of_rows == [[4, 9], [6, 3]]
 
 
 def test_the_first_step_of_beams() -> None:
     """All beams but one are at -1e9, and none of theirs may be taken."""
-    added = torch.tensor([[0.0, -1e9, -1e9]] * IMAGES)
-    lazy, full = scores_of(logits(), True), scores_of(logits().tensor(), True)
-    assert_best(beams_of(lazy, added), beams_of(full, added), 2 * BEAMS)
+    running, x = torch.tensor([[0.0, -1e9, -1e9]] * IMAGES), last()
+    full = F.log_softmax(x.all_logits(), dim=-1).view(IMAGES, BEAMS, -1) + running[:, :, None]
+    assert_best(best_of_images(x, running, 6, NONE), full.view(IMAGES, -1), 6)
 
 
 def test_equal_scores_go_by_index() -> None:
-    lazy = logits()
-    with torch.no_grad():
-        lazy.weight.copy_(lazy.weight[:1].expand(VOCAB, -1).clone())
-    h = lazy.h[:1].expand(ROWS, -1, -1)
-    same = RankedLogits(h, lazy.weight, None, LossRequest(), h.dtype, State.now(h))
-    scores = RankedProcessors([PROCESSORS["suppress"]])(ids(), scores_of(same, True))
-    found = torch.topk(beams_of(scores, torch.zeros(IMAGES, BEAMS)), k=6).indices
+    x = last()
+    x.head.module.weight.copy_(x.head.module.weight[:1].expand(VOCAB, -1).clone())
+    same = Last(x.states[:1].expand(ROWS, -1), x.head)
+    banned = grown([PROCESSORS["suppress"]], ids())
+    found = best_of_images(same, torch.zeros(IMAGES, BEAMS), 6, banned)[1]
     assert found.tolist() == [[0, 3, 4, 5, 6, 7]] * IMAGES
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_bias_and_softcap(bias: bool, softcap: float | None) -> None:
+@pytest.mark.parametrize("added", [False, True])
+def test_bias_and_softcap(added: bool, softcap: float | None) -> None:
     row = torch.randn(1, VOCAB)
     row[0, :9] = float("-inf")  # how a bias bans
-    found = []
-    for x in (logits(), logits().tensor()):
-        x = x + row if bias else x
-        if softcap is not None and not bias:
-            x = torch.tanh(x / softcap) * softcap
-        found.append(scores_of(x, True))
-    lazy, full = found
-    assert type(lazy) is RankedScores
-    assert_best(lazy, full, 5)
+    if added and softcap is not None:
+        return  # no model does both
+    x = last(added=row if added else None, softcap=softcap)
+    logits = x.head.module(x.states)
+    logits = logits + row if added else logits
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    assert torch.equal(x.all_logits(), logits)
+    assert_best(best_of_rows(x, 5, NONE), F.log_softmax(logits, dim=-1), 5)
+
+
+def recorded(x: Last) -> RecordedLogits:
+    weight, h = x.head.module.weight, x.states.unsqueeze(1)
+    return RecordedLogits(h, weight, None, LossRequest(), h.dtype, State.now(h), head=x.head.module)
+
+
+# what models do between their head and their logits, and whether it is written down
+FORWARDS: dict[str, tuple[Any, bool]] = {
+    "nothing": (lambda y: y, True),
+    "bias": (lambda y: y + torch.arange(VOCAB).view(1, VOCAB) / 9, True),
+    "softcap": (lambda y: torch.tanh(y / 5.0) * 5.0, True),
+    "float": (lambda y: y.float().contiguous(), True),
+    "half-a-softcap": (lambda y: torch.tanh(y / 5.0), False),
+    "scaled": (lambda y: y * 0.5, False),
+    "divided": (lambda y: (y / 3.0) * 2.0, False),
+    "two-biases": (lambda y: (y + torch.ones(VOCAB)) + torch.ones(VOCAB), False),
+    "scores": (lambda y: F.log_softmax(y, dim=-1), False),
+    "indexed": (lambda y: y[:, -1:], False),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_what_a_forward_does_to_its_logits(name: str) -> None:
+    forward, known = FORWARDS[name]
+    x = last()
+    found, wanted = forward(recorded(x)), forward(x.all_logits().unsqueeze(1))
+    assert isinstance(found, RecordedLogits) == known or name == "half-a-softcap"
+    if isinstance(found, RecordedLogits):
+        read = found.last()
+        assert (read.head is not None) == known
+        assert torch.equal(read.all_logits(), wanted[:, -1])
+    else:
+        assert torch.equal(found, wanted)
 
 
 def test_logits_that_are_written_into() -> None:
-    lazy, full = logits(), logits().tensor().clone()
-    for x in (lazy, full):
-        x[..., 3:9] = -50.0
-        x.mul_(0.5)
-    assert torch.equal(scores_of(lazy, True), scores_of(full, True))
+    x = last()
+    lazy, full = recorded(x), x.all_logits().unsqueeze(1).clone()
+    for each in (lazy, full):
+        each[..., 3:9] = -50.0
+        each.mul_(0.5)
+    read = lazy.last()
+    assert read.head is None
+    assert torch.equal(read.all_logits(), full[:, -1])
     assert torch.equal((lazy / 3.0) * 2.0, (full / 3.0) * 2.0)
     assert torch.equal(torch.tanh(lazy), torch.tanh(full))  # type: ignore[arg-type]
 
 
-# what transformers' loops do not ask of them, others may
-QUESTIONS: dict[str, Any] = {
-    "softmax": lambda x: F.softmax(x, dim=-1),
-    "method": lambda x: x.logsumexp(-1),
-    "index": lambda x: x[:, 3:5],
-    "add": lambda x: x + torch.ones(ROWS, 1),
-    "add-number": lambda x: x + 1.0,
-    "topk-smallest": lambda x: torch.topk(x, 3, largest=False).values,
-    "topk-long": lambda x: torch.topk(torch.cat([x, x], 1), k=MOST_RANKED + 1).values,
-    "argmax-of-all": lambda x: torch.argmax(x),
-    "log-softmax-0": lambda x: F.log_softmax(x, dim=0),
-    "reshape": lambda x: torch.reshape(x, (-1,)),
-    "operators": lambda x: (2.0 - x) * 3.0 / (x - x * x) - (-x) ** 2.0 * (x != x),
-    "method-in-place": lambda x: x.clone().masked_fill(x > -3.0, 0.0),
-    "where": lambda x: torch.where(torch.ones(ROWS, VOCAB, dtype=torch.bool), x, 0.0),
-    "size": lambda x: torch.tensor([*x.shape, x.ndim, x.dim(), x.size(1), len(x)]),
-    "dtype": lambda x: torch.zeros(1, dtype=x.dtype, device=x.device),
-    "processor": lambda x: LogitsProcessorList([generation.TemperatureLogitsWarper(2.0)])(ids(), x),
-}
-
-
-@pytest.mark.parametrize("name", QUESTIONS)
-def test_other_questions(name: str) -> None:
-    ask = QUESTIONS[name]
-    lazy, full = scores_of(logits(), True), scores_of(logits().tensor(), True)
-    assert torch.allclose(ask(lazy), ask(full), atol=1e-5)
-
-
 def test_16_bits_are_ranked_by_the_op() -> None:
-    lazy = logits(torch.bfloat16)
-    values, tokens = torch.topk(scores_of(lazy, True), k=4)
-    wanted = ops.linear_topk(lazy.h[:, -1], lazy.weight, 4)
-    assert torch.equal(values, wanted[0])
-    assert torch.equal(tokens, wanted[1])
+    x = last(torch.bfloat16)
+    found = best_of_rows(x, 4, NONE)
+    wanted = ops.linear_topk(x.states, x.head.module.weight, 4)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])

