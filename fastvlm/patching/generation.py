@@ -128,6 +128,24 @@ class OwnLoop(Mixin):
         loop = partial(_decode, watched=bool(theirs), kept=kept)
         return generate(*args, custom_generate=loop, **kwargs)
 
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        return self._of_own_generate("_sample", args, kwargs)
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        return self._of_own_generate("_beam_search", args, kwargs)
+
+    def _of_own_generate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loop of a class with a generate() of its own (Whisper's), which passes none on. What
+        it did before, and what its caller brought, is not known here."""
+        theirs: Any = super()
+        others = kwargs.get("streamer") is not None or kwargs.get("synced_gpus") or len(args) != 1
+        if others or attention_refused() is not None or hf.takes_own_loop(theirs.generate):
+            return getattr(theirs, name)(*args, **kwargs)
+        if self._wants_another_loop({"generation_config": kwargs["generation_config"]}):
+            return getattr(theirs, name)(*args, **kwargs)
+        taken = {k: v for k, v in kwargs.items() if k not in ("streamer", "synced_gpus")}
+        return _decode(self, args[0], watched=True, kept=True, **taken)
+
     def _wants_another_loop(self, given: dict[str, Any]) -> bool:
         if any(given.get(name) not in (None, False) for name in _OTHERS):
             return True
@@ -222,9 +240,9 @@ def _decode(
     # a criterion before the notes looks at scores that they then empty
     shown = shown or (config.output_scores and (notes is None or ends.others))
     if torch.is_grad_enabled() or (config.return_dict_in_generate and shown):
-        loop = getattr(type(model), name)
+        loop = getattr(super(OwnLoop, model), name)
         return loop(
-            model, input_ids, logits_processor=logits_processor,
+            input_ids, logits_processor=logits_processor,
             stopping_criteria=stopping_criteria, generation_config=config, **model_kwargs,
         )  # fmt: skip
     recording = model._records()
