@@ -15,15 +15,18 @@ from PIL import Image
 
 from fastvlm.__main__ import main
 from fastvlm.captioning.models import pretrained
+from fastvlm.florenz import FlorenzForConditionalGeneration
 from fastvlm.florenz.data import GROUPS
 from fastvlm.florenz.training.batches import Sentences, Words, WorldBatches, collator_of
 from fastvlm.florenz.training.emergence import group_of, held_out, losses, score
 from fastvlm.florenz.training.sizes import SIZES, config_of
 from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
+from fastvlm.florenz.training.vision import LABELS, Namer, Pictures, labels_of, picture_batch
 from fastvlm.florenz.world import PREFIXES, Group, Scene, draw_scene, language_of, read, sentence
 from fastvlm.florenz.world.grammar import FRAMES, LANGUAGES
 
 MINI = ["florenz", "train", "--size", "mini", "--steps", "4", "--language-steps", "2"]
+MINI += ["--vision-steps", "2"]
 FAST = [*MINI, "--save-steps", "2", "--scenes", "2"]
 TWO = Scene(Group(1, None, "red", "ball"), "left of", Group(2, None, "blue", "cup"))
 
@@ -164,6 +167,54 @@ def test_the_losses_of_texts_do_not_depend_on_their_neighbours(trained: Path, wo
     together = losses(model, words, SIZES["mini"], shown)
     for name, value in together.items():
         assert value == pytest.approx(sum(one[name] for one in alone) / 3, abs=1e-5)
+
+
+def test_a_tower_learns_what_pictures_show(words: Words) -> None:
+    size = SIZES["mini"]
+    config = config_of(size, "frozen", len(words.prompts) - 1, len(words.texts))
+    torch.manual_seed(0)
+    namer = Namer(FlorenzForConditionalGeneration(config).model, size.variety).train()
+    data = Pictures(size, 8, seed=0)
+    batch = picture_batch([data[number] for number in range(8)])
+    two = labels_of(TWO)
+    assert {LABELS[place] for place in two.nonzero().flatten().tolist()} == {
+        ("ball", 0, "red"), ("ball", 1, 1), ("ball", 2, None), ("ball", 3, "left of"),
+        ("cup", 0, "blue"), ("cup", 1, 2), ("cup", 2, None), ("cup", 3, "right of"),
+    }  # fmt: skip
+    namer.standardize(batch["pixel_values"])
+    optimizer = torch.optim.AdamW(namer.parameters(), lr=1e-3)
+    found = []
+    for _ in range(80):
+        output = namer(**batch)
+        output["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(output["loss"].detach()))
+    share = batch["labels"].mean(0).clamp(1e-6, 1 - 1e-6)
+    # what a tower that sees nothing could reach: every label as often as it holds
+    blind = float(-(share * share.log() + (1 - share) * (1 - share).log()).sum())
+    assert found[-1] < 0.9 * blind < found[0]
+
+
+def test_a_standardized_tower_tells_pictures_apart(words: Words) -> None:
+    size = SIZES["tiny"]
+    config = config_of(size, "frozen", len(words.prompts) - 1, len(words.texts))
+    torch.manual_seed(0)
+    namer = Namer(FlorenzForConditionalGeneration(config).model, size.variety).eval()
+    data = Pictures(size, 64, seed=0)
+    first, others = (
+        picture_batch([data[number] for number in range(start, start + 32)])["pixel_values"]
+        for start in (0, 32)
+    )
+
+    def spread() -> float:  # of features of norm 1 between pictures
+        return float(namer.features(others).std(0).mean())
+
+    with torch.no_grad():
+        before = spread()
+        namer.standardize(first)
+        assert before < 0.2
+        assert spread() > 0.6
 
 
 @pytest.mark.parametrize(

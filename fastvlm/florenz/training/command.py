@@ -36,11 +36,19 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="of the language model; defaults are the size's",
     )  # fmt: skip
     parser.add_argument(
+        "--vision-steps", type=whole_number("--vision-steps", 1), metavar="N",
+        help="of the vision tower",
+    )  # fmt: skip
+    parser.add_argument(
         "--accumulate", type=whole_number("--accumulate", 1), default=1, metavar="N",
         help="batches of a step; default 1",
     )  # fmt: skip
     parser.add_argument("--seed", type=whole_number("--seed", 0), default=0, help="default 0")
     parser.add_argument("--learning-rate", type=_rate, metavar="RATE", help="the highest one")
+    parser.add_argument(
+        "--start-from", metavar="FOLDER",
+        help="another run of the size, whose language model and vision tower are taken",
+    )  # fmt: skip
     parser.add_argument("--unpatched", action="store_true", help="transformers alone")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--save-steps", type=whole_number("--save-steps", 1), metavar="N")
@@ -81,8 +89,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         size=args.size, decoder=args.decoder, languages=args.languages, seed=args.seed,
         steps=args.steps or size.steps, language_steps=args.language_steps or size.language_steps,
+        vision_steps=args.vision_steps or size.vision_steps,
         patched=not args.unpatched, accumulate=args.accumulate,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate, start=args.start_from,
     )  # fmt: skip
     since = time.perf_counter()
     model, trainer = train(

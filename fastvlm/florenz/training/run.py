@@ -1,11 +1,8 @@
-"""One run, stage by stage: a language model first, where the decoder is frozen, then the model."""
+"""One run, stage by stage: a language model and a vision tower first, then the model."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +10,27 @@ import torch
 from transformers import (
     Florence2Config,
     Florence2ForConditionalGeneration,
-    Gemma2ForCausalLM,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
 )
 
 import fastvlm
-from fastvlm.demo.arguments import UsageError
 from fastvlm.florenz import (
     FlorenzForConditionalGeneration,
     freeze_as_published,
     from_pretrained_parts,
 )
 from fastvlm.florenz.data.annotations import GROUPS
-from fastvlm.florenz.training.batches import (
-    Sentences,
-    Words,
-    WorldBatches,
-    collator_of,
-    sentence_batch,
-)
+from fastvlm.florenz.training.batches import Words, WorldBatches, collator_of
 from fastvlm.florenz.training.looks import Looks
 from fastvlm.florenz.training.saving import newest_checkpoint, save_model
-from fastvlm.florenz.training.sizes import MULTILINGUALITY, SIZES, config_of
+from fastvlm.florenz.training.settings import CHECKPOINTS, Settings, claim
+from fastvlm.florenz.training.sizes import SIZES, config_of
+from fastvlm.florenz.training.stages import Stages
 from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
-from fastvlm.florenz.training.trainer import GroupTrainer, Lines
+from fastvlm.florenz.training.trainer import WARM_UP, GroupTrainer, Lines
 
-SETTINGS, LANGUAGE_MODEL, CHECKPOINTS = "settings.json", "language_model", "checkpoints"
-# of the steps, those in which the learning rate rises, and those between two looks at the losses
-_WARM_UP, _LOOKS = 20, 12
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is. steps, language_steps: of training and of the language model before it.
-    languages: how many the language model reads (a key of `MULTILINGUALITY`); of no meaning to a
-    decoder trained from scratch. accumulate: micro-batches of a step."""
-
-    size: str
-    decoder: str
-    languages: int
-    seed: int
-    steps: int
-    language_steps: int
-    patched: bool
-    accumulate: int = 1
-    learning_rate: float | None = None
+_LOOKS = 12  # at the losses, in a run
 
 
 def train(
@@ -76,7 +47,7 @@ def train(
     UsageError: a folder that holds a run (without resume), or another one (with it), or a damaged
     checkpoint.
     """
-    _claim(settings, out, resume)
+    claim(settings, out, resume)
     size, words = SIZES[settings.size], Words(prompt_tokenizer(), text_tokenizer())
     torch.manual_seed(settings.seed)
     # the placeholder of the image is the last of the prompts' tokens and has no row of its own
@@ -90,12 +61,13 @@ def train(
         "save_total_limit": 2, "disable_tqdm": True, "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
     }  # fmt: skip
+    stages = Stages(settings, out, common, resume, say)
     decoder = None
     if settings.decoder == "frozen":
-        decoder = _language_model(
-            settings, config, words, out / LANGUAGE_MODEL, common, resume, say
-        )
+        decoder = stages.language_model(config, words)
     model = _assembled(config, decoder, settings)
+    stages.vision_tower(model)
+    freeze_as_published(model).train()
     if settings.patched:
         say(str(fastvlm.patch(model)).splitlines()[0])
     trainer = _trainer(settings, model, words, out / CHECKPOINTS, common, save_steps)
@@ -109,60 +81,8 @@ def train(
     return model, trainer
 
 
-def _claim(settings: Settings, out: Path, resume: bool) -> None:
-    file = out / SETTINGS
-    if resume:
-        if not file.is_file():
-            raise UsageError("--resume", f"a folder with a run ({SETTINGS})", out)
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != asdict(settings):
-            changed = sorted(k for k, v in asdict(settings).items() if before.get(k) != v)
-            raise UsageError("--resume", f"the settings of the run in {out}", ", ".join(changed))
-        return
-    if int(os.environ.get("RANK", "0")):
-        return  # torchrun's first process made the folder, or refuses it
-    if out.exists() and any(out.iterdir()):
-        raise UsageError("--out", "a folder that is new or empty, or --resume", out)
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
-
-
-def _language_model(
-    settings: Settings, config: Any, words: Words, folder: Path, common: dict[str, Any],
-    resume: bool, say: Callable[[str], None],
-) -> Any:  # fmt: skip
-    """Gemma2ForCausalLM in the form of the decoder, trained on sentences of its languages."""
-    if resume and (folder / "config.json").is_file():
-        return Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    decoder = config.decoder
-    plain = type(decoder)(**{**decoder.to_dict(), "cross_attention_hidden_size": None})
-    model = Gemma2ForCausalLM._from_config(plain, attn_implementation="eager")
-    if settings.patched:
-        fastvlm.patch(model)
-    steps = settings.language_steps
-    arguments = TrainingArguments(
-        str(folder / CHECKPOINTS), max_steps=steps, warmup_steps=min(_WARM_UP, steps // 4),
-        logging_steps=max(1, steps // _LOOKS), save_strategy="no", **common,
-    )  # fmt: skip
-    languages = MULTILINGUALITY[settings.languages]
-    size, start = SIZES[settings.size], config.decoder_start_token_id
-    data = Sentences(size, words, languages, steps, settings.seed)
-    trainer = Trainer(
-        model, arguments, train_dataset=data,
-        data_collator=lambda rows: sentence_batch(rows, start, config.pad_token_id),
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Lines("language model", say))
-    trainer.train()
-    fastvlm.unpatch(model)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(folder)
-    return model
-
-
 def _assembled(config: Any, decoder: Any, settings: Settings) -> Any:
-    """The model before training, with requires_grad as published, but for the vision tower: the
-    paper's is Florence-2's; there is none for the world, so it is trained with the rest."""
+    """The model before training, around the decoder that there is."""
     torch.manual_seed(settings.seed)
     if decoder is None:
         model = FlorenzForConditionalGeneration(config)
@@ -174,9 +94,6 @@ def _assembled(config: Any, decoder: Any, settings: Settings) -> Any:
             )
         )  # fmt: skip
         model = from_pretrained_parts(florence, decoder)
-    freeze_as_published(model)
-    model.model.vision_tower.requires_grad_(True)
-    model.model.multi_modal_projector.requires_grad_(True)
     return model.train()
 
 
@@ -186,7 +103,7 @@ def _trainer(
 ) -> Any:  # fmt: skip
     steps, size = settings.steps, SIZES[settings.size]
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, warmup_steps=min(_WARM_UP * 2, steps // 4),
+        str(folder), max_steps=steps, warmup_steps=min(WARM_UP * 2, steps // 4),
         gradient_accumulation_steps=settings.accumulate, logging_steps=max(1, steps // 50),
         save_strategy="steps", save_steps=save_steps or max(1, steps // 4), **common,
     )  # fmt: skip

@@ -16,8 +16,9 @@ MULTILINGUALITY = {2: ("en", "de"), 4: ("en", "de", "fr", "es"),
 @dataclass(frozen=True)
 class Size:
     """pixels: of a picture's side. width, layers: of encoder and decoder. images: in a batch of one
-    process, with targets texts each. steps, language_steps: of training, and of the language model
-    before it. variety: how much of the world it sees.
+    process, with targets texts each. steps, language_steps, vision_steps: of training, and of the
+    language model and the vision tower before it. variety: how much of the world it sees. vision:
+    widths of the tower's stages.
     """
 
     pixels: int
@@ -27,22 +28,35 @@ class Size:
     targets: int
     steps: int
     language_steps: int
+    vision_steps: int
     variety: Variety = field(default_factory=Variety)
     vision: tuple[int, ...] = (32, 64, 64, 128)
     learning_rate: float = 3e-3
+    vision_rate: float = 2e-3
 
     @property
     def image_tokens(self) -> int:
-        """The mean and every position of a tower of stride 16."""
-        return 1 + (self.pixels // 16) ** 2
+        """The mean and every position of the tower, 4 x 4 of them."""
+        return 1 + _POSITIONS**2
+
+    @property
+    def pictures(self) -> int:
+        """In a batch of one process, where the tower learns without text."""
+        return self.images
+
+    @property
+    def strides(self) -> list[int]:
+        """Of the tower's stages: as published where the picture allows it."""
+        return [4, 2, 2, 1] if self.pixels == 16 * _POSITIONS else [4, 2, 1, 1]
 
 
+_POSITIONS = 4
 _FEW = Variety(kinds=6, most=2, place=0.0)
 SIZES = {
-    "mini": Size(32, 32, 1, 2, 3, 6, 4, _FEW, (16, 16, 32, 32)),
-    "tiny": Size(64, 64, 2, 16, 4, 1000, 200, _FEW),
-    "small": Size(64, 128, 3, 16, 4, 3000, 900, _FEW, (32, 64, 128, 128)),
-    "base": Size(64, 192, 4, 16, 4, 6000, 1500, Variety(), (32, 64, 128, 256)),
+    "mini": Size(32, 32, 1, 2, 3, 6, 4, 2, _FEW, (16, 16, 32, 32)),
+    "tiny": Size(32, 64, 2, 32, 2, 1000, 200, 900, _FEW),
+    "small": Size(32, 128, 3, 32, 2, 3000, 900, 1500, _FEW, (32, 64, 128, 128)),
+    "base": Size(64, 192, 4, 32, 2, 6000, 1500, 3000, Variety(), (32, 64, 128, 256)),
 }
 
 
@@ -59,12 +73,12 @@ def config_of(size: Size, decoder: str, prompt_words: int, words: int) -> Any:
         "encoder_attention_heads": heads, "decoder_attention_heads": heads,
         "max_position_embeddings": 256,
     }  # fmt: skip
-    # DaViT halves the picture three times more after its first convolution; a small picture once
-    # less, or nothing would be left of it
+    # DaViT halves the picture three times more after its first convolution; a small picture less
+    # often, or nothing would be left of it, and windows are what is left, or they would be padding
     vision = {
         "embed_dim": list(size.vision), "num_heads": [max(1, d // 32) for d in size.vision],
         "num_groups": [max(1, d // 32) for d in size.vision], "depths": [1, 1, 1, 1],
-        "patch_stride": [4, 2, 2, 1], "window_size": 8, "drop_path_rate": 0.0,
+        "patch_stride": size.strides, "window_size": _POSITIONS, "drop_path_rate": 0.0,
         "initializer_range": vision_std,
     }  # fmt: skip
     calm = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer
 
 # what a batch of fastvlm.packing holds beside the arguments of a model that is not patched
 _OURS = ("groups", "num_groups")
+WARM_UP = 20  # steps in which the learning rate rises, in a stage
 
 
 class GroupTrainer(Trainer):

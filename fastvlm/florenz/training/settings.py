@@ -1,0 +1,79 @@
+"""What a run is, and the folder that holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvlm.demo.arguments import UsageError
+
+SETTINGS, CHECKPOINTS = "settings.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is.
+
+    steps, language_steps, vision_steps: of training, and of the language model and the vision
+    tower before it. languages: how many the language model reads (a key of `MULTILINGUALITY`); of
+    no meaning to a decoder trained from scratch. accumulate: micro-batches of a step. start: the
+    folder of a run whose language model and vision tower are taken instead of trained.
+    """
+
+    size: str
+    decoder: str
+    languages: int
+    seed: int
+    steps: int
+    language_steps: int
+    vision_steps: int
+    patched: bool
+    accumulate: int = 1
+    learning_rate: float | None = None
+    start: str | None = None
+
+
+def claim(settings: Settings, out: Path, resume: bool) -> None:
+    """Make the folder of a run, or look whether it is the one to go on with.
+
+    UsageError: a folder that holds something, or another run; a start that does not fit.
+    """
+    file = out / SETTINGS
+    if resume:
+        before = _read(file, "--resume", f"a folder with a run ({SETTINGS})")
+        if before != asdict(settings):
+            changed = sorted(k for k, v in asdict(settings).items() if before.get(k) != v)
+            raise UsageError("--resume", f"the settings of the run in {out}", ", ".join(changed))
+        return
+    if settings.start is not None:
+        _check_start(settings, Path(settings.start))
+    if int(os.environ.get("RANK", "0")):
+        return  # torchrun's first process made the folder, or refuses it
+    if out.exists() and any(out.iterdir()):
+        raise UsageError("--out", "a folder that is new or empty, or --resume", out)
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+
+
+def _check_start(settings: Settings, folder: Path) -> None:
+    other = _read(folder / SETTINGS, "--start-from", "the folder of a run")
+    same = ["size"]
+    if settings.decoder == "frozen":
+        same += ["decoder", "languages"]
+    for name in same:
+        wanted = getattr(settings, name)
+        if other.get(name) != wanted:
+            raise UsageError("--start-from", f"a run with {name} {wanted}", other.get(name))
+
+
+def _read(file: Path, argument: str, wanted: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(argument, wanted, file.parent) from None
+    if not isinstance(found, dict):
+        raise UsageError(argument, wanted, file.parent)
+    return found
