@@ -86,18 +86,25 @@ def _draw(out: Path, results: dict[str, Any]) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {"SC": "seen captioning", "ST": "seen translation", "UC": "unseen captioning"}
     steps = [look["step"] for look in results["history"]]
     for name in LOSSES:
         left.plot(steps, [look[name] for look in results["history"]], ".-", label=names[name])
     left.set(title="loss of scenes never trained on", xlabel="steps", yscale="log")
-    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        axis(StrMethodFormatter("{x:.3g}"))
+    plain = StrMethodFormatter("{x:.3g}")
+    low, high = left.get_ylim()
+    left.yaxis.set_major_formatter(plain)
+    left.yaxis.set_minor_formatter(plain)
+    if high > 10 * low:
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_minor_formatter(NullFormatter())
     left.grid(True, which="both", alpha=0.2)
-    left.legend()
+    left.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small", frameon=False
+    )
     found = results["emergence"]
     bars = ("language", "objects", "exact")
     for number, way in enumerate((WITH, WITHOUT)):
@@ -105,7 +112,7 @@ def _draw(out: Path, results: dict[str, Any]) -> list[Path]:
         places = [place + 0.38 * number for place in range(len(bars))]
         right.bar_label(right.bar(places, shares, 0.36, label=way), fmt="%.0f")
     right.set(
-        title="captions in Fr, Es, Ru, Zh, of which none was seen", ylabel="%", ylim=(0, 108),
+        title="captions in Fr, Es, Ru, Zh: none was seen", ylabel="%", ylim=(0, 108),
         xticks=[0.19, 1.19, 2.19], xticklabels=["asked language", "right objects", "exact"],
     )  # fmt: skip
     right.legend()
