@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvlm.checks import fail
+from fastvlm.compat import pytorch
 from fastvlm.features.keys import bytes_of
 from fastvlm.nn.linear import original
 
@@ -17,6 +18,7 @@ OP = "VisionFeatures"
 FORMAT = 1
 # of a config, and of an image processor: what says nothing of the numbers
 _TRAINING_ONLY = ("drop_path_rate", "initializer_range")
+_NUMBERS = ("eps", "scale", "scaling")
 _NAMES_ONLY = ("processor_class", "_processor_class", "return_tensors")
 
 Identity = dict[str, Any]
@@ -39,6 +41,7 @@ def identity_of(
             for key, value in code_of(module).items()
         },
         "transform": transform,
+        "structure": structure_of(parts),
         "weights": weights_of(parts),
     }
 
@@ -62,6 +65,34 @@ def _general(config: Any) -> set[str]:
     from transformers import PretrainedConfig
 
     return {*PretrainedConfig().to_dict(), "transformers_version", "model_type"}
+
+
+def structure_of(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+    """By name: the class of each module within some, and its numbers that are no weights.
+
+    Among these which adapters count: PEFT switches them without touching a weight.
+    """
+    return {
+        name: _structure(module)
+        for prefix, part in parts.items()
+        for name, module in part.named_modules(prefix=prefix)
+        if not _passes_on(module)
+    }
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether it gives back its input in evaluation: with a rate of 0 models leave it out."""
+    drops = type(module).__name__.endswith("DropPath") or pytorch.drops(module)
+    return drops or isinstance(module, nn.Identity)
+
+
+def _structure(module: nn.Module) -> str:
+    cls = original(type(module))
+    told = [f"{name} {vars(module)[name]}" for name in _NUMBERS if name in vars(module)]
+    # models of transformers have methods of these names
+    if isinstance(off := getattr(cls, "disable_adapters", None) and module.disable_adapters, bool):
+        told.append("adapters off" if off else f"adapters {module.active_adapters}")
+    return ", ".join([cls.__qualname__, *told])
 
 
 def tensors_of(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -121,18 +152,19 @@ def differences(kept: Identity, here: Identity) -> list[str]:
             found.append(f"{name} {kept.get(name)!r}, here {here[name]!r}")
     for name in ("code", "transform"):
         found += _changed(name, kept.get(name), here[name])
-    before, now = kept.get("weights", {}), here["weights"]
-    names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
-    if names:
-        first = names[0]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        shown = f"{_shown(before.get(first))}, here {_shown(now.get(first))}"
-        found.append(f"other weights: {first} ({shown}){more}")
+    for what, hidden in (("weights", 24), ("structure", 0)):  # of a hash a few digits are enough
+        before, now = kept.get(what, {}), here[what]
+        names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+        if names:
+            first = names[0]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            shown = f"{_shown(before.get(first), hidden)}, here {_shown(now.get(first), hidden)}"
+            found.append(f"other {what}: {first} ({shown}){more}")
     return found
 
 
-def _shown(weight: str | None) -> str:
-    return "none" if weight is None else weight[:-24]  # a few digits of the hash tell them apart
+def _shown(told: str | None, hidden: int) -> str:
+    return "none" if told is None else told[: len(told) - hidden]
 
 
 def _changed(name: str, before: Any, now: Any) -> list[str]:

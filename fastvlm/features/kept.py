@@ -18,7 +18,7 @@ from fastvlm.compat.versions import needs_newer_transformers
 from fastvlm.decoding.images import opened, stacked
 from fastvlm.features.batch import FEATURES, KEYS, OF, PIXELS, of_features, of_pixels
 from fastvlm.features.collate import FeatureCollator
-from fastvlm.features.identity import OP, differences, identity_of, transform_of
+from fastvlm.features.identity import OP, differences, identity_of, structure_of, transform_of
 from fastvlm.features.keys import from_tensor, picture_key, pixels_key
 from fastvlm.features.shards import Shards
 from fastvlm.features.store import SECONDS, Store
@@ -144,10 +144,11 @@ class VisionFeatures:
             return pixels_key(image)
         if self.image_processor is None:
             raise fail(OP, "image_processor", "given where images are no pixel_values", None)
-        if transform_of(self.image_processor) != self.store.identity["transform"]:
+        transform = transform_of(self.image_processor)
+        if transform != self.store.identity["transform"]:
             wanted = "as it was when the features were begun, or have features of its own"
             raise fail(OP, "image_processor", wanted, self.image_processor)
-        if (key := picture_key(image)) is None:
+        if (key := picture_key(image, transform)) is None:
             raise fail(OP, "an image", "a PIL image, an array or pixel_values [3, H, W]", image)
         return key
 
@@ -197,10 +198,11 @@ class VisionFeatures:
                 "VisionFeatures(folder, model)"
             )
         frozen.check()
-        weights = self.store.identity["weights"]
-        now = frozen.changed(weights)
-        if now != weights:
-            found = differences(self.store.identity, {**self.store.identity, "weights": now})
+        identity = self.store.identity
+        weights = frozen.changed(identity["weights"])
+        now = {**identity, "weights": weights, "structure": structure_of(frozen.modules())}
+        if now != identity:
+            found = differences(identity, now)
             wanted = f"as it was when {self.folder} was opened"
             raise ValueError(
                 f"fastvlm.{OP}: the vision tower must be {wanted}; its features were kept with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,19 +28,21 @@ def pixels_key(pixels: Tensor) -> bytes:
     return _digest(head, bytes_of(pixels))
 
 
-def picture_key(picture: Any) -> bytes | None:
-    """Of a PIL image or an array, before any transform; None of anything else.
+def picture_key(picture: Any, transform: Any) -> bytes | None:
+    """Of what a transform makes of a PIL image or an array; None of anything else.
 
-    Its kind, size and values, and what else a transform may look at: palette, transparency, and
-    how its EXIF says that it is to be turned.
+    The transform as JSON can say it: another one makes other pixels, which may come to the same
+    model. Of the picture its kind, size and values, and what else a transform may look at: palette,
+    transparency, and how its EXIF says that it is to be turned.
     """
+    how = json.dumps(transform, sort_keys=True)
     if isinstance(picture, np.ndarray):
-        head = f"array {picture.dtype} {picture.shape} "
+        head = f"{how} array {picture.dtype} {picture.shape} "
         return _digest(head, np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data)
     if not (hasattr(picture, "tobytes") and hasattr(picture, "mode")):
         return None
     info = picture.info.get("transparency")
-    head = f"picture {picture.mode} {picture.size} {orientation(picture)} {info!r} "
+    head = f"{how} picture {picture.mode} {picture.size} {orientation(picture)} {info!r} "
     palette = picture.getpalette("RGBA") if picture.mode in ("P", "PA") else ()
     return _digest(head, bytes(palette or ()), picture.tobytes())
 
