@@ -26,7 +26,7 @@ from fastvlm.features.store import Store
 SIZE = {"height": 64, "width": 64}
 ABOUT: dict[str, Any] = {
     "format": 1, "part": "tower", "dtype": "bfloat16", "code": {}, "transform": None,
-    "weights": {"vision_tower.w": "float32 [1] 0"},
+    "weights": {"vision_tower.w": "float32 [1] 0"}, "structure": {},
 }  # fmt: skip
 
 
@@ -142,6 +142,7 @@ def test_a_process_that_is_killed_leaves_whole_shards(
     monkeypatch.setattr(store_module, "SHARD_BYTES", 1)
 
     def write() -> None:
+        torch.set_num_threads(1)  # the threads of the parent's pool are not there
         kept = store(tmp_path)
         for i in range(10**6):
             kept.keep(rows(i, 1), "float32")
@@ -149,6 +150,7 @@ def test_a_process_that_is_killed_leaves_whole_shards(
     child = multiprocessing.get_context("fork").Process(target=write)
     child.start()
     while len(shards(tmp_path)) < 5:
+        assert child.is_alive()
         time.sleep(0.01)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
