@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastvlm.__main__ import main
 from fastvlm.captioning.models import pretrained
@@ -247,11 +248,40 @@ def test_folders_that_cannot_be_used(
         (["--out", str(trained)], "new or empty"),
         (["--out", str(tmp_path), "--resume"], "settings.json"),
         (["--out", str(trained), "--resume", "--seed", "7"], "seed"),
-    ]:
+        (["--out", str(tmp_path / "new"), "--start-from", str(tmp_path)], "the folder of a run"),
+        (["--out", str(tmp_path / "new"), "--start-from", str(trained), "--languages", "2"],
+         "a run with languages 2"),
+    ]:  # fmt: skip
         assert main([*FAST, *more]) == 2
         assert words in capsys.readouterr().err
     assert main(["florenz", "emergence", str(tmp_path)]) == 2
     assert "FOLDER" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_the_stages_of_another(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = [*FAST, "--seed", "3", "--start-from"]
+    assert main([*begun, str(trained), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "step 4/4" in said
+    assert "language model" not in said
+    assert "vision tower" not in said
+    ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", trained))
+    frozen = [name for name in ours if ".vision_tower." in name]
+    assert frozen
+    assert all(torch.equal(ours[name], theirs[name]) for name in frozen)
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    for stage in ("language_model", "vision_tower"):
+        file = other / stage / "model.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        assert main([*begun, str(other), "--out", str(tmp_path / stage)]) == 2
+        told = capsys.readouterr().err
+        assert "--start-from" in told
+        assert str(file) in told
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastvlm.florenz.training.trainer import WARM_UP, Lines
 from fastvlm.florenz.training.vision import FIRST, Namer, Pictures, picture_batch
 
 LANGUAGE_MODEL, TOWER = "language_model", "vision_tower"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_WEIGHTS = "model.safetensors"
 _LINES = 12
 
 
@@ -37,9 +38,10 @@ class Stages:
     def language_model(self, config: Any, words: Words) -> Any:
         """Gemma2ForCausalLM in the form of the decoder, trained on sentences of its languages, or
         loaded where that is done."""
-        found = self._done(LANGUAGE_MODEL, _CONFIG)
+        found = self._done(LANGUAGE_MODEL)
         if found is not None:
-            return Gemma2ForCausalLM.from_pretrained(found.parent, attn_implementation="eager")
+            with self._reading(found):
+                return Gemma2ForCausalLM.from_pretrained(found.parent, attn_implementation="eager")
         decoder = config.decoder
         plain = type(decoder)(**{**decoder.to_dict(), "cross_attention_hidden_size": None})
         model = Gemma2ForCausalLM._from_config(plain, attn_implementation="eager")
@@ -63,14 +65,10 @@ class Stages:
         """Train tower and projector of a model to name what pictures show, in place, or load them
         where that is done."""
         namer = Namer(model.model, SIZES[self.settings.size].variety).train()
-        found = self._done(TOWER, _WEIGHTS)
+        found = self._done(TOWER)
         if found is not None:
-            try:
+            with self._reading(found):
                 namer.load_state_dict(load_file(found))
-            except (RuntimeError, SafetensorError) as error:
-                why = str(error).strip().splitlines()[0]
-                wanted = "a vision tower that reads, of this size"
-                raise UsageError("--start-from", wanted, f"{found} ({why})") from None
             return
         size, steps = SIZES[self.settings.size], self.settings.vision_steps
         batch = {"per_device_train_batch_size": size.pictures, "learning_rate": size.vision_rate}
@@ -83,12 +81,24 @@ class Stages:
             (self.out / TOWER).mkdir(exist_ok=True)
             save_file(namer.state_dict(), self.out / TOWER / _WEIGHTS)
 
-    def _done(self, stage: str, name: str) -> Path | None:
+    def _done(self, stage: str) -> Path | None:
+        """The weights of a stage that is done, which are written last."""
         folders = [self.out] if self.resume else []
         if self.settings.start is not None:
             folders.append(Path(self.settings.start))
-        files = [folder / stage / name for folder in folders]
+        files = [folder / stage / _WEIGHTS for folder in folders]
         return next((file for file in files if file.is_file()), None)
+
+    @contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
+        """UsageError, by the argument that led to it, of a file that is damaged."""
+        try:
+            yield
+        except (RuntimeError, OSError, SafetensorError) as error:
+            argument = "--resume" if file.is_relative_to(self.out) else "--start-from"
+            why = str(error).strip().splitlines()[0]
+            wanted = "a run whose files read; remove this one to train it again"
+            raise UsageError(argument, wanted, f"{file} ({why})") from None
 
     def _arguments(self, stage: str, steps: int, **own: Any) -> TrainingArguments:
         return TrainingArguments(
