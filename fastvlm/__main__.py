@@ -120,6 +120,13 @@ _FLORENZ = {
         "without the first words of the language. Patched; no download. Several processes: "
         "torchrun --nproc-per-node N -m fastvlm florenz train ...",
     ),
+    "finetune": (
+        "fastvlm.florenz.training.finetune_command",
+        "fine-tune a checkpoint on shards, a public set or the small world",
+        "The recipe of arXiv 2503.09443: 256 images a step, 5000 steps, 5e-5 with a cosine, "
+        "weight decay 0.05, frozen as in pre-training, all (task, language) pairs in balance. "
+        "Patched. Several processes: torchrun --nproc-per-node N -m fastvlm florenz finetune ...",
+    ),
     "emergence": (
         "fastvlm.florenz.training.command",
         "measure once more what a run of florenz train has learned",
@@ -132,6 +139,13 @@ _FLORENZ = {
         "Training data in the published form: WebDataset shards of images with texts, each with "
         "task, language and prompt. Of a small world that needs no download, or of images and "
         "texts of your own.",
+    ),
+    "evaluate": (
+        "fastvlm.florenz.evaluation.command",
+        "measure a checkpoint on Multi30K, CoMMuTE, Crossmodal-3600, COCO or the small world",
+        "Captions in all languages of a set in one go, or translations, written by a patched model "
+        "and measured as arXiv 2503.09443 does: BLEU, chrF, CIDEr, METEOR, COMET, CLIPScore, "
+        "CoMMuTE's choice by perplexity. Results as JSON and as a table beside the paper's.",
     ),
     "scaling": (
         "fastvlm.florenz.scaling.command",

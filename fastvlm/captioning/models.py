@@ -40,11 +40,18 @@ def pretrained(
     device: str,
     dtype: torch.dtype = torch.float32,
     processor_id: str | None = None,
+    image_size: int | None = None,
 ) -> Loaded:
-    """A Florence-2 or Florenz checkpoint of any layout; UsageError where it does not load."""
+    """A Florence-2 or Florenz checkpoint of any layout; UsageError where it does not load.
+
+    image_size: as `fastvlm.load` takes it.
+    """
     wanted = "a Florence-2 or Florenz model id or folder"
     try:
-        found = load(model_id, dtype=dtype, processor=processor_id, tokenizer=tokenizer_id)
+        found = load(
+            model_id, dtype=dtype, processor=processor_id, tokenizer=tokenizer_id,
+            image_size=image_size,
+        )  # fmt: skip
     except (LoadError, ImportError) as error:
         reason = error.problem if isinstance(error, LoadError) else first_line(error)
         raise UsageError("--model", wanted, f"{model_id} ({reason})") from None

@@ -14,11 +14,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import fastvlm
 from fastvlm.__main__ import main
 from fastvlm.captioning.models import pretrained
 from fastvlm.florenz import FlorenzForConditionalGeneration
 from fastvlm.florenz.data import GROUPS
-from fastvlm.florenz.training.batches import Sentences, Words, WorldBatches, collator_of
+from fastvlm.florenz.training.batches import (
+    Sentences,
+    Words,
+    collator_of,
+    world_batches,
+    world_words,
+)
 from fastvlm.florenz.training.emergence import group_of, held_out, losses, score
 from fastvlm.florenz.training.sizes import SIZES, config_of
 from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
@@ -81,13 +88,13 @@ def test_batches_are_balanced_and_functions_of_their_number(words: Words) -> Non
     size = SIZES["tiny"]
     config = config_of(size, "frozen", len(words.prompts) - 1, len(words.texts))
     collator = collator_of(size, config, 0)
-    data = WorldBatches(size, words, collator, 4, seed=0)
+    data = world_batches(size, words, collator, 4, seed=0)
     batch = collator([data[3]])
     counts = Counter(batch["groups"].tolist())
     assert batch["labels"].shape[0] == size.images * size.targets
     assert len(counts) == len(GROUPS)
     assert max(counts.values()) - min(counts.values()) <= 2
-    again = WorldBatches(size, words, collator_of(size, config, 0), 9, seed=0)
+    again = world_batches(size, words, collator_of(size, config, 0), 9, seed=0)
     _ = again[1]  # another batch, drawn before, changes nothing
     other = collator([again[3]])
     assert all(torch.equal(batch[k], other[k]) for k in batch if isinstance(batch[k], torch.Tensor))
@@ -150,6 +157,49 @@ def test_an_unpatched_run_has_the_losses_of_a_patched_one(trained: Path, tmp_pat
     for ours, theirs in zip(logged(trained), logged(tmp_path / "run"), strict=True):
         assert by_group(ours) == pytest.approx(by_group(theirs), abs=2e-4)
         assert ours["padding_saved"] == theirs["padding_saved"] > 0
+
+
+def test_bare_prompts_of_captions_name_no_language() -> None:
+    bare, named = world_words("bare"), world_words()
+    annotations = held_out(SIZES["mini"], 1)[0].annotations
+    captions = [one for one in annotations if one.task == "caption"]
+    assert len(captions) == 6
+    prompts = {tuple(bare.prompt_ids(one.prompt)) for one in captions}
+    assert len(prompts) == 1
+    assert len({tuple(named.prompt_ids(one.prompt)) for one in captions}) == 6
+    (ids,) = prompts
+    assert bare.prompts.unk_token_id not in ids
+    assert bare.prompts.decode(ids, skip_special_tokens=True) == bare.caption_prompt
+    translation = next(one for one in annotations if one.task == "translation")
+    said = bare.prompts.decode(bare.prompt_ids(translation.prompt), skip_special_tokens=True)
+    assert said.startswith("The target language is German. Translate the following text: ")
+
+
+@pytest.mark.slow
+def test_a_bare_run_is_trained_and_measured_with_bare_prompts(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    original = fastvlm.caption
+
+    def caption(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["prompt"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fastvlm, "caption", caption)
+    out = tmp_path / "run"
+    begun = [*FAST, "--prompts", "bare", "--start-from", str(trained), "--out", str(out)]
+    assert main(begun) == 0
+    assert main(["florenz", "emergence", str(out), "--scenes", "1"]) == 0
+    assert set(asked) == {"What does the image describe?"}
+    assert main(["florenz", "emergence", str(trained), "--scenes", "1"]) == 0
+    assert asked[-1] == "<CAPTION>"
+    # settings of before there was a choice
+    file = out / "settings.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("prompts") == "bare"
+    file.write_text(json.dumps(settings))
+    assert main([*begun, "--resume"]) == 2
 
 
 @pytest.mark.slow

@@ -54,10 +54,11 @@ def marked_prompt(language: str, task: str, text: str = "") -> str:
     return f"<LANG_{language.upper()}>{task}{text}"
 
 
-def spelled_prompt(prompt: str) -> str:
+def spelled_prompt(prompt: str, *, bare: bool = False) -> str:
     """What the encoder reads for a prompt in the published form; other text as it is.
 
     ``<LANG_DE><CAPTION>`` is "The target language is German. What does the image describe?".
+    bare: of a caption no language is named; a translation has to name its own.
     ValueError: a language or task that there is not.
     """
     found = _MARKED.fullmatch(prompt)
@@ -66,6 +67,8 @@ def spelled_prompt(prompt: str) -> str:
     code, task, text = found.groups()
     choice(_OP, "the language of a prompt", code.lower(), tuple(LANGUAGES))
     choice(_OP, "the task of a prompt", task, (*TASKS, TRANSLATE))
+    if bare and task != TRANSLATE:
+        return TASKS[task]
     words = f"Translate the following text: {text}" if task == TRANSLATE else TASKS[task]
     return f"The target language is {LANGUAGES[code.lower()].name}. {words}"
 

@@ -138,11 +138,11 @@ class ShardSamples(Iterable[dict[str, Any]]):
             raise DataError(f"fastvlm.{_OP}: {what}: {why}")
         self.tally.skipped.append((what, why))
 
-    def _files(self, shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _files(self, shard: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """The files of each sample by their endings; neighbours of one name are one sample."""
-        name, files = "", dict[str, bytes]()
+        name, files = "", dict[str, Any]()
         try:
-            with tarfile.open(shard) as tar:
+            with self._open(shard) as tar:
                 for entry in tar:
                     if not entry.isfile():
                         continue
@@ -150,28 +150,35 @@ class ShardSamples(Iterable[dict[str, Any]]):
                     if stem != name and files:
                         yield f"{shard.stem}/{name}", files
                         files = {}
-                    content: Any = tar.extractfile(entry)
-                    name, files[ending.lower()] = stem, content.read()
+                    name, files[ending.lower()] = stem, self._read(tar, entry, ending.lower())
         except (tarfile.TarError, OSError, EOFError) as error:
             self._skip(str(shard), f"damaged: {type(error).__name__}: {error}")
             return
         if files:
             yield f"{shard.stem}/{name}", files
 
-    def _sample(self, name: str, files: dict[str, bytes], decode: bool) -> dict[str, Any] | None:
+    def _open(self, shard: Path) -> tarfile.TarFile:
+        return tarfile.open(shard)
+
+    def _read(self, tar: tarfile.TarFile, entry: tarfile.TarInfo, ending: str) -> Any:
+        """What is kept of a file of a sample: its bytes."""
+        content: Any = tar.extractfile(entry)
+        return content.read()
+
+    def _sample(self, name: str, files: dict[str, Any], decode: bool) -> dict[str, Any] | None:
         try:
             targets = self._targets(name, files)
             picture = next((files[ending] for ending in PICTURES if ending in files), None)
             if picture is None:
                 raise DataError(f"no picture (of {', '.join(PICTURES)})")
-            image = _decoded(picture) if decode else None
+            image = decoded_picture(picture) if decode else None
         except DataError as error:
             self._skip(name, str(error))
             return None
         self.tally.groups.update((target["task"], target["language"]) for target in targets)
         return {"image": image, "image_id": name, "targets": targets}
 
-    def _targets(self, name: str, files: dict[str, bytes]) -> list[dict[str, str]]:
+    def _targets(self, name: str, files: dict[str, Any]) -> list[dict[str, str]]:
         if "json" not in files:
             raise DataError("no annotations (json)")
         try:
@@ -193,7 +200,7 @@ class ShardSamples(Iterable[dict[str, Any]]):
         return targets
 
 
-def _decoded(content: bytes) -> Any:
+def decoded_picture(content: bytes) -> Any:
     from PIL import Image
 
     try:

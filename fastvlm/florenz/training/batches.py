@@ -4,7 +4,8 @@ a run that resumes, or shares its batches with other processes, sees what it wou
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastvlm.decoding.languages import TASKS
 from fastvlm.florenz.data.annotations import GROUPS, Annotation, spelled_prompt
 from fastvlm.florenz.training.sizes import Size
+from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
 from fastvlm.florenz.world.build import annotations_of_scene
 from fastvlm.florenz.world.draw import draw
 from fastvlm.florenz.world.grammar import FRAMES, sentence
@@ -36,13 +39,22 @@ def scene_at(seed: int, name: str, number: int, size: Size) -> tuple[Scene, Any,
 
 
 class Words:
-    """Annotations as ids: <s>prompt</s>, and <bos>text<eos>, as published."""
+    """Annotations as ids: <s>prompt</s>, and <bos>text<eos>, as published.
 
-    def __init__(self, prompts: Any, texts: Any) -> None:
-        self.prompts, self.texts = prompts, texts
+    bare: prompts of captions name no language.
+    """
+
+    def __init__(self, prompts: Any, texts: Any, *, bare: bool = False) -> None:
+        self.prompts, self.texts, self.bare = prompts, texts, bare
+
+    @property
+    def caption_prompt(self) -> str:
+        """As `fastvlm.caption` takes it."""
+        return TASKS["<CAPTION>"] if self.bare else "<CAPTION>"
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        ids = self.prompts(spelled_prompt(prompt), add_special_tokens=False)["input_ids"]
+        text = spelled_prompt(prompt, bare=self.bare)
+        ids = self.prompts(text, add_special_tokens=False)["input_ids"]
         return [self.prompts.bos_token_id, *ids, self.prompts.eos_token_id]
 
     def text_ids(self, text: str) -> list[int]:
@@ -58,33 +70,62 @@ class Words:
         }
 
 
-class WorldBatches(Dataset[list[Any]]):
-    """Training batches: lists of samples, whose targets the collator chose in balance."""
+def world_words(prompts: str = "named") -> Words:
+    """Of the small world. prompts: one of `settings.PROMPTS`."""
+    bare = prompts == "bare"
+    return Words(prompt_tokenizer(bare=bare), text_tokenizer(), bare=bare)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A picture (of Pillow, or pixel_values float32 [3, H, W]) and texts about it. Equal ids are of
+    equal pictures."""
+
+    image: Any
+    image_id: Hashable
+    annotations: Sequence[Annotation]
+
+
+class Batches(Dataset[list[Any]]):
+    """Training batches: lists of samples, whose targets the collator chose in balance.
+
+    described: the picture of a number, counted through all batches. images: of a batch.
+    """
 
     def __init__(
-        self, size: Size, words: Words, collator: PackingCollator, batches: int, seed: int
-    ) -> None:
-        self.size, self.words, self.collator = size, words, collator
-        self.batches, self.seed = batches, seed
+        self, described: Callable[[int], Described], words: Words, collator: PackingCollator,
+        *, images: int, batches: int,
+    ) -> None:  # fmt: skip
+        self.described, self.words, self.collator = described, words, collator
+        self.images, self.batches = images, batches
 
     def __len__(self) -> int:
         return self.batches
 
     def __getitem__(self, index: int) -> list[Any]:
         self.collator.seed_balance(index)
-        first = index * self.size.images
-        return [self._sample(first + image) for image in range(self.size.images)]
+        first = index * self.images
+        return [self._sample(self.described(first + image)) for image in range(self.images)]
 
-    def _sample(self, number: int) -> Any:
-        scene, picture, chance = scene_at(self.seed, "train", number, self.size)
-        annotations = annotations_of_scene(scene, chance, self.size.variety)
+    def _sample(self, one: Described) -> Any:
+        name = "pixel_values" if isinstance(one.image, Tensor) else "image"
+        targets = [self.words.target(text) for text in one.annotations]
         return self.collator.prepare(
-            {
-                "pixel_values": pixels_of(picture),
-                "image_id": number,
-                "targets": [self.words.target(one) for one in annotations],
-            }
+            {name: one.image, "image_id": one.image_id, "targets": targets}
         )
+
+
+def world_batches(
+    size: Size, words: Words, collator: PackingCollator, batches: int, seed: int
+) -> Batches:
+    """Of scenes drawn as they are asked for, with the texts of pre-training."""
+
+    def described(number: int) -> Described:
+        scene, picture, chance = scene_at(seed, "train", number, size)
+        texts = annotations_of_scene(scene, chance, size.variety)
+        return Described(pixels_of(picture), number, texts)
+
+    return Batches(described, words, collator, images=size.images, batches=batches)
 
 
 def collator_of(size: Size, config: Any, seed: int) -> PackingCollator:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.demo.arguments import UsageError, whole_number
+from fastvlm.florenz.training.settings import PROMPTS
 from fastvlm.florenz.training.sizes import DECODERS, MULTILINGUALITY, SIZES
 
 _WANTED = "what pip install 'fastvlm[florenz]' brings"
@@ -43,8 +44,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--accumulate", type=whole_number("--accumulate", 1), default=1, metavar="N",
         help="batches of a step; default 1",
     )  # fmt: skip
+    parser.add_argument(
+        "--prompts", choices=PROMPTS, default="named",
+        help="bare: prompts of captions do not name the language, so that only the first words of "
+        "a caption say which it is; default named, as published",
+    )  # fmt: skip
     parser.add_argument("--seed", type=whole_number("--seed", 0), default=0, help="default 0")
-    parser.add_argument("--learning-rate", type=_rate, metavar="RATE", help="the highest one")
+    parser.add_argument("--learning-rate", type=rate, metavar="RATE", help="the highest one")
     parser.add_argument(
         "--start-from", metavar="FOLDER",
         help="another run of the size, whose language model and vision tower are taken",
@@ -58,7 +64,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     _measured(parser)
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
     try:
         rate = float(text)
     except ValueError:
@@ -84,19 +90,22 @@ def _measured(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0: trained and measured. UsageError: arguments or a folder that cannot be used."""
-    Settings, train = _trainer()
+    trainers("florenz train")
+    from fastvlm.florenz.training.run import train
+    from fastvlm.florenz.training.settings import Settings
+
     size = SIZES[args.size]
     settings = Settings(
         size=args.size, decoder=args.decoder, languages=args.languages, seed=args.seed,
         steps=args.steps or size.steps, language_steps=args.language_steps or size.language_steps,
         vision_steps=args.vision_steps or size.vision_steps,
         patched=not args.unpatched, accumulate=args.accumulate,
-        learning_rate=args.learning_rate, start=args.start_from,
+        learning_rate=args.learning_rate, start=args.start_from, prompts=args.prompts,
     )  # fmt: skip
     since = time.perf_counter()
     model, trainer = train(
         settings, Path(args.out), resume=args.resume, report_to=args.report_to,
-        save_steps=args.save_steps, say=_say,
+        save_steps=args.save_steps, say=say,
     )  # fmt: skip
     if trainer.is_world_process_zero():
         seconds = round(time.perf_counter() - since, 1)
@@ -106,21 +115,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _trainer() -> Any:
-    """Settings and train. UsageError: a package that is missing."""
+def trainers(what: str) -> None:
+    """transformers' Trainer without its progress bars. UsageError: a package that is missing."""
     try:
         import_module("accelerate")  # transformers' Trainer asks for it late
         from transformers.utils import logging
 
-        from fastvlm.florenz.training import run
+        import_module("fastvlm.florenz.training.run")
     except ImportError as error:
-        raise UsageError("florenz train", _WANTED, str(error)) from None
+        raise UsageError(what, _WANTED, str(error)) from None
     logging.disable_progress_bar()
-    return run.Settings, run.train
 
 
 def run_emergence(args: argparse.Namespace) -> int:
@@ -145,15 +153,16 @@ def run_emergence(args: argparse.Namespace) -> int:
 
 def _measure(model: Any, args: argparse.Namespace, out: Path, kept: dict[str, Any]) -> None:
     from fastvlm.florenz import parameter_counts
-    from fastvlm.florenz.training.batches import Words
+    from fastvlm.florenz.training.batches import world_words
     from fastvlm.florenz.training.emergence import held_out
     from fastvlm.florenz.training.looks import HISTORY, history
     from fastvlm.florenz.training.results import evaluate, save, summary
-    from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
     from fastvlm.loading.processors import square
 
-    words = Words(prompt_tokenizer(), text_tokenizer())
-    size = SIZES[kept["settings"]["size"]]
+    settings = kept["settings"]
+    # runs of before there was a choice named it
+    words = world_words(settings.get("prompts", "named"))
+    size = SIZES[settings["size"]]
     found = evaluate(
         model, square(words.prompts, size.pixels), words, size, held_out(size, args.scenes), out,
         num_beams=args.beams,

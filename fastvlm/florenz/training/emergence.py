@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
-
-import torch
 
 import fastvlm
 from fastvlm.florenz.data.annotations import CAPTION, Annotation, marked_prompt
+from fastvlm.florenz.losses import text_losses
 from fastvlm.florenz.training.batches import Words, pixels_of, scene_at
 from fastvlm.florenz.training.sizes import Size
-from fastvlm.florenz.training.trainer import group_sums
 from fastvlm.florenz.world.build import annotations_of_scene
 from fastvlm.florenz.world.grammar import PREFIXES, language_of, read, sentence
 from fastvlm.florenz.world.scene import Scene
-from fastvlm.packing import PackingCollator
 
 SEEN, UNSEEN = ("en", "de"), ("fr", "es", "ru", "zh")
 LOSSES = ("SC", "ST", "UC")
@@ -57,36 +55,14 @@ def group_of(annotation: Annotation) -> str:
     return "SC" if annotation.language in SEEN else "UC"
 
 
-@torch.no_grad()
 def losses(model: Any, words: Words, size: Size, shown: Sequence[Shown]) -> dict[str, float]:
-    """SC, ST and UC: the mean over texts of their mean over tokens, each text without the others.
-
-    The model's mode is left as it is; it is evaluated in eval mode.
-    """
-    config, sums = model.config, {name: [0.0, 0] for name in LOSSES}
-    # every text is a group of its own
+    """SC, ST, UC: the mean over texts of their mean over tokens, each text without the others."""
+    sums = {name: [0.0, 0] for name in LOSSES}
     for start in range(0, len(shown), _BATCH):
         some = shown[start : start + _BATCH]
-        groups = [
-            (str(i), str(j)) for i, one in enumerate(some) for j in range(len(one.annotations))
-        ]
-        collator = PackingCollator(
-            groups=groups, pad_token_id=config.encoder.pad_token_id,
-            decoder_pad_token_id=config.pad_token_id,
-            decoder_start_token_id=config.decoder_start_token_id,
-            image_token_id=config.image_token_id, num_image_tokens=size.image_tokens,
-        )  # fmt: skip
-        batch = collator([
-            {
-                "pixel_values": pixels_of(one.picture), "image_id": i,
-                "targets": [
-                    {**words.target(text), "task": str(i), "language": str(j)}
-                    for j, text in enumerate(one.annotations)
-                ],
-            }
-            for i, one in enumerate(some)
-        ])  # fmt: skip
-        for name, loss in zip(_names(some), _text_losses(model, batch), strict=True):
+        pictures = [(pixels_of(one.picture), one.annotations) for one in some]
+        found = text_losses(model, words, pictures, size.image_tokens)
+        for name, loss in zip(_names(some), chain.from_iterable(found), strict=True):
             sums[name][0] += loss
             sums[name][1] += 1
     return {name: total / count for name, (total, count) in sums.items()}
@@ -94,20 +70,6 @@ def losses(model: Any, words: Words, size: Size, shown: Sequence[Shown]) -> dict
 
 def _names(shown: Sequence[Shown]) -> list[str]:
     return [group_of(text) for one in shown for text in one.annotations]
-
-
-def _text_losses(model: Any, batch: dict[str, Any]) -> list[float]:
-    """The mean loss of each group of a batch, in the order of groups."""
-    device = model.device
-    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    given = {k: v for k, v in batch.items() if k not in ("groups", "num_groups", "labels")}
-    was_training = model.training
-    model.eval()
-    try:
-        total, tokens = group_sums(model(**given).logits, batch)
-    finally:
-        model.train(was_training)
-    return (total / tokens).tolist()
 
 
 @dataclass(frozen=True)
@@ -128,18 +90,18 @@ class Score:
 
 def captions(
     model: Any, processor: Any, tokenizer: Any, shown: Sequence[Shown], languages: Sequence[str],
-    *, prefix: bool = True, num_beams: int = 1,
+    *, prompt: str = "<CAPTION>", prefix: bool = True, num_beams: int = 1,
 ) -> list[list[str]]:  # fmt: skip
     """A caption of each picture in each language; prefix: whether it begins with the first words
-    of its language, which then are part of it."""
+    of its language, which then are part of it. prompt: as `fastvlm.caption` takes it."""
     begin = {code: PREFIXES[code] if prefix else "" for code in languages}
     was_training = model.training
     model.eval()
     try:
         found = fastvlm.caption(
             model, processor, (one.picture for one in shown), list(languages),
-            tokenizer=tokenizer, prefixes=begin, keep_prefix=True, num_beams=num_beams,
-            max_new_tokens=_MOST_TOKENS, batch_size=_BATCH,
+            tokenizer=tokenizer, prompt=prompt, prefixes=begin, keep_prefix=True,
+            num_beams=num_beams, max_new_tokens=_MOST_TOKENS, batch_size=_BATCH,
         )  # fmt: skip
         rows: list[list[str]] = [[] for _ in shown]
         for one in found:

@@ -44,8 +44,8 @@ def evaluate(
     }  # fmt: skip
     for way in (WITH, WITHOUT):
         rows = captions(
-            model, processor, words.texts, shown, _LANGUAGES, prefix=way == WITH,
-            num_beams=num_beams,
+            model, processor, words.texts, shown, _LANGUAGES, prompt=words.caption_prompt,
+            prefix=way == WITH, num_beams=num_beams,
         )  # fmt: skip
         columns = dict(zip(_LANGUAGES, zip(*rows)))
         found[way] = {c: asdict(score(scenes, texts, c)) for c, texts in columns.items()}

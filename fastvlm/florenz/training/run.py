@@ -21,14 +21,14 @@ from fastvlm.florenz import (
     from_pretrained_parts,
 )
 from fastvlm.florenz.data.annotations import GROUPS
-from fastvlm.florenz.training.batches import Words, WorldBatches, collator_of
+from fastvlm.florenz.training.batches import Words, collator_of, world_batches, world_words
 from fastvlm.florenz.training.looks import Looks
 from fastvlm.florenz.training.saving import newest_checkpoint, save_model
 from fastvlm.florenz.training.settings import CHECKPOINTS, Settings, claim
 from fastvlm.florenz.training.sizes import SIZES, config_of
 from fastvlm.florenz.training.stages import Stages
-from fastvlm.florenz.training.tokenizers import prompt_tokenizer, text_tokenizer
-from fastvlm.florenz.training.trainer import WARM_UP, GroupTrainer, Lines
+from fastvlm.florenz.training.trainer import WARM_UP, GroupTrainer, Lines, common_arguments
+from fastvlm.loading.processors import square
 
 _LOOKS = 12  # at the losses, in a run
 
@@ -48,19 +48,14 @@ def train(
     checkpoint.
     """
     claim(settings, out, resume)
-    size, words = SIZES[settings.size], Words(prompt_tokenizer(), text_tokenizer())
+    size, words = SIZES[settings.size], world_words(settings.prompts)
     torch.manual_seed(settings.seed)
     # the placeholder of the image is the last of the prompts' tokens and has no row of its own
     config = config_of(size, settings.decoder, len(words.prompts) - 1, len(words.texts))
-    common = {
-        "per_device_train_batch_size": 1,  # an item is a batch
-        "learning_rate": settings.learning_rate or size.learning_rate,
-        "lr_scheduler_type": "cosine", "weight_decay": 0.01, "max_grad_norm": 1.0,
-        "seed": settings.seed, "report_to": report_to, "use_cpu": not torch.cuda.is_available(),
-        "remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available(),
-        "save_total_limit": 2, "disable_tqdm": True, "label_names": ["labels"],
-        "ddp_find_unused_parameters": False,
-    }  # fmt: skip
+    common = common_arguments(
+        learning_rate=settings.learning_rate or size.learning_rate, weight_decay=0.01,
+        seed=settings.seed, report_to=report_to,
+    )  # fmt: skip
     stages = Stages(settings, out, common, resume, say)
     decoder = None
     if settings.decoder == "frozen":
@@ -77,7 +72,7 @@ def train(
     found = newest_checkpoint(out / CHECKPOINTS) if resume else None
     trainer.train(resume_from_checkpoint=found and str(found))
     if trainer.is_world_process_zero():
-        save_model(model, words, size, out)
+        save_model(model, square(words.prompts, size.pixels), words.texts, out)
     return model, trainer
 
 
@@ -112,5 +107,5 @@ def _trainer(
     batches = steps * settings.accumulate * arguments.world_size
     return GroupTrainer(
         model, arguments, data_collator=collator, group_names=GROUPS, patched=settings.patched,
-        train_dataset=WorldBatches(size, words, collator, batches, settings.seed),
+        train_dataset=world_batches(size, words, collator, batches, settings.seed),
     )  # fmt: skip

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from fastvlm.demo.arguments import UsageError
-from fastvlm.florenz.training.batches import Words
-from fastvlm.florenz.training.sizes import Size
-from fastvlm.loading.processors import DECODER_FOLDER, square
+from fastvlm.loading.processors import DECODER_FOLDER
 
 _PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -47,8 +45,8 @@ def _read(file: Path) -> None:
         torch.load(file, map_location="cpu", weights_only=True)
 
 
-def save_model(model: Any, words: Words, size: Size, out: Path) -> None:
-    """Model, processor and the decoder's tokenizer, as `fastvlm caption --model` loads them."""
+def save_model(model: Any, processor: Any, texts: Any, out: Path) -> None:
+    """Model, processor and the tokenizer of its texts, as `fastvlm caption --model` loads them."""
     model.save_pretrained(out)
-    square(words.prompts, size.pixels).save_pretrained(out)
-    words.texts.save_pretrained(out / DECODER_FOLDER)
+    processor.save_pretrained(out)
+    texts.save_pretrained(out / DECODER_FOLDER)

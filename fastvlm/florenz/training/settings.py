@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fastvlm.demo.arguments import UsageError
 
 SETTINGS, CHECKPOINTS = "settings.json", "checkpoints"
+PROMPTS = ("named", "bare")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Settings:
     steps, language_steps, vision_steps: of training, and of the language model and the vision
     tower before it. languages: how many the language model reads (a key of `MULTILINGUALITY`); of
     no meaning to a decoder trained from scratch. accumulate: micro-batches of a step. start: the
-    folder of a run whose language model and vision tower are taken instead of trained.
+    folder of a run whose language model and vision tower are taken instead of trained. prompts: one
+    of `PROMPTS`: whether the prompts of captions name the language, as published.
     """
 
     size: str
@@ -34,9 +36,34 @@ class Settings:
     accumulate: int = 1
     learning_rate: float | None = None
     start: str | None = None
+    prompts: str = "named"
 
 
-def claim(settings: Settings, out: Path, resume: bool) -> None:
+@dataclass(frozen=True)
+class FineTuning:
+    """What a run of fine-tuning is.
+
+    model: the checkpoint that it begins with. data: where the samples come from, in words. images:
+    in a batch of one process, with so many targets each. size: of the small world, where the model
+    is of it; so it is found again in what fine-tuning leaves.
+    """
+
+    model: str
+    data: dict[str, Any]
+    steps: int
+    images: int
+    targets: int
+    accumulate: int
+    learning_rate: float
+    weight_decay: float
+    warm_up: int
+    image_size: int | None
+    seed: int
+    patched: bool
+    size: str | None = None
+
+
+def claim(settings: Settings | FineTuning, out: Path, resume: bool) -> None:
     """Make the folder of a run, or look whether it is the one to go on with.
 
     UsageError: a folder that holds something, or another run; a start that does not fit.
@@ -44,11 +71,13 @@ def claim(settings: Settings, out: Path, resume: bool) -> None:
     file = out / SETTINGS
     if resume:
         before = _read(file, "--resume", f"a folder with a run ({SETTINGS})")
+        # what a run of before had no choice in
+        before = {**{f.name: f.default for f in fields(settings) if f.name not in before}, **before}
         if before != asdict(settings):
             changed = sorted(k for k, v in asdict(settings).items() if before.get(k) != v)
             raise UsageError("--resume", f"the settings of the run in {out}", ", ".join(changed))
         return
-    if settings.start is not None:
+    if isinstance(settings, Settings) and settings.start is not None:
         _check_start(settings, Path(settings.start))
     if int(os.environ.get("RANK", "0")):
         return  # torchrun's first process made the folder, or refuses it

@@ -23,9 +23,10 @@ _HAN = "[\u3400-\u9fff]"
 
 
 @cache
-def prompt_tokenizer() -> Any:
-    """Of English sentences and of the prompts; <image> is its last token."""
-    asked = [spelled_prompt(marked_prompt(code, task)) for code in LANGUAGES
+def prompt_tokenizer(*, bare: bool = False) -> Any:
+    """Of English sentences and of the prompts; <image> is its last token. bare: as `spelled_prompt`
+    has it."""
+    asked = [spelled_prompt(marked_prompt(code, task), bare=bare) for code in LANGUAGES
              for task in ("<CAPTION>", TRANSLATE)]  # fmt: skip
     return _tokenizer(
         PROMPT_SPECIAL, [*asked, *_spoken("en")], extra_special_tokens={"image_token": IMAGE}

@@ -7,13 +7,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer
+
+from fastvlm.florenz.losses import group_sums
 
 # what a batch of fastvlm.packing holds beside the arguments of a model that is not patched
 _OURS = ("groups", "num_groups")
 WARM_UP = 20  # steps in which the learning rate rises, in a stage
+
+
+def common_arguments(
+    *, learning_rate: float, weight_decay: float, seed: int, report_to: str
+) -> dict[str, Any]:
+    """TrainingArguments of every stage: a cosine, gradients clipped at 1, an item is a batch."""
+    gpu = torch.cuda.is_available()
+    return {
+        "per_device_train_batch_size": 1, "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine", "weight_decay": weight_decay, "max_grad_norm": 1.0,
+        "seed": seed, "report_to": report_to, "use_cpu": not gpu,
+        "remove_unused_columns": False, "dataloader_pin_memory": gpu, "save_total_limit": 2,
+        "disable_tqdm": True, "label_names": ["labels"], "ddp_find_unused_parameters": False,
+    }  # fmt: skip
 
 
 class GroupTrainer(Trainer):
@@ -93,14 +107,3 @@ class Lines(PrinterCallback):
         if "tokens_per_second" in logs:
             parts.append(f"{logs['tokens_per_second']:.0f} tokens/s")
         self.say("  ".join(parts))
-
-
-def group_sums(logits: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Summed loss and tokens [num_groups] of logits [S, L, V] over labels [S, L]."""
-    labels, groups, count = inputs["labels"], inputs["groups"], inputs["num_groups"]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
-    ).view(labels.shape)
-    sums = losses.new_zeros(count).index_add_(0, groups, losses.sum(1))
-    tokens = sums.new_zeros(count).index_add_(0, groups, (labels != -100).sum(1).to(sums.dtype))
-    return sums, tokens
