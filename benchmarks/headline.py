@@ -40,9 +40,10 @@ LONG = "a fine-tuning step at 768 px, batch of 4, vision tower frozen"
 SHORT = "the same at 224 px, batch of 8"
 FLORENZ = "a training step of Florenz at 224 px, one target to an image"
 TARGETS = "the same with six targets to an image, by samples a second"
+QUICK = "one caption, `weights` and `compute` int8"
 STEP = "a decoding step of Florence-2-base, 3 beams"
 STORED = {None: STEP, "bf16": 'the same, `weights="bf16"`', "int8": 'the same, `weights="int8"`'}
-ROWS = (WHOLE, BATCH, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS, *STORED.values())
+ROWS = (WHOLE, QUICK, BATCH, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS, *STORED.values())
 _JOBS = {"one photo": WHOLE, "photos": BATCH, "step": LONG, "step, small images": SHORT}
 
 
@@ -68,6 +69,8 @@ def ratios(folder: Path) -> Iterator[Ratio]:
         for case in run["cases"]:
             if (work := _JOBS.get(case["case"])) is not None:
                 yield Ratio(work, case["ratio"]["fastvlm"], run)
+                if work == WHOLE and "fastvlm, int8" in case["ratio"]:
+                    yield Ratio(QUICK, case["ratio"]["fastvlm, int8"], run)
     for run in _runs(folder, "decoding"):
         for case in run["cases"]:
             if "6 languages" in case["case"]:

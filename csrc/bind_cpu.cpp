@@ -91,6 +91,14 @@ Capability capability() {
 
 bool has_bfloat16_products() { return capability() == Capability::kAVX512BF16; }
 
+bool has_int8_quads() {
+#if defined(FASTVLM_X86)
+  return capability() >= Capability::kAVX512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastvlm
 
 STABLE_TORCH_LIBRARY(fastvlm_cpu, m) { m.def("capability() -> str"); }

@@ -177,6 +177,20 @@ def sanitized() -> None:
         assert b"__asan_init" in Path(path).read_bytes(), f"{path} is not instrumented"
 
 
+# folders of tests on tiny models, which gain nothing from threads; threads that spin slow their
+# neighbours down, and children that come about by fork must not find any
+ONE_THREAD = ("captioning", "checking", "decoding", "features", "florenz", "patching")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if request.path.parent.name in ONE_THREAD:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Fresh random inputs for each test, the same again for the same test."""

@@ -31,13 +31,16 @@ EXPECTED_CPU = (
     "linear_cross_entropy",
     "linear_topk",
 )
-# DaViT's: on a GPU its blocks run as transformers wrote them, on the parts that are patched
+# DaViT's, whose blocks run on a GPU as transformers wrote them, on the parts that are patched, and
+# int8 arithmetic
 CPU_ONLY = (
     "residual_linear",
     "residual_gelu_mlp",
     "window_attention",
     "channel_attention",
     "depthwise_conv_norm",
+    "int8_linear",
+    "int8_gelu_mlp",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,6 +71,10 @@ def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
         "residual_gelu_mlp": lambda: ops.residual_gelu_mlp(x, w, None, w, None, x),
         "window_attention": lambda: ops.window_attention(x[None, None, :, :15], 5, 2),
         "channel_attention": lambda: ops.channel_attention(x[None, :, :15], 5),
+        "int8_linear": lambda: ops.int8_linear(x, *ops.quantize_rows(w)),
+        "int8_gelu_mlp": lambda: ops.int8_gelu_mlp(
+            x, *ops.quantize_rows(w), None, *ops.quantize_rows(w), None
+        ),
         "depthwise_conv_norm": lambda: ops.depthwise_conv_norm(
             x[None, None], w[:, :9].reshape(16, 1, 3, 3), None, w[0], w[0]
         ),

@@ -23,7 +23,10 @@ def test_the_small_job(tmp_path: Path) -> None:
     for case in cases.values():
         assert {"sdpa", "fastvlm"} <= set(case["median"])
         assert all(seconds > 0 for side in case["seconds"].values() for seconds in side)
-    assert max(cases["tower"]["off_by"].values()) < 1e-4
+    off_by = cases["tower"]["off_by"]
+    int8 = off_by.pop("fastvlm, int8", None)
+    assert int8 is None or 0 < int8 < 0.1
+    assert max(off_by.values()) < 1e-4
     assert "fastvlm, features kept" in cases["step"]["median"]
     losses = cases["step, small images"]["eval_loss"]
     assert abs(losses["fastvlm"] - losses["sdpa"]) < 1e-4 * abs(losses["sdpa"])

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.job import sides as sides_of
-from benchmarks.job.sides import KEPT, OURS, side_of
+from benchmarks.job.sides import INT8, KEPT, OURS, side_of
 from benchmarks.job.workload import TINY, Sizes, build, captioning, training
 from fastvlm import VisionFeatures, env
+from fastvlm.cpu.int8 import unavailable as int8_unavailable
 from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -70,6 +71,10 @@ class Job:
         self.model = build(tiny)
         self.budget, self.compiles = seconds, compiles
         self.missing: dict[str, str] = {}
+        why_not = int8_unavailable()
+        self.int8 = () if why_not else (INT8,)
+        if why_not:
+            self.missing[INT8] = why_not
 
     def cases(self) -> list[dict[str, Any]]:
         parts: list[tuple[float, Callable[[float], dict[str, Any]]]] = [
@@ -116,7 +121,7 @@ class Job:
 
             return lambda: seconds_of(keep)
 
-        runs = {side: features(side) for side in (BASE, OURS)}
+        runs = {side: features(side) for side in (BASE, OURS, *self.int8)}
         others = {"openvino": sides_of.openvino_tower}
         if self.compiles:
             others["compile"] = sides_of.compiled_tower
@@ -147,12 +152,14 @@ class Job:
             return self.side(side, run)
 
         chosen = (BASE, "eager", OURS) if photos == 1 else (BASE, OURS)
+        chosen = (*chosen, *self.int8)
         if photos == 1:
             for side in chosen:
                 generate(side, 2)()
         runs = {side: generate(side, self.sizes.tokens) for side in chosen}
         seconds = rounds(runs, share, ROUNDS)
-        same = {side: bool(torch.equal(tokens[side], tokens[BASE])) for side in chosen}
+        exact = [side for side in chosen if side != INT8]
+        same = {side: bool(torch.equal(tokens[side], tokens[BASE])) for side in exact}
         facts = {"photos": photos, "beams": 3, "new_tokens": self.sizes.tokens}
         return case_of(name, seconds, **facts, identical_tokens=same)
 

@@ -11,22 +11,34 @@ import torch
 from torch import Tensor, nn
 
 import fastvlm
+from fastvlm.nn.linear import is_approximate
+from fastvlm.nn.low_precision import stored_copy
 
 TRANSFORMERS = ("sdpa", "eager")
 OURS = "fastvlm"
 KEPT = "fastvlm, features kept"
+INT8 = "fastvlm, int8"
 
 
 @contextlib.contextmanager
 def side_of(side: str, model: Any) -> Iterator[None]:
     """The model as a side runs it: the same weights at the same addresses for all of them."""
-    if side in (OURS, KEPT):
+    if side in (OURS, KEPT, INT8):
         model.set_attn_implementation("sdpa")
-        with fastvlm.patched(model):
+        bits = "int8" if side == INT8 else None
+        with fastvlm.patched(model, weights=bits, compute=bits):
+            _copied(model)
             yield
         return
     model.set_attn_implementation(side)
     yield
+
+
+def _copied(model: Any) -> None:
+    """The copies of weights in fewer bits are there, as after a first call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_approximate(module):
+            stored_copy(module, "int8")
 
 
 class _Tower(nn.Module):

@@ -42,6 +42,9 @@ int64_t workers();
 // Whether the CPU multiplies bfloat16 pairs, and the AVX512 copy may use that.
 bool has_bfloat16_products();
 
+// Whether the CPU multiplies int8 four by four (AVX-512 VNNI), and the AVX512 copy may use that.
+bool has_int8_quads();
+
 // Aligned to a cache line; throws std::bad_alloc.
 void* allocate(int64_t bytes);
 void release(void* memory);

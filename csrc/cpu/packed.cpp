@@ -6,19 +6,15 @@
 // and so does the second product of an MLP: what lies between the two is never in memory.
 #include "packed.h"
 
+#include "blocks.h"
 #include "panel.h"
 
 namespace fastvlm {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int kPanelVecs = kRegisters == 32 ? 4 : 2;
-constexpr int64_t kPanel = kPanelVecs * kLanes;
-constexpr int64_t kRows = 192;   // of a task: a multiple of the tile's six
-constexpr int64_t kCols = 128;   // of a block of sums, which stays in the second-level cache
 constexpr int64_t kDepth = 256;  // of a panel that stays in the first-level cache
 constexpr int64_t kLine = 64;    // bytes
-constexpr int64_t kEach = 2;     // tasks for each thread, at least, where there is work for them
 
 // Rows of contiguous float32 elements.
 struct Rows {
@@ -67,22 +63,6 @@ class PackedWeight {
   Scratch<float> data_;
 };
 
-class FloatBias {
- public:
-  explicit FloatBias(const Matrix& from)
-      : data_(from.data == nullptr ? 0 : from.cols), absent_(from.data == nullptr) {
-    if (absent_) return;
-    with_type(from.dtype, [&](auto type) {
-      to_float(static_cast<const decltype(type)*>(from.data), from.cols, data_.data());
-    });
-  }
-  Vec at(int64_t i, int64_t n) const { return absent_ ? Vec{} : load_some(data_.data() + i, n); }
-
- private:
-  Scratch<float> data_;
-  bool absent_;
-};
-
 // Rows first, first + 1, ... of x as float32.
 Rows float_rows(const Matrix& x, int64_t first, int64_t count, float* scratch) {
   const int64_t stride = row_stride(x.cols);
@@ -129,50 +109,6 @@ void multiply(Rows x, int64_t rows, const PackedWeight& w, int64_t begin, int64_
     for (int64_t r = 0; r < rows; ++r) finish(r, n, cols, sums + r * kCols);
   }
 }
-
-template <class T>
-void write(const Tail& tail, const FloatBias& bias, int64_t row, int64_t cols, int64_t first,
-           int64_t count, const float* sums) {
-  const float factor = tail.factors == nullptr ? 1.0f : tail.factors[row / tail.rows_per_factor];
-  T* out = static_cast<T*>(tail.out) + row * cols + first;
-  if (tail.residual.data == nullptr) {
-    return map_to(out, count, [&](int64_t i, int64_t n) {
-      return (load_some(sums + i, n) + bias.at(first + i, n)) * broadcast(factor);
-    });
-  }
-  with_type(tail.residual.dtype, [&](auto type) {
-    const auto* residual =
-        static_cast<const decltype(type)*>(tail.residual.data) + row * tail.residual.stride + first;
-    map_to(out, count, [&](int64_t i, int64_t n) {
-      const Vec branch = load_some(sums + i, n) + bias.at(first + i, n);
-      return load_some(residual + i, n) + branch * broadcast(factor);
-    });
-  });
-}
-
-// Rows in blocks of the same size, and the columns of a block in shares for several tasks where
-// blocks are too few for the threads.
-struct Cut {
-  Cut(int64_t rows, int64_t cols) : rows(rows), cols(cols) {
-    blocks = divide_up(rows, kRows);
-    size = round_up(divide_up(rows, larger(1, blocks)), 6);
-    const int64_t wanted = divide_up(kEach * workers(), larger(1, blocks));
-    shares = larger(1, smaller(wanted, divide_up(cols, kCols)));
-  }
-  template <class Body>
-  void run(int64_t work, Body body) const {
-    auto task = [&](int64_t index, int64_t worker) {
-      const int64_t first = index / shares * size, share = index % shares;
-      const int64_t chunks = divide_up(cols, kCols);
-      const int64_t begin = chunks * share / shares * kCols;
-      const int64_t end = smaller(cols, chunks * (share + 1) / shares * kCols);
-      body(first, smaller(size, rows - first), begin, end, worker);
-    };
-    for_each_task(divide_up(rows, larger(1, size)) * shares, work, task);
-  }
-
-  int64_t rows, cols, blocks, size, shares;
-};
 
 void linear_of(const Matrix& x, const PackedWeight& w, const Tail& tail) {
   const Cut cut(x.rows, w.rows);

@@ -24,6 +24,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     _output(parser)
 
 
+def precision(args: argparse.Namespace) -> str | None:
+    """weights and compute of `fastvlm.patch`, as --int8 has it. UsageError: on a GPU."""
+    if args.int8 and args.device != "cpu":
+        raise UsageError("--int8", "left out on a GPU", "set")
+    return "int8" if args.int8 else None
+
+
 def features(args: argparse.Namespace, loaded: Loaded) -> VisionFeatures | None:
     """--features. UsageError: a folder of something else."""
     if args.features is None:
@@ -107,6 +114,12 @@ def _model(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the weights and the arithmetic; default float32",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="multiply in int8 where it is faster, and read the weights of decoding as int8 "
+        "(on a CPU): sooner, with now and then another word",
     )
     parser.add_argument(
         "--features",

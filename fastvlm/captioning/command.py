@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """With parsed arguments (`fastvlm.captioning.arguments`); returns the exit code."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device", "a device that is there", "cuda (PyTorch sees no GPU)")
+    arguments.precision(args)
     if args.small and args.model is not None:
         raise UsageError("--small", "no --model beside it", args.model)
     for name in ("tokenizer", "processor"):
@@ -105,7 +106,8 @@ def _job(args: argparse.Namespace) -> int:
     retry, resume = args.retry, args.resume or args.retry
     output = Output(Path(args.out), loaded.id, loaded.revision, resume, retry)
     output.check()
-    fastvlm.patch(loaded.model)
+    bits = arguments.precision(args)
+    fastvlm.patch(loaded.model, weights=bits, compute=bits)
     told = processes.rank == 0 and not args.quiet
     beside: list[Beside] = []
     if args.txt:

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace, languages: list[str], load: Callable[[], Loade
     prompt = prompt_of(args)
     photos, names = zip(*(load_photo(path) for path in args.image or [None]))
     told = load()
-    fastvlm.patch(told.model)
+    bits = arguments.precision(args)
+    fastvlm.patch(told.model, weights=bits, compute=bits)
     captions = fastvlm.caption(
         told.model,
         told.processor,

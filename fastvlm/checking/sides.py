@@ -15,7 +15,7 @@ from fastvlm.checking.keeping import configs_of
 from fastvlm.compat import hf
 from fastvlm.patching.classes import is_patched, unpatched_class
 from fastvlm.patching.patch import PatchError, patch
-from fastvlm.patching.weights import is_low_precision
+from fastvlm.patching.weights import is_approximate
 
 SIDES = ("transformers", "fastvlm")
 
@@ -37,11 +37,11 @@ class Sides:
                     f"fastvlm.check: {name} was wrapped after patching by {type(module).__name__}; "
                     "undo that first"
                 )
-        if any(is_low_precision(module) for module in model.modules()):
+        if any(is_approximate(module) for module in model.modules()):
             raise ValueError(
-                "fastvlm.check: model must be patched without weights=, which change its outputs "
-                "on purpose (fastvlm.log_prob_change says by how much); fastvlm.patch(model) takes "
-                "them back"
+                "fastvlm.check: model must be patched without weights= and compute=, which "
+                "change its outputs on purpose (fastvlm.log_prob_change says by how much); "
+                "fastvlm.patch(model) takes them back"
             )
         self.was_patched = any(is_patched(module) for module in model.modules())
         self.report = "" if self.was_patched else str(patch(model))

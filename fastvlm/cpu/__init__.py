@@ -1,6 +1,6 @@
 """The CPU backend: which calls the C++ extension serves, and how they reach it."""
 
-from fastvlm.cpu import attention, loss, mlp, norm, residual, rope, vision
+from fastvlm.cpu import attention, int8, loss, mlp, norm, residual, rope, vision
 from fastvlm.ops.dispatch import register
 
 KERNELS = {
@@ -11,6 +11,7 @@ KERNELS = {
     **loss.KERNELS,
     **residual.KERNELS,
     **vision.KERNELS,
+    **int8.KERNELS,
 }
 
 for _name, _kernel in KERNELS.items():

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
 PARTS = {"tower": (TOWER,), "projector": (TOWER, PROJECTOR)}
 _ATTRIBUTE = "_fastvlm_features"
+# arguments of towers that ask for something else than their last hidden state as it is kept, and
+# the values with which they do not
+_CHANGE_THE_OUTPUT = {
+    "output_hidden_states": (None, False),
+    "output_attentions": (None, False),
+    "interpolate_pos_encoding": (None, False),
+    "return_dict": (None, True),
+}
 
 
 def owner_of(model: nn.Module) -> Any:
@@ -46,7 +54,10 @@ class TakesFeatures(Mixin):
         given = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(given, Mapping):
             return super().forward(*args, **kwargs)
-        return self._kept(given, {**kwargs})
+        if len(args) > 1:
+            wanted = "given by name beside kept features"
+            raise fail(OP, "what follows pixel_values", wanted, f"{len(args) - 1} by position")
+        return self._kept(given, kwargs)
 
     @torch.compiler.disable
     def _kept(self, given: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
@@ -54,9 +65,9 @@ class TakesFeatures(Mixin):
 
         if getattr(self, "_is_replica", False):
             raise fail(OP, "model", "no nn.DataParallel (DDP: torchrun)", type(self).__name__)
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise fail(OP, name, "left out: only the tower's output is kept", True)
+        for name, unchanged in _CHANGE_THE_OUTPUT.items():
+            if name in kwargs and kwargs[name] not in unchanged:
+                raise fail(OP, name, "left out: only the tower's output is kept", kwargs[name])
         features, projected = vars(self)[_ATTRIBUTE].of_batch(given)
         if projected:
             features._fastvlm_projected = True

@@ -21,6 +21,9 @@ class Linear(nn.Linear):
     """
 
     storage: str | None = None  # what a subclass keeps its weight in, where not as it is
+    compute: str | None = (
+        None  # in what arithmetic a subclass computes many rows, where not its own
+    )
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) not in DENSE or type(self.weight) not in DENSE:
@@ -80,3 +83,8 @@ def is_bare(module: object) -> bool:
 def is_low_precision(module: nn.Module) -> bool:
     """Whether a linear layer computes with a copy of its weight in fewer bits."""
     return isinstance(module, Linear) and module.storage is not None
+
+
+def is_approximate(module: nn.Module) -> bool:
+    """The same, or with its own weight in arithmetic of fewer bits."""
+    return is_low_precision(module) or (isinstance(module, Linear) and module.compute is not None)

@@ -44,7 +44,7 @@ class _Copy:
 
 
 _Key = tuple[object, ...]
-_copies: WeakKeyDictionary[nn.Module, tuple[_Key, _Copy]] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[nn.Module, dict[str, tuple[_Key, _Copy]]] = WeakKeyDictionary()
 # modules whose weights are tied share one copy
 _shared: WeakValueDictionary[_Key, _Copy] = WeakValueDictionary()
 
@@ -58,18 +58,19 @@ def stored_copy(module: nn.Module, storage: str) -> tuple[Tensor, Tensor | None]
     weight = cast(Tensor, module.weight)
     place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
     key = storage, pytorch.version_of(weight), *place
-    known, copy = _copies.get(module, (None, None))
+    of_module = _copies.setdefault(module, {})
+    known, copy = of_module.get(storage, (None, None))
     if copy is None or known != key or not copy.is_fresh(weight):
         copy = _shared.get(key)
         if copy is None or not copy.is_fresh(weight):
-            forget(module)  # before the new one takes its memory
+            of_module.pop(storage, None)  # before the new one takes its memory
             copy = _shared[key] = _Copy(weight, storage)
-        _copies[module] = key, copy
+        of_module[storage] = key, copy
     return copy.weight, copy.scale
 
 
 def forget(module: nn.Module) -> None:
-    """Let go of a module's copy."""
+    """Let go of a module's copies."""
     _copies.pop(module, None)
 
 

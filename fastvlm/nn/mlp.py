@@ -87,6 +87,12 @@ def gelu_mlp(
     act: what to call in place of the GELU, for one that is not what it was, or that has a hook.
     """
     if act is None and is_plain(fc1) and is_plain(fc2):
+        copies = _int8_copies(fc1, fc2, x) if dropout_p == 0 else None
+        if copies is not None:
+            w1, scale1, w2, scale2 = copies
+            return ops.int8_gelu_mlp(
+                *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias), approximate=approximate
+            )
         return ops.gelu_mlp(
             x,
             fc1.weight,
@@ -99,6 +105,14 @@ def gelu_mlp(
     hidden = fc1(x)
     hidden = F.gelu(hidden, approximate=approximate) if act is None else act(hidden)
     return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
+
+
+def _int8_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+    if getattr(fc1, "compute", None) is None:
+        return None
+    from fastvlm.nn.int8 import int8_mlp_copies  # loads torch.compile: a second
+
+    return int8_mlp_copies(fc1, fc2, x)
 
 
 class GeluMLP(nn.Module):

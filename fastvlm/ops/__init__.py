@@ -5,6 +5,7 @@ import fastvlm.cuda
 import fastvlm.flash
 import fastvlm.triton  # noqa: F401 - each backend registers its kernels
 from fastvlm.ops.attention import cached_attention, cross_attention, self_attention
+from fastvlm.ops.int8 import int8_gelu_mlp, int8_linear
 from fastvlm.ops.loss import linear_cross_entropy, linear_topk
 from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear, low_precision_linear, quantize_rows
 from fastvlm.ops.norm import residual_layer_norm, residual_rms_norm, rms_norm
@@ -19,6 +20,8 @@ __all__ = [
     "depthwise_conv_norm",
     "geglu_mlp",
     "gelu_mlp",
+    "int8_gelu_mlp",
+    "int8_linear",
     "linear",
     "linear_cross_entropy",
     "linear_topk",

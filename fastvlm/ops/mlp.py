@@ -161,7 +161,7 @@ def _check_weights(op: str, **weights: tuple[Tensor | None, list[int | None]]) -
         checks.has_shape(op, name, weight, shape)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
@@ -183,7 +183,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _transformed():
         return F.linear(x, weight, bias)
     if _plain_linear(x, weight, bias):
-        return _as(x, _linear(_rows(x), weight, bias))
+        return _as(x, _linear(rows_of(x), weight, bias))
     features = _features(op, x)
     _check_weights(op, weight=(weight, [None, features]), bias=(bias, [_width(weight, 0)]))
     if x.device.type != "cpu" and needs_grad(x, weight, bias):
@@ -192,7 +192,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     checks.same_kind(op, "x", x, weight=weight, bias=bias)
-    return _as(x, _linear(_rows(x), weight, bias))
+    return _as(x, _linear(rows_of(x), weight, bias))
 
 
 def _transformed() -> bool:
@@ -260,7 +260,7 @@ def low_precision_linear(
     x, bias = autocast(x, bias)
     checks.same_kind(op, "x", x, bias=bias)
     checks.same_device(op, "x", x, weight=weight, scale=scale)
-    out: Tensor = _LOW_PRECISION_LINEAR(_rows(x), weight, scale, bias)
+    out: Tensor = _LOW_PRECISION_LINEAR(rows_of(x), weight, scale, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -326,7 +326,7 @@ def gelu_mlp(
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     checks.same_kind(op, "x", x, w1=w1, b1=b1, w2=w2, b2=b2)
     arguments = (
-        _rows(x), w1, b1, w2, b2, seed_for(x, dropout_p), approximate == "tanh", dropout_p
+        rows_of(x), w1, b1, w2, b2, seed_for(x, dropout_p), approximate == "tanh", dropout_p
     )  # fmt: skip
     if needs_grad(x, w1, b1, w2, b2):
         out: Tensor = _GeluMlp.apply(*arguments)
@@ -367,7 +367,7 @@ def geglu_mlp(
     checks.same_kind(op, "x", x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     tanh = approximate == "tanh"
     if needs_grad(x, w_gate, w_up, w_down):
-        out: Tensor = _GegluMlp.apply(_rows(x), w_gate, w_up, w_down, tanh)
+        out: Tensor = _GegluMlp.apply(rows_of(x), w_gate, w_up, w_down, tanh)
     else:
-        out, _, _ = _GEGLU_MLP(_rows(x), w_gate, w_up, w_down, tanh, False)
+        out, _, _ = _GEGLU_MLP(rows_of(x), w_gate, w_up, w_down, tanh, False)
     return out.view(*x.shape[:-1], w_down.shape[0])

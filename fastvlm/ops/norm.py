@@ -183,7 +183,7 @@ def _explain(op: str, x: Tensor, residual: Tensor | None, **weights: Tensor | No
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 

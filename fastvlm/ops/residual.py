@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvlm import checks
 from fastvlm.ops._autograd import autocast, autocasts, needs_grad
 from fastvlm.ops.dispatch import define
+from fastvlm.ops.mlp import rows_of
 from fastvlm.reference import residual as reference
 
 _RESIDUAL_LINEAR = define(
@@ -47,7 +48,7 @@ def _rows(
         if factors.shape[0] == 0 or rows % factors.shape[0]:
             raise checks.fail(op, "factors", f"of a number that divides the {rows} rows", factors)
         checks.same_device(op, "x", x, factors=factors)
-    return x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
+    return rows_of(x), rows_of(residual)
 
 
 def _weights(op: str, x: Tensor, **weights: tuple[Tensor | None, list[int | None]]) -> None:

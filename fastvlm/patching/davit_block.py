@@ -42,17 +42,12 @@ class _Half(Mixin):
         x = hidden_states.permute(0, 2, 3, 1).contiguous()
         h, y = _conv_norm(x, self.conv1, self.norm1)
         attention = getattr(self, self.attention)
-        qkv = ops.linear(y, attention.qkv.weight, attention.qkv.bias)
+        qkv = _linear(y, attention.qkv)
         y = self._attend(attention, qkv)
-        proj = attention.proj
-        h = ops.residual_linear(y, proj.weight, proj.bias, h, factors=_factors(self.drop_path1, y))
+        h = _residual_linear(y, attention.proj, h, _factors(self.drop_path1, y))
         h, y = _conv_norm(h, self.conv2, self.norm2)
-        fc1, fc2 = self.ffn.fc1, self.ffn.fc2
-        h = ops.residual_gelu_mlp(
-            *(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, h),
-            approximate=self.approximate,
-            factors=_factors(self.drop_path2, y),
-        )
+        factors = _factors(self.drop_path2, y)
+        h = _residual_mlp(y, self.ffn.fc1, self.ffn.fc2, h, self.approximate, factors)
         return h.permute(0, 3, 1, 2)
 
     def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
@@ -109,6 +104,43 @@ def _has_kernels() -> bool:
 
 def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return ops.depthwise_conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _int8_copy(module: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    if getattr(module, "compute", None) is None:
+        return None
+    from fastvlm.nn.int8 import int8_copy  # loads torch.compile: a second
+
+    return int8_copy(module, x)
+
+
+def _linear(x: Tensor, layer: Any) -> Tensor:
+    copy = _int8_copy(layer, x)
+    if copy is not None:
+        return ops.int8_linear(x, *copy, layer.bias)
+    return ops.linear(x, layer.weight, layer.bias)
+
+
+def _residual_linear(x: Tensor, layer: Any, to: Tensor, factors: Tensor | None) -> Tensor:
+    copy = _int8_copy(layer, x)
+    if copy is not None:
+        return ops.int8_linear(x, *copy, layer.bias, to, factors=factors)
+    return ops.residual_linear(x, layer.weight, layer.bias, to, factors=factors)
+
+
+def _residual_mlp(
+    x: Tensor, fc1: Any, fc2: Any, to: Tensor, approximate: str, factors: Tensor | None
+) -> Tensor:
+    first, second = _int8_copy(fc1, x), _int8_copy(fc2, x)
+    if first is not None and second is not None:
+        return ops.int8_gelu_mlp(
+            *(x, *first, fc1.bias, *second, fc2.bias, to), approximate=approximate, factors=factors
+        )
+    return ops.residual_gelu_mlp(
+        *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, to),
+        approximate=approximate,
+        factors=factors,
+    )
 
 
 def _factors(drop: Any, branch: Tensor) -> Tensor | None:

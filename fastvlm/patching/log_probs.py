@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat import hf
 from fastvlm.patching.classes import is_patched, swapped, unpatched_class
-from fastvlm.patching.weights import LINEAR, is_low_precision
+from fastvlm.patching.weights import LINEAR, is_approximate
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class LogProbChange:
 
 
 def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChange:
-    """Compare a model that is patched with weights to itself with its own weights.
+    """Compare a model that is patched with weights or compute to itself without them.
 
-    model: patched with ``weights="bf16"`` or ``"int8"``. inputs: keyword arguments of one call of
-    it, for an encoder-decoder with labels or decoder_input_ids. Runs the model twice, in eval mode
-    and without gradients; padding (labels of -100, zeros of the mask) does not count.
+    model: patched with ``weights="bf16"`` or ``"int8"``, or ``compute="int8"``. inputs: keyword
+    arguments of one call of it, for an encoder-decoder with labels or decoder_input_ids. Runs the
+    model twice, in eval mode and without gradients; padding (labels of -100, zeros of the mask)
+    does not count.
 
     Raises TypeError for what is no nn.Module, ValueError for a model without such weights, or for
     inputs with a cache (a call would change it) or nothing but padding.
@@ -50,7 +51,7 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
         raise TypeError(f"fastvlm.log_prob_change: model must be a torch.nn.Module; got {model!r}")
     if not any(_reads_a_copy(module) for module in model.modules()):
         raise ValueError(
-            "fastvlm.log_prob_change: model must be patched with weights; got "
+            "fastvlm.log_prob_change: model must be patched with weights or compute; got "
             f'{type(model).__name__} with its own: fastvlm.patch(model, weights="int8")'
         )
     if hf.cache_in(inputs) is not None:
@@ -77,7 +78,7 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
 
 
 def _reads_a_copy(module: nn.Module) -> bool:
-    return is_patched(module) and is_low_precision(module)
+    return is_patched(module) and is_approximate(module)
 
 
 @contextlib.contextmanager

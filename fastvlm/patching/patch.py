@@ -29,7 +29,7 @@ from fastvlm.patching.foreign import own_forward
 from fastvlm.patching.plan import entries_of, notes_of, plan, streamed
 from fastvlm.patching.report import Report
 from fastvlm.patching.rules import FLOORS
-from fastvlm.patching.weights import check_weights
+from fastvlm.patching.weights import check_compute, check_weights
 
 
 def patch(
@@ -37,6 +37,7 @@ def patch(
     *,
     only: Collection[str] | str | None = None,
     weights: str | None = None,
+    compute: str | None = None,
     strict: bool = False,
 ) -> Report:
     """Make a model train and decode on fastvlm's ops, in place; outputs stay the same.
@@ -57,6 +58,11 @@ def patch(
     (`log_prob_change`). Parameters and state_dict stay. A call that wants gradients raises
     RuntimeError. Patching again with other weights, or None, changes over to those; with the same,
     drops the copies.
+    compute: for inference on a CPU only. "int8": where gradients are off, linear layers multiply 65
+    rows and more in int8 (`fastvlm.ops.int8_linear`: weights with one factor for each output row,
+    activations quantized as they come, in groups of 64 neighbours): vision tower, encoder, prefill.
+    The head keeps its own arithmetic. Outputs change a little (`log_prob_change`). Parameters and
+    state_dict stay. Layers that cannot are left as they are, with the reason in the report.
     strict: make any skipped module an error.
 
     On Linux the weights on the CPU that a decoding step reads move to huge pages, in place, where
@@ -64,17 +70,20 @@ def patch(
 
     Returns the Report of what was patched with which op, and what was skipped and why.
 
-    Raises TypeError for what is no nn.Module, ValueError for an unknown name in only or weights,
-    PatchError (a ValueError) where nothing matches, or something was skipped and strict is set.
-    After an error the model is exactly as it was.
+    Raises TypeError for what is no nn.Module, ValueError for an unknown name in only, weights or
+    compute, PatchError (a ValueError) where nothing matches, or something was skipped and strict is
+    set. After an error the model is exactly as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastvlm.patch: model must be a torch.nn.Module; got {type(model)!r}")
     wanted = _wanted(only)
     check_weights("patch", weights, wanted)
-    changes = plan(model, wanted, weights)
+    check_compute("patch", compute, wanted)
+    changes = plan(model, wanted, weights, compute)
     report = Report(
-        type(model).__name__, entries_of(changes, weights), notes=[*outside(), *notes_of(model)]
+        type(model).__name__,
+        entries_of(changes, weights),
+        notes=[*outside(), *notes_of(model, changes, compute)],
     )
     if not report.patched:
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
@@ -154,6 +163,7 @@ def patched(
     *,
     only: Collection[str] | str | None = None,
     weights: str | None = None,
+    compute: str | None = None,
     strict: bool = False,
 ) -> Iterator[Report]:
     """``with fastvlm.patched(model):`` patch inside the block only; yields the Report.
@@ -161,7 +171,7 @@ def patched(
     Arguments and errors: as `patch`. A model that was patched before the block stays so after it.
     """
     before = {module: type(module) for module in model.modules() if is_patched(module)}
-    report = patch(model, only=only, weights=weights, strict=strict)
+    report = patch(model, only=only, weights=weights, compute=compute, strict=strict)
     try:
         yield report
     finally:

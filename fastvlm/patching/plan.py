@@ -16,7 +16,15 @@ from fastvlm.patching import foreign, interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
 from fastvlm.patching.rules import Rule, StackRule, Swap, spec_of
-from fastvlm.patching.weights import LINEAR, adapters_of, choose_linear, read_at_a_step, storage_of
+from fastvlm.patching.weights import (
+    LINEAR,
+    adapters_of,
+    choose_linear,
+    computes_int8,
+    read_at_a_step,
+    storage_of,
+    why_no_int8,
+)
 
 
 @dataclass
@@ -29,7 +37,9 @@ class Change:
     at_each_step: bool = False  # a linear layer whose weight every decoding step reads
 
 
-def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[Change]:
+def plan(
+    model: nn.Module, wanted: frozenset[str], weights: str | None, compute: str | None = None
+) -> list[Change]:
     # imported here: fastvlm's ops stand without transformers
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
@@ -56,7 +66,8 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
         if stack is not None:
             refused = attention_refused() or (PREFIX_MASK if module in prefixed else None)
             storage = weights if stack.decodes else None
-            shares |= _plan_stack(name, module, stack, wanted, storage, refused, add)
+            numbers = storage, compute
+            shares |= _plan_stack(name, module, stack, wanted, numbers, refused, add)
     parts = probe.PartTrials()
     for name, module, rule in davit.tower_modules(model):
         choice = parts.choice(module, _choose(module, rule, wanted), davit.KNOWN)
@@ -66,7 +77,11 @@ def plan(model: nn.Module, wanted: frozenset[str], weights: str | None) -> list[
             _plan_outside(name, module, wanted, weights, shares, add)
         for name, linear in tower_linears(model):
             if _is_linear(linear):
-                add(_change(name, linear, ("linear",), _choose(linear, _LINEAR, wanted)))
+                add(
+                    _change(
+                        name, linear, ("linear",), _choose_linear(linear, wanted, None, compute)
+                    )
+                )
         for name, module, reason in left_alone(model):
             add(Change(name, module, (), None, reason))
     return changes
@@ -77,15 +92,17 @@ def _plan_stack(
     stack: nn.Module,
     rule: StackRule,
     wanted: frozenset[str],
-    weights: str | None,
+    numbers: tuple[str | None, str | None],
     refused: str | None,
     add: Any,
 ) -> bool:
     """The changes in one stack; True if it is patched and shares encoder states among readers.
 
+    numbers: in what its linear layers keep their weights, and compute many rows.
     refused: a reason why its attention stays with transformers, whatever the rules say.
     """
     found = []
+    weights, compute = numbers
     kept: set[nn.Module] = set()  # linear layers whose weight is read as it is
     per_image: set[nn.Module] = set()
     for name, module in stack.named_modules(prefix=prefix):
@@ -94,9 +111,10 @@ def _plan_stack(
         if inner is not None:
             found.append((name, module, inner, _choose(module, inner, wanted)))
             per_image.update(_projections_of_images(module, inner))
-        elif _is_linear(module) or (weights is not None and isinstance(module, nn.Linear)):
+        elif _is_linear(module) or (numbers != (None, None) and isinstance(module, nn.Linear)):
             storage = None if module in kept | per_image else weights
-            choice = _choose_linear(module, wanted, storage)
+            arithmetic = None if module in kept else compute
+            choice = _choose_linear(module, wanted, storage, arithmetic)
             found.append((name, module, _LINEAR, choice))
     attention = [(n, c) for n, _, r, c in found if r.floors == ("attention",)]
     chosen = refused or _choose(stack, Rule(("attention",), rule.matches, rule.choose), wanted)
@@ -187,11 +205,13 @@ def _is_linear(module: nn.Module) -> bool:
 _LINEAR = Rule(("linear",), _is_linear, lambda m: LINEAR)
 
 
-def _choose_linear(module: nn.Module, wanted: frozenset[str], storage: str | None) -> Swap | str:
+def _choose_linear(
+    module: nn.Module, wanted: frozenset[str], storage: str | None, compute: str | None = None
+) -> Swap | str:
     missing = _missing(_LINEAR, wanted) or foreign.other_forward(module)
     if missing is None and not _is_linear(module):
         return f"{type(module).__name__} is called as it is: it does more than nn.Linear"
-    return missing or choose_linear(module, storage)
+    return missing or choose_linear(module, storage, compute)
 
 
 def _projections_of_images(attention: Any, rule: Rule) -> list[nn.Module]:
@@ -236,24 +256,39 @@ def streamed(changes: list[Change]) -> list[Tensor]:
     return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
-def notes_of(model: nn.Module) -> list[str]:
+def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> list[str]:
     """What a reader of the report should know of the model as a whole."""
     from fastvlm.run.attention import left_out_softcaps
 
-    return left_out_softcaps(model)
+    notes = left_out_softcaps(model)
+    if compute is None:
+        return notes
+    linears = [c for c in changes if c.swap is not None and "linear" in c.swap.runs_on]
+    reasons = {c.name: why_no_int8(c.module) for c in linears if not computes_int8(c.swap)}
+    return notes + [f"{name}: {why}" for name, why in reasons.items() if why is not None]
 
 
 _MLPS = ("gelu_mlp", "geglu_mlp")
+# what runs instead of an op where the layers it is made of compute many rows in int8
+_IN_INT8 = {
+    "gelu_mlp": "int8_gelu_mlp",
+    "residual_gelu_mlp": "int8_gelu_mlp",
+    "residual_linear": "int8_linear",
+}
 
 
 def entries_of(changes: list[Change], weights: str | None) -> list[Entry]:
     low = {id(change.module) for change in changes if storage_of(change.swap) is not None}
+    int8 = {id(change.module) for change in changes if computes_int8(change.swap)}
     entries = []
     for change in changes:
         runs_on = () if change.swap is None else change.swap.runs_on
         if any(id(part) in low for part in change.module.children()):
             # an MLP of such layers calls them one by one
             runs_on = tuple("low_precision_linear" if op in _MLPS else op for op in runs_on)
+        elif any(id(part) in int8 for part in change.module.modules()):
+            more = dict.fromkeys(_IN_INT8[op] for op in runs_on if op in _IN_INT8)
+            runs_on = (*runs_on, *more)
         entry = Entry(change.name, type(change.module).__name__, runs_on, change.reason)
         if weights is not None and change.at_each_step:
             entry = replace(entry, reads=read_at_a_step(change.module, storage_of(change.swap)))

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import Linear, is_low_precision
+from fastvlm.nn.linear import Linear, is_approximate
 from fastvlm.patching.rules import Swap
 
 STORAGES = ("bf16", "int8")
+ARITHMETICS = ("int8",)
 LINEAR = Swap(Linear, ("linear",))
 
 
@@ -24,26 +25,67 @@ def check_weights(op: str, weights: str | None, floors: frozenset[str]) -> None:
         )
 
 
-def choose_linear(module: Any, storage: str | None) -> Swap | str:
-    """The swap of a linear layer whose weight is to be kept in storage, or the reason against."""
+def check_compute(op: str, compute: str | None, floors: frozenset[str]) -> None:
+    if compute is not None and compute not in ARITHMETICS:
+        allowed = ", ".join(map(repr, ARITHMETICS))
+        wanted = f"compute must be None or {allowed}"
+        raise ValueError(f"fastvlm.{op}: {wanted}; got {compute!r}")
+    if compute is not None and "linear" not in floors:
+        raise ValueError(
+            f"fastvlm.{op}: compute={compute!r} changes linear layers, and only leaves them out"
+        )
+
+
+def choose_linear(module: Any, storage: str | None, compute: str | None = None) -> Swap | str:
+    """The swap of a linear layer whose weight is to be kept in storage, and whose products of many
+    rows are to be computed in some arithmetic, or the reason against."""
     dtype = module.weight.dtype
     narrow = storage == "bf16" and dtype.itemsize <= 2
-    if storage is None or narrow or dtype == torch.float64:
+    if narrow or dtype == torch.float64:
+        storage = None
+    if dtype == torch.float64 or (compute is not None and why_no_int8(module)):
+        compute = None
+    if storage is None and compute is None:
         return LINEAR
     if module.weight.is_inference():
         return "its weight was made under inference_mode, where no change of it can be noticed"
+    from fastvlm.nn.int8 import Int8Linear, Int8LowPrecisionLinear
     from fastvlm.nn.low_precision import LowPrecisionLinear  # loads torch.compile: a second
 
-    return Swap(LowPrecisionLinear, ("low_precision_linear",), (("storage", storage),))
+    if storage is None:
+        return Swap(Int8Linear, ("linear", "int8_linear"), (("compute", compute),))
+    attributes = (("storage", storage),)
+    if compute is None:
+        return Swap(LowPrecisionLinear, ("low_precision_linear",), attributes)
+    runs_on = ("low_precision_linear", "int8_linear")
+    return Swap(Int8LowPrecisionLinear, runs_on, (*attributes, ("compute", compute)))
+
+
+def why_no_int8(module: Any) -> str | None:
+    """Why a linear layer keeps its own arithmetic though int8 was asked for."""
+    from fastvlm.cpu.int8 import unavailable
+
+    weight = module.weight
+    if weight.device.type != "cpu":
+        return f"int8 arithmetic is for the CPU; its weight is on {weight.device}"
+    if reason := unavailable():
+        return f"no int8 arithmetic here: {reason}"
+    if not bool(torch.isfinite(weight).all()):
+        return "its weight holds a NaN or an infinity, which int8 cannot"
+    return None
 
 
 def storage_of(swap: Swap | None) -> str | None:
     return None if swap is None else dict(swap.attributes).get("storage")
 
 
+def computes_int8(swap: Swap | None) -> bool:
+    return swap is not None and dict(swap.attributes).get("compute") == "int8"
+
+
 def forget_copy(module: nn.Module) -> None:
     """Let go of a linear layer's copy in fewer bits, if it can have one."""
-    if is_low_precision(module):
+    if is_approximate(module):
         from fastvlm.nn.low_precision import forget
 
         forget(module)

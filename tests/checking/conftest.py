@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from models import FAMILIES, Family
 
 from fastvlm.checking import check as checking
@@ -16,10 +13,6 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One timed round, and one thread: what takes how long says nothing here."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One timed round: what takes how long says nothing here."""
     monkeypatch.setattr(checking, "ROUNDS", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from speakers import Speaker, speaker
 
 import fastvlm
@@ -26,12 +23,3 @@ def told(request: pytest.FixtureRequest, plain: Speaker) -> Speaker:
     patched = speaker(request.node.callspec.params["plain"])
     fastvlm.patch(patched.model)
     return patched
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and threads that spin slow their neighbours down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -342,7 +342,15 @@ def test_bad_arguments(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=f"^fastvlm.*{name} must be"):
             call()
-    with pytest.raises(ValueError, match="output_hidden_states must be left out"):
-        model.model.vision_tower(
-            features.pixel_values(torch.ones(1, 3, 64, 64)), output_hidden_states=True
-        )
+    kept, tower = features.pixel_values(torch.ones(1, 3, 64, 64)), model.model.vision_tower
+    for name, value in {
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "interpolate_pos_encoding": True,
+        "return_dict": False,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be left out"):
+            tower(kept, **{name: value})
+    with pytest.raises(ValueError, match="must be given by name beside kept features"):
+        tower(kept, True)
+    tower(kept, return_dict=True, output_attentions=None)

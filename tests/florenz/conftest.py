@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from small import Batch, batch, build
 
 from fastvlm.florenz import FlorenzForConditionalGeneration
@@ -18,12 +15,3 @@ def model(request: pytest.FixtureRequest) -> FlorenzForConditionalGeneration:
 @pytest.fixture
 def inputs(model: FlorenzForConditionalGeneration) -> Batch:
     return batch(model)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and threads that spin slow their neighbours down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

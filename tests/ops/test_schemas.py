@@ -57,6 +57,11 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
         "low_precision_hidden": (
             *(mlp[0], *ops.quantize_rows(mlp[1]), None, *ops.quantize_rows(mlp[1]), True),
         ),
+        "int8_linear": (mlp[0], *ops.quantize_rows(mlp[1]), mlp[2], t(3, 6), torch.ones(3)),
+        "int8_gelu_mlp": (
+            *(mlp[0], *ops.quantize_rows(mlp[1]), mlp[2], *ops.quantize_rows(mlp[3]), mlp[4]),
+            *(None, None, True),
+        ),
         "gelu_mlp": (*mlp, None, False, 0.0, True),
         "gelu_mlp_backward": (
             *(t(3, 4), mlp[0], t(3, 6), mlp[1], mlp[3], None, False, 0.0),

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import torch
 from models import FAMILIES, Family
 
 from fastvlm.patching import interposed
@@ -14,15 +13,6 @@ from fastvlm.patching import interposed
 def family(request: pytest.FixtureRequest) -> Family:
     """Each family of tiny models in turn."""
     return FAMILIES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and threads that spin slow their neighbours down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

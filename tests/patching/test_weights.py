@@ -27,7 +27,8 @@ def logits(model: nn.Module, family: str = "bart") -> Tensor:
 
 
 def stored(module: nn.Module) -> Tensor:
-    return low_precision._copies[module][1].weight
+    ((_, copy),) = low_precision._copies[module].values()
+    return copy.weight
 
 
 def widened(storage: str, family: str = "bart") -> nn.Module:

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 
 import fastvlm
 from fastvlm.nn import low_precision
+from fastvlm.nn.linear import is_low_precision
 from fastvlm.patching.patch import PatchError, is_patched
-from fastvlm.patching.weights import is_low_precision
 
 
 @pytest.fixture(params=STORAGES)

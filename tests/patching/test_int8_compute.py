@@ -1,0 +1,212 @@
+"""patch(model, compute="int8"): what is multiplied in int8 then, and what is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import FAMILIES, Family
+from torch import Tensor, nn
+
+import fastvlm
+from fastvlm import ops
+from fastvlm.cpu.int8 import unavailable
+from fastvlm.nn import int8, low_precision
+from fastvlm.patching.patch import is_patched
+
+if unavailable() is not None:
+    pytest.skip(unavailable() or "", allow_module_level=True)
+
+
+@pytest.fixture
+def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the few rows of a tiny model were many."""
+    monkeypatch.setattr(int8, "FEWEST_ROWS", 1)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The int8 ops that were called."""
+    found: list[str] = []
+
+    def spied(was: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.append(was.__name__)
+            return was(*args, **kwargs)
+
+        return call
+
+    for name in ("int8_linear", "int8_gelu_mlp"):
+        monkeypatch.setattr(ops, name, spied(getattr(ops, name)))
+    return found
+
+
+def logits(model: nn.Module, family: str) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**FAMILIES[family].training(model)).logits
+    return out
+
+
+def test_the_change_is_small_and_reported(
+    family: Family, any_rows: None, called: list[str]
+) -> None:
+    model = family.build()
+    inputs = family.training(model)
+    report = fastvlm.patch(model, compute="int8")
+    assert any("int8_linear" in entry.ops for entry in report.entries)
+    change = fastvlm.log_prob_change(model, inputs)
+    assert called
+    # random weights, spread wide: far more sensitive than a trained model
+    assert 0 < change.mean < 0.05
+    assert change.agreement > 0.8
+
+
+@pytest.mark.parametrize("name", ["florence2", "t5gemma", "bart"])
+def test_the_way_back(name: str, any_rows: None, called: list[str]) -> None:
+    model = FAMILIES[name].build()
+    plain = logits(model, name)
+    fastvlm.patch(model)
+    ours = logits(model, name)
+    fastvlm.patch(model, compute="int8")
+    assert not torch.equal(logits(model, name), ours)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        called.clear()
+        model(**FAMILIES[name].training(model))
+        assert not called
+    fastvlm.patch(model)
+    assert torch.equal(logits(model, name), ours)
+    fastvlm.patch(model, compute="int8")
+    fastvlm.unpatch(model)
+    assert torch.equal(logits(model, name), plain)
+    assert not any(module in low_precision._copies for module in model.modules())
+    assert not any(is_patched(module) for module in model.modules())
+
+
+def test_training_computes_as_without(family: Family, any_rows: None, called: list[str]) -> None:
+    ours, int8_too = family.build().train(), family.build().train()
+    fastvlm.patch(ours)
+    fastvlm.patch(int8_too, compute="int8")
+    losses = []
+    for model in (ours, int8_too):
+        torch.manual_seed(0)
+        loss = model(**family.training(model)).loss
+        loss.backward()
+        losses.append(loss)
+    assert not called
+    assert torch.equal(*losses)
+    for (name, p), q in zip(ours.named_parameters(), int8_too.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or q.grad is None or torch.equal(p.grad, q.grad), name
+
+
+def test_few_rows_are_multiplied_as_they_are(called: list[str]) -> None:
+    layer = nn.Linear(70, 30)
+    holder = nn.ModuleList([layer])
+    ours = copy.deepcopy(holder)
+    for module in (ours[0],):
+        module.__class__ = int8.Int8Linear
+    with torch.no_grad():
+        for rows in (1, 64):
+            x = torch.randn(rows, 70)
+            assert torch.equal(ours[0](x), ops.linear(x, layer.weight, layer.bias))
+        assert not called
+        x = torch.randn(5, 13, 70)
+        assert torch.equal(
+            ours[0](x), ops.int8_linear(x, *ops.quantize_rows(layer.weight), layer.bias)
+        )
+    assert called
+
+
+def test_the_tower_runs_in_int8(called: list[str]) -> None:
+    model = models.florence2()
+    tower = model.model.vision_tower
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = tower(x).last_hidden_state
+        report = fastvlm.patch(model, compute="int8")
+        ours = tower(x).last_hidden_state
+    halves = [e for e in report.entries if "depthwise_conv_norm" in e.ops]
+    assert halves
+    assert all({"int8_linear", "int8_gelu_mlp"} <= set(e.ops) for e in halves)
+    assert {"int8_linear", "int8_gelu_mlp"} <= set(called)
+    off = (ours - plain).abs().mean() / plain.abs().mean()
+    assert 0 < off < 0.05
+
+
+def test_a_changed_weight_is_quantized_again(any_rows: None) -> None:
+    model, other = models.bart(), models.bart()
+    fastvlm.patch(model, compute="int8")
+    logits(model, "bart")
+    with torch.no_grad():
+        for changed in (model, other):
+            for layer in changed.model.encoder.layers:
+                layer.fc1.weight.mul_(1.5)
+                layer.self_attn.q_proj.weight.add_(0.1)
+    fastvlm.patch(other, compute="int8")
+    assert torch.equal(logits(model, "bart"), logits(other, "bart"))
+
+
+def test_a_weight_that_int8_cannot_hold_is_left_alone(any_rows: None, called: list[str]) -> None:
+    model = models.bart()
+    name = "model.encoder.layers.0.self_attn.q_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[0, 0] = float("inf")
+    report = fastvlm.patch(model, compute="int8")
+    entry = next(e for e in report.entries if e.module == name)
+    assert entry.ops == ("linear",)
+    assert f"{name}: its weight holds a NaN or an infinity, which int8 cannot" in str(report)
+
+
+def test_beside_weights_of_fewer_bits(any_rows: None, called: list[str]) -> None:
+    model = models.bart()
+    report = fastvlm.patch(model, weights="int8", compute="int8")
+    entry = next(e for e in report.entries if e.module == "model.decoder.layers.0.fc1")
+    assert entry.ops == ("low_precision_linear", "int8_linear")
+    logits(model, "bart")
+    assert called
+    # one copy serves both
+    assert set(low_precision._copies[model.model.decoder.layers[0].fc1]) == {"int8"}
+    both = fastvlm.log_prob_change(model, FAMILIES["bart"].training(model))
+    assert both.agreement > 0.8
+    with pytest.raises(RuntimeError, match='weights="int8" is for decoding'):
+        model(**FAMILIES["bart"].training(model))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate(beams: int, any_rows: None, called: list[str]) -> None:
+    family = FAMILIES["florence2"]
+    model = family.build().eval()
+    inputs = {k: v for k, v in family.training(model).items() if k not in ("labels",)}
+    inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
+    fastvlm.patch(model, compute="int8")
+    tokens = model.generate(**inputs, num_beams=beams, max_new_tokens=8, do_sample=False)
+    assert called
+    assert tokens.shape[0] == inputs["input_ids"].shape[0]
+
+
+@pytest.mark.parametrize(("first", "then"), [(None, "int8"), ("int8", None)])
+def test_features_of_other_arithmetic_are_refused(
+    tmp_path: Any, first: str | None, then: str | None
+) -> None:
+    model = models.florence2().eval().requires_grad_(False)
+    fastvlm.patch(model, compute=first)
+    features = fastvlm.VisionFeatures(tmp_path, model)
+    model.model.vision_tower(features.pixel_values(torch.ones(1, 3, 64, 64)))
+    features.detach()
+    fastvlm.patch(model, compute=then)
+    with pytest.raises(ValueError, match="computed in int8"):
+        fastvlm.VisionFeatures(tmp_path, model)
+
+
+def test_bad_input_is_refused() -> None:
+    model = models.bart()
+    with pytest.raises(ValueError, match="patch: compute must be None or 'int8'; got 'int4'"):
+        fastvlm.patch(model, compute="int4")
+    with pytest.raises(ValueError, match="compute='int8' changes linear layers, and only leaves"):
+        fastvlm.patch(model, compute="int8", only="attention")
+    fastvlm.patch(model, compute="int8")
+    with pytest.raises(ValueError, match=r"patched without weights= and compute="):
+        fastvlm.check(model, FAMILIES["bart"].training(model))
