@@ -56,23 +56,27 @@ def save(folder: Path, results: Mapping[str, Any]) -> Path:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The figures as a row, the paper's below it, and a line for each that is missing."""
+    """The figures by language, those that the paper has beside its own, and what is missing."""
     figures: Figures = results["figures"]
-    columns = [(metric, code) for metric, row in figures.items() for code in row]
-    rows = {str(results["model"]): {(m, c): figures[m][c] for m, c in columns}}
-    rows |= paper_rows(results["set"])
-    columns += sorted({key for row in rows.values() for key in row} - set(columns))
-    lines = [
-        (name, *(f"{row[key]:.1f}" if key in row else "-" for key in columns))
-        for name, row in rows.items()
-    ]
-    text = text_table((results["set"], *(f"{metric} {code}" for metric, code in columns)), lines)
+    codes = list(dict.fromkeys(code for row in figures.values() for code in row))
+    rows = [(name, *(_told(row.get(code)) for code in codes)) for name, row in figures.items()]
+    texts = [text_table((f"{results['model']}, {results['set']}", *codes), rows)]
+    if paper := paper_rows(results["set"]):
+        columns = list(dict.fromkeys(key for row in paper.values() for key in row))
+        own = {(name, code): v for name, row in figures.items() for code, v in row.items()}
+        models = {str(results["model"]): own, **paper}
+        lines = [(name, *(_told(row.get(key)) for key in columns)) for name, row in models.items()]
+        texts.append(text_table(("", *(" ".join(key) for key in columns)), lines))
     notes = [
         f"not measured: {metric} {', '.join(codes)}: {why}"
         for metric, reasons in results["missing"].items()
         for why, codes in _by_reason(reasons).items()
     ]
-    return "\n".join([text, *notes])
+    return "\n\n".join([*texts, *(["\n".join(notes)] if notes else [])])
+
+
+def _told(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
