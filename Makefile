@@ -83,6 +83,7 @@ bench: $(VENV)/.dev build
 	$(RUN) fastvlm bench
 	$(RUN) benchmarks.end_to_end
 	$(RUN) benchmarks.decoding
+	$(RUN) benchmarks.decoding --loop
 	$(RUN) benchmarks.decoding_engines
 	$(RUN) benchmarks.training
 	$(RUN) benchmarks.limits

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decoding, decoding_targets, report
+from benchmarks import decoding, decoding_targets, loop_cases, report
 from benchmarks.decoding_targets import AS_PUBLISHED, SEPARATE, TOGETHER
 
 STEP, LANGUAGES, FLORENZ = "a step of Florence-2-base, 3 beams", "6 languages", "Florenz, 4 beams"
@@ -132,3 +132,26 @@ def test_the_published_side_runs_twice_at_most() -> None:
     rounds = {side: len(found) for side, found in case["rounds_s"].items()}
     assert rounds.pop(AS_PUBLISHED) == 2
     assert set(rounds.values()) == {3}
+
+
+@pytest.mark.slow
+def test_the_loop_alone(tmp_path: Path) -> None:
+    path = tmp_path / "loop-cpu.json"
+    assert decoding.main(["--loop", "--small", "--rounds", "1", "--out", str(path)]) == 0
+    beams, greedy, ends = json.loads(path.read_text())["cases"]
+    for case in (beams, greedy, ends):
+        assert case["identical_tokens"]
+    for case in (beams, greedy):
+        ms = case["ms"]
+        assert 0 < ms["kernels"] < ms["step"]
+        assert ms["loop without kernels"] == pytest.approx(ms["step"] - ms["kernels"], abs=0.01)
+    assert min(ends["lengths"]) >= loop_cases.SHORTEST
+    assert set(ends["ratio"]) == {loop_cases.STAY, loop_cases.THEIRS}
+
+
+def test_the_criterion_ends_each_photo_where_it_was_drawn() -> None:
+    ends = loop_cases.EndsAt([1, 3])
+    ids = torch.tensor([[2, 40, 9, 9], [2, 41, 9, 9], [2, 40, 9, 9]])
+    assert ends(ids, None).tolist() == [True, False, True]
+    assert ends(ids[:, :3], None).tolist() == [True, False, True]
+    assert ends(ids[:, :2], None).tolist() == [False] * 3

@@ -26,8 +26,8 @@ from fastvlm import layout as layouts
 from fastvlm.decoding.cache import in_groups
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
 from fastvlm.generate.bans import NONE
-from fastvlm.generate.beams import best_of_images
 from fastvlm.generate.head import Head, Last
+from fastvlm.generate.ranking import best_of_images
 
 
 @dataclass

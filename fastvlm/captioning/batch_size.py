@@ -55,15 +55,16 @@ class BatchSize:
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
-    def measured(self, count: int) -> Iterator[None]:
-        """Around a batch of count pictures; afterwards the limit may be another."""
+    def measured(self, count: int, new: int | None = None) -> Iterator[None]:
+        """Around a batch of count pictures, new of which come here (None: all); afterwards the
+        limit may be another."""
         if not self.grows or count < self.limit or self.limit >= self.most:
             yield
             return
         with _Peak(self.device) as peak:
             yield
         room = SHARE * (_free(self.device) + peak.held())
-        if 2 * peak.taken <= room:
+        if 2 * peak.taken * count / (new or count) <= room:
             self.limit = min(2 * self.limit, self.most)
         else:
             self.grows = False

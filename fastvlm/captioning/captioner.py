@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +20,14 @@ import torch
 from fastvlm.captioning.answers import Answer, Reader
 from fastvlm.captioning.batch_size import BatchSize, out_of_memory
 from fastvlm.captioning.requests import Deadline, Ready, Request, Waiting
+from fastvlm.captioning.stream import Stream
 from fastvlm.captioning.tasks import Question, questions
 from fastvlm.checks import fail
 from fastvlm.decoding.images import as_image, pixels_of
 from fastvlm.decoding.pictures import PictureError, open_picture
 from fastvlm.decoding.writer import Asked, Writer, Written
 from fastvlm.features.kept import VisionFeatures, features_of
+from fastvlm.generate.feed import Arrival, CannotJoin
 
 OP = "Captioner"
 
@@ -51,8 +55,10 @@ class Captioner:
         when the batch is not full yet.
     features: as for `fastvlm.caption`.
 
-    It is a context manager; `close` ends it. A batch ends as a whole: a picture that comes while
-    one decodes waits for the next. ValueError, TypeError: by argument.
+    It is a context manager; `close` ends it. Of a patched model a picture joins what decodes as
+    soon as sentences that have ended make room, and a cancelled or late one leaves at the next
+    token; elsewhere (`why_batched`) a batch ends as a whole, and what comes meanwhile waits for
+    the next. ValueError, TypeError: by argument.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class Captioner:
         self._reader.check(self.questions)
         self._fixed, self._device = batch_size, torch.device(model.device)
         self._sizes: dict[int, BatchSize] = {}
+        self._cannot_join: str | None = None  # what a loop has said of it
         self._linger = linger
         self._waiting = Waiting(most_waiting)
         self._openers = ThreadPoolExecutor(workers, thread_name_prefix="fastvlm-pictures")
@@ -145,13 +152,13 @@ class Captioner:
         tasks, languages: of this picture, instead of the captioner's.
         questions: some of `Captioner.questions`, instead of tasks and languages.
         deadline: seconds from now. An answer that is not there then is a TimeoutError; it is looked
-            at before a batch and between its steps.
+            at between steps.
         block: wait where most_waiting pictures wait already, until the deadline at most; otherwise
             queue.Full is raised.
 
-        The future may be cancelled until its answer is there; once all of a batch are, it ends. Its
-        error is a ValueError that says why, where picture is none, and a `ModelError` where the
-        model fails on it alone. RuntimeError: after close().
+        The future may be cancelled until its answer is there. Its error is a ValueError that says
+        why, where picture is none, and a `ModelError` where the model fails on it alone.
+        RuntimeError: after close().
         """
         if deadline is not None and not deadline > 0:
             raise fail(OP, "deadline", "seconds from now, above 0, or None", deadline)
@@ -196,6 +203,11 @@ class Captioner:
         """The most pictures of the largest batch that may come next."""
         return max((size.limit for size in self._sizes.values()), default=self._fixed or 1)
 
+    @property
+    def why_batched(self) -> str | None:
+        """Why a batch ends as a whole; None where pictures join what decodes already."""
+        return self._cannot_join or self._writer.cannot_join()
+
     def _open(self, request: Request) -> None:
         """In a worker: the picture, its size, its pixel_values."""
         if request.over():
@@ -231,14 +243,11 @@ class Captioner:
             batch = self._waiting.take(self._limit, self._linger)
             if batch is None:
                 return
-            try:
-                self._answer(batch)
-            except BaseException as error:  # nobody may wait for an answer that never comes
-                for request in batch:
-                    request.fail(error)
-            for request in batch:
-                request.opened = None  # whoever keeps the future does not keep the pixels
-            del batch, request
+            if self.why_batched is None:
+                self._serve(batch)
+            else:
+                self._answer_all(batch)
+            del batch
 
     def _size(self, asked: int) -> BatchSize:
         if asked not in self._sizes:
@@ -247,6 +256,63 @@ class Captioner:
 
     def _limit(self, request: Request) -> int:
         return self._size(len(request.questions)).limit
+
+    def _answer_all(self, batch: list[Request]) -> None:
+        try:
+            self._answer(batch)
+        except BaseException as error:  # nobody may wait for an answer that never comes
+            for request in batch:
+                request.fail(error)
+        for request in batch:
+            request.opened = None  # whoever keeps the future does not keep the pixels
+
+    def _serve(self, batch: list[Request]) -> None:
+        """These, and what comes while they decode; once more as batches where that fails."""
+        stream = Stream(self._writer, self._waiting, self._limit, self._encode, self._finish)
+        try:
+            stream.run(batch)
+            return
+        except Exception as error:
+            # the frames of its traceback hold tensors, so it is let go of
+            reason = f"{type(error).__name__}: {error}"
+            no_memory = out_of_memory(error)
+            if isinstance(error, CannotJoin):
+                self._cannot_join = str(error)
+        left: dict[Any, list[Request]] = {}
+        for request in stream.left():
+            left.setdefault((request.questions, request.open.kind), []).append(request)
+        for size in {self._size(len(asked)) for asked, _ in left if no_memory}:
+            size.halve()
+        for again in left.values():
+            self._answer_all(again)
+        if not no_memory and self._cannot_join is None:
+            text = f"pictures that decoded together are done again, in batches ({reason})"
+            with contextlib.suppress(RuntimeWarning):  # as an error it would end this thread
+                warnings.warn(f"fastvlm.{OP}: {text}", RuntimeWarning, stacklevel=2)
+
+    def _pixels(self, batch: list[Request]) -> Any:
+        pixels: Any = torch.stack([request.open.pixels for request in batch])
+        if self._features is None:
+            return pixels
+        keys = [request.open.key for request in batch]
+        return self._features.batch_of(pixels, [key for key in keys if key is not None])
+
+    def _encode(self, batch: list[Request], together: int) -> list[Arrival]:
+        """What these, asked the same, bring to a loop, where together pictures are with them. The
+        model failed on one alone: it is told. MemoryError: there is none for them."""
+        asked = batch[0].questions
+        try:
+            with self._size(len(asked)).measured(together, len(batch)):
+                return [self._writer.arrival(self._pixels(batch), _rows(asked), batch)]
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            no_memory = out_of_memory(error)
+        if no_memory:
+            raise MemoryError(reason)
+        if len(batch) > 1:
+            return [arrival for one in batch for arrival in self._encode([one], together)]
+        batch[0].fail(_failed(reason))
+        return []
 
     def _answer(self, batch: list[Request]) -> None:
         """One batch; in two halves where memory runs out, one by one where the model fails."""
@@ -265,45 +331,47 @@ class Captioner:
             return not still
 
         try:
-            pixels: Any = torch.stack([request.open.pixels for request in batch])
-            if self._features is not None:
-                keys = [request.open.key for request in batch]
-                pixels = self._features.batch_of(pixels, [key for key in keys if key is not None])
-            rows = [Asked(question.prompt, question.prefix) for question in asked]
             with size.measured(len(batch)):
-                written = self._writer.write(pixels, rows, stop=all_over)
+                written = self._writer.write(self._pixels(batch), _rows(asked), stop=all_over)
         except Exception as error:
             # the frames of its traceback hold tensors, so it is let go of
             reason = f"{type(error).__name__}: {error}"
             no_memory = out_of_memory(error)
         else:
-            self._hand_out(batch, written)
+            for index, request in enumerate(batch):
+                self._finish(request, [one for one in written if one.image == index])
             return
         if no_memory:
             size.halve()
         if len(batch) > 1:
             self._halves(batch)
         else:
-            batch[0].fail(ModelError(f"fastvlm.{OP}: the model failed on this picture ({reason})"))
+            batch[0].fail(_failed(reason))
 
-    def _hand_out(self, batch: list[Request], written: list[Written]) -> None:
-        asked = batch[0].questions
-        for index, request in enumerate(batch):
-            mine = [one for one in written if one.image == index]
-            try:
-                answers = [
-                    self._reader.read(asked[w.place], w.tokens, w.score, request.open.size)
-                    for w in mine
-                ]
-            except Exception as error:
-                request.fail(error)
-            else:
-                request.answer(answers)
+    def _finish(self, request: Request, written: list[Written]) -> None:
+        asked = request.questions
+        try:
+            answers = [
+                self._reader.read(asked[w.place], w.tokens, w.score, request.open.size)
+                for w in written
+            ]
+        except Exception as error:
+            request.fail(error)
+        else:
+            request.answer(answers)
 
     def _halves(self, batch: list[Request]) -> None:
         middle = (len(batch) + 1) // 2
         self._answer(batch[:middle])
         self._answer(batch[middle:])
+
+
+def _rows(asked: Sequence[Question]) -> list[Asked]:
+    return [Asked(question.prompt, question.prefix) for question in asked]
+
+
+def _failed(reason: str) -> ModelError:
+    return ModelError(f"fastvlm.{OP}: the model failed on this picture ({reason})")
 
 
 def _from_file(file: Any) -> Any:

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fastvlm.captioning.answers import Answer
 from fastvlm.captioning.batch_size import give_back
 from fastvlm.captioning.captioner import Captioner, ModelError
 from fastvlm.captioning.ledger import Done, Ledger, LedgerError, parts_of, rewrite
+from fastvlm.captioning.lines import Line, answered, failed, reason_of
 from fastvlm.captioning.processes import Processes
 from fastvlm.captioning.progress import Progress
 from fastvlm.captioning.sources import Item, Source
 from fastvlm.captioning.tasks import Question
-from fastvlm.decoding.pictures import PictureError
 from fastvlm.demo.arguments import UsageError
 
 # as many failures of the model, and nothing that went well: it is not the pictures
@@ -177,7 +176,7 @@ class Job:
 
     def _write(self, ledger: Ledger, least: int) -> None:
         """The lines of the first least pictures, and of those behind them that are done by now."""
-        lines: list[dict[str, Any]] = []
+        lines: list[Line] = []
         pictures = 0
         while self._pending and (pictures < least or self._pending[0][2].done()):
             item, wanted, future = self._pending.popleft()
@@ -188,7 +187,7 @@ class Job:
             pictures += 1
         self._append(ledger, lines, pictures)
 
-    def _append(self, ledger: Ledger, lines: list[dict[str, Any]], pictures: int) -> None:
+    def _append(self, ledger: Ledger, lines: list[Line], pictures: int) -> None:
         if lines:
             ledger.append(lines)
             self._summary.pictures += pictures
@@ -200,29 +199,22 @@ class Job:
 
     def _lines(
         self, item: Item, wanted: list[Question], future: Future[list[Answer]]
-    ) -> Iterator[dict[str, Any]]:
+    ) -> list[Line]:
         by = {"model": self.output.model, "revision": self.output.revision}
         try:
             answers = future.result()
         except Exception as error:
             self._judge(error)
             self._summary.failed += 1
-            reason = _reason(error)
-            self._progress.say(f"{item.path}: {reason}")
-            for question in wanted:
-                yield {
-                    "path": item.path, "task": question.name, "language": question.language,
-                    "error": reason, **by,
-                }  # fmt: skip
-            return
+            self._progress.say(f"{item.path}: {reason_of(error)}")
+            return failed(item.path, wanted, error, by)
         self._hopeless = -1
         try:
             for beside in self.beside:
                 beside(item, wanted, answers)
         except OSError as error:
             raise JobError(f"{error.filename or item.path}: {error.strerror}") from error
-        for answer in answers:
-            yield {"path": item.path, **answer.fields(), **by}
+        return answered(item.path, answers, by)
 
     def _judge(self, error: Exception) -> None:
         if not isinstance(error, ModelError) or self._hopeless < 0:
@@ -230,10 +222,3 @@ class Job:
         self._hopeless += 1
         if self._hopeless >= _HOPELESS:
             raise JobError(f"the model failed on each of the first pictures: {error}") from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, PictureError):
-        return error.reason
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())

@@ -162,16 +162,26 @@ class Waiting:
                     left = until - time.monotonic()
                     others = len(self._inside) > len(self._ready)
                     if len(batch) >= limit_of(batch[0]) or not others or left <= 0:
-                        for request in batch:
-                            self._ready.remove(request)
-                            del self._inside[request]
-                        self._changed.notify_all()
-                        return batch
+                        return self._out(batch)
                     self._changed.wait(left)
                 elif self._closed and not self._inside:
                     return None
                 else:
                     self._wait(min((r.deadline.left for r in self._inside), default=float("inf")))
+
+    def take_now(self, limit_of: Callable[[Request], int]) -> list[Request]:
+        """The oldest that is open, and others that were asked the same, limit_of(the oldest) at
+        most; none where none is open yet."""
+        self.expire()
+        with self._changed:
+            return self._out(self._alike(limit_of(self._ready[0]))) if self._ready else []
+
+    def _out(self, batch: list[Request]) -> list[Request]:
+        for request in batch:
+            self._ready.remove(request)
+            del self._inside[request]
+        self._changed.notify_all()
+        return batch
 
     def _alike(self, most: int) -> list[Request]:
         first = self._ready[0]
@@ -180,7 +190,7 @@ class Waiting:
             for one in self._ready
             if one.questions == first.questions and one.open.kind == first.open.kind
         )
-        return list(islice(alike, most))
+        return list(islice(alike, max(0, most)))
 
     def _wait(self, seconds: float) -> None:
         self._changed.wait(None if seconds == float("inf") else max(seconds, 0))

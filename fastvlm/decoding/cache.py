@@ -126,8 +126,8 @@ class Readers:
 class SharedCrossLayer(DynamicLayer):
     """Cross K/V of one decoder layer, packed [Tk, Hkv, D], whatever the number of readers.
 
-    ``keys`` and ``values`` are transformers' view of it: [images, Hkv, length, D], or a row for
-    each reader once these are not those of the prefill.
+    ``keys`` and ``values`` are transformers' view of it: [rows, Hkv, length, D], of each row the
+    image that it reads.
     """
 
     def __init__(self, readers: Readers) -> None:
@@ -159,6 +159,8 @@ class SharedCrossLayer(DynamicLayer):
                 "keys and values of an image once for all beams, which only a patched model reads; "
                 "unpatch when generate() has returned"
             )
+        if shared:
+            rows = self.layout.image_of.long()
         padded = self.layout.unpack_kv(self.packed[which]).transpose(1, 2)
         return padded if rows is None else padded[rows]
 

@@ -60,16 +60,23 @@ class Rows:
             self.table = torch.cat([self.table, more], 1)
         self.lengths.fill_(filled)
 
-    def reorder(self, index: Tensor) -> None:
+    def reorder(self, index: Tensor, begin: bool = False) -> None:
         """index: int64, the row of now that each row becomes. Of fewer rows the others leave:
-        what they have written stays where it is, and nobody reads it any more."""
+        what they have written stays where it is, and nobody reads it any more. begin: some are -1,
+        rows that come, and read nothing of what is there; there may be more than there were."""
         if self.table is None or self.lengths is None:
             return
-        if index.shape[0] != self.table.shape[0]:
-            self.table = self.table.index_select(0, index.to(self.table.device))
+        if begin or index.shape[0] != self.table.shape[0]:
+            index = index.to(self.table.device)
+            before = (
+                self.table if self.table.shape[0] else self.table.new_empty(1, self.table.shape[1])
+            )
+            self.table = before.index_select(0, index.clamp_min(0))
+            if begin:
+                self.table[:, : self.filled].masked_fill_((index < 0).unsqueeze(1), -1)
             # what is written from now on is each row's own
             self.table[:, self.filled :] = _own(index.shape[0], 1, self.table.device)
-            self.lengths = self.lengths[: index.shape[0]].clone()
+            self.lengths = self.lengths.new_full((index.shape[0],), self.filled)
             self.moved = True
             return
         if _frozen(self.table):
@@ -77,6 +84,16 @@ class Rows:
         now = self.table[:, : self.filled]
         now.copy_(now.index_select(0, index.to(now.device)))
         self.moved = True
+
+    def drop(self, count: int) -> None:
+        """The first count positions, which nobody reads, are given up."""
+        if self.table is None or self.lengths is None:
+            return
+        kept = self.table[:, count : self.filled].clone()
+        self.filled -= count
+        self.table[:, : self.filled] = kept
+        self.table[:, self.filled :] = _own(self.table.shape[0], 1, self.table.device)
+        self.lengths.fill_(self.filled)
 
     @property
     def ancestry(self) -> Tensor | None:
@@ -133,7 +150,9 @@ class RowLayer(DynamicLayer):
         stop = self.filled + count
         like = self.k if like is None else like
         assert like is not None
-        if self.k is None or stop > self.k.shape[1] or _frozen(self.k):
+        table = self.rows.table
+        wide = self.k is not None and table is not None and table.shape[0] > self.k.shape[0]
+        if self.k is None or stop > self.k.shape[1] or wide or _frozen(self.k):
             self._grow(like, stop)
         assert self.k is not None
         self.filled = stop
@@ -167,11 +186,14 @@ class RowLayer(DynamicLayer):
             capacity = min(needed, max(stop + MOST_ROOM, 2 * now))
         else:
             capacity = max(stop, 2 * now) if now else stop + ROOM
-        room = (k.shape[0], capacity, *k.shape[2:])
+        rows, table = k.shape[0], self.rows.table
+        if table is not None and table.shape[0] > rows:  # some have come
+            rows = max(table.shape[0], 2 * rows)
+        room = (rows, capacity, *k.shape[2:])
         for name in ("k", "v"):
             old, new = getattr(self, name), k.new_empty(room)
             if old is not None:
-                new[:, : self.filled] = old[:, : self.filled]
+                new[: old.shape[0], : self.filled] = old[:, : self.filled]
             setattr(self, name, new)
         self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
 
@@ -246,6 +268,13 @@ class RowLayer(DynamicLayer):
             rows.grown(rows.table.shape[0], self.filled, 0, rows.table.device)
             # what is written there again is each row's own
             rows.table[:, self.filled :] = _own(rows.table.shape[0], 1, rows.table.device)
+
+    def drop(self, count: int) -> None:
+        """The first count positions are given up, and no copy of them is kept."""
+        for x in (self.k, self.v):
+            if x is not None:
+                x[:, : self.filled - count] = x[:, count : self.filled].clone()
+        self.filled -= count
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._changed(lambda x: x.repeat_interleave(repeats, 0))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import gcd
 from typing import Any
@@ -18,6 +19,8 @@ from fastvlm.decoding.encode import Encoded, encode_once
 from fastvlm.decoding.languages import OP
 from fastvlm.decoding.prefixes import left_padded, may_pad, row_positions
 from fastvlm.decoding.scores import TokenScores, ended
+from fastvlm.generate import feed
+from fastvlm.generate.feed import Arrival, Feed
 
 # what a writer makes itself, or what would make rows depend on each other
 _REFUSED = (
@@ -119,6 +122,65 @@ class Writer:
             for group in _together(self.model, self._options, targets):
                 found += _decode(self.model, encoded, group, self._options, stop)
         return sorted(found, key=lambda one: (one.image, one.place, one.rank))
+
+    def cannot_join(self) -> str | None:
+        """Why answers cannot come and go in a loop that runs, each by itself; None where nothing
+        is known that stands against it."""
+        from fastvlm.patching.generation import cannot_join
+
+        settings = {**self._options.kwargs, "generation_config": self._options.config}
+        return cannot_join(self.model, settings)
+
+    def arrival(
+        self, pixels: Tensor | Mapping[str, Any], asked: Sequence[Asked], tags: Sequence[Any]
+    ) -> Arrival:
+        """What images, encoded, bring to a loop: each with all of asked, tagged (tag, place)."""
+        used = list(dict.fromkeys(one.prompt for one in asked))
+        encoded = encode_once(self.model, pixels, [_prompt_ids(self.words, text) for text in used])
+        begun = [(*self._start, *_ids(self.target_words, one.prefix)) for one in asked]
+        joining = [
+            feed.Asked((tag, place), begun[place], image * len(used) + used.index(one.prompt))
+            for image, tag in enumerate(tags)
+            for place, one in enumerate(asked)
+        ]
+        return Arrival(encoded.states, encoded.mask, encoded.input_ids, tuple(joining))
+
+    def serve(self, first: Arrival, source: Feed) -> None:
+        """Answer what an arrival of one search asks, and what source has for as long as the loop
+        runs. CannotJoin: the model, or what was asked of generate(), is for one batch."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        from fastvlm.patching.generation import serve_feed
+
+        (one,) = first.asked
+        kwargs = {
+            **self._options.kwargs, "return_dict_in_generate": False, "output_scores": False
+        }  # fmt: skip
+        if self._options.config is not None:
+            config = copy.deepcopy(self._options.config)
+            config.update(return_dict_in_generate=False, output_scores=False)
+            kwargs["generation_config"] = config
+        self.model.generate(
+            input_ids=first.input_ids,
+            encoder_outputs=BaseModelOutput(first.states),
+            attention_mask=first.mask,
+            decoder_input_ids=torch.tensor([one.begun], device=first.input_ids.device),
+            custom_generate=partial(serve_feed, asked=one, feed=source),
+            **kwargs,
+        )
+
+    def written(self, found: list[tuple[list[int], float]], place: int) -> list[Written]:
+        """What a search found (`fastvlm.generate.feed.Feed.done`), as `write` gives it."""
+        beams, penalty = self._options.value("num_beams", 1), self._options.value("length_penalty")
+        stops = self._options.kwargs.get("stopping_criteria")
+        filler = self._options.value("pad_token_id") if stops else None
+        answers = []
+        for rank, (tokens, score) in enumerate(found):
+            kept = ended(tokens, self._options.end_ids, filler)
+            if beams == 1:
+                score /= len(kept) ** (1.0 if penalty is None else penalty)
+            answers.append(Written(0, place, rank, tuple(kept), score))
+        return answers
 
     def text(self, tokens: Sequence[int], prefix: str = "") -> str:
         """Without special tokens, its first letter upper-cased; prefix stands before it."""

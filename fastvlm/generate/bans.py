@@ -15,20 +15,24 @@ from torch import Tensor
 from transformers import generation
 
 _NO_REPEAT = generation.NoRepeatNGramLogitsProcessor
-# of each class the attribute with its tokens, and of each of its instances whether it acts on
-# rows of a length
+MIN_LENGTH = generation.MinLengthLogitsProcessor
+# of each class the attribute with its tokens, and of each of its instances whether it acts on rows
+# of n tokens, that would have m if they had begun with as many as the rows it was made for
 _FORCES: dict[type, tuple[str, Any]] = {
-    generation.ForcedBOSTokenLogitsProcessor: ("bos_token_id", lambda p, n: n == 1),
-    generation.ForcedEOSTokenLogitsProcessor: ("eos_token_id", lambda p, n: n == p.max_length - 1),
+    generation.ForcedBOSTokenLogitsProcessor: ("bos_token_id", lambda p, n, m: n == 1),
+    generation.ForcedEOSTokenLogitsProcessor: (
+        "eos_token_id",
+        lambda p, n, m: m == p.max_length - 1,
+    ),
 }
 _BANS: dict[type, tuple[str, Any]] = {
-    generation.MinLengthLogitsProcessor: ("eos_token_id", lambda p, n: n < p.min_length),
+    MIN_LENGTH: ("eos_token_id", lambda p, n, m: n < p.min_length),
     generation.MinNewTokensLengthLogitsProcessor: (
-        "eos_token_id", lambda p, n: n - p.prompt_length_to_skip < p.min_new_tokens,
+        "eos_token_id", lambda p, n, m: m - p.prompt_length_to_skip < p.min_new_tokens,
     ),
-    generation.SuppressTokensLogitsProcessor: ("suppress_tokens", lambda p, n: True),
+    generation.SuppressTokensLogitsProcessor: ("suppress_tokens", lambda p, n, m: True),
     generation.SuppressTokensAtBeginLogitsProcessor: (
-        "begin_suppress_tokens", lambda p, n: n == p.begin_index,
+        "begin_suppress_tokens", lambda p, n, m: m == p.begin_index,
     ),
 }  # fmt: skip
 KNOWN = (*_FORCES, *_BANS, _NO_REPEAT)
@@ -70,13 +74,31 @@ class Banned:
 NONE = Banned()
 
 
+def together(each: Sequence[Banned], rows: int) -> list[tuple[list[int], Banned]]:
+    """What is banned of several searches, of so many rows each: the places of those of which the
+    same tokens are banned everywhere, or forced, and what is banned of all of their rows."""
+    alike: dict[Any, list[int]] = {}
+    for place, one in enumerate(each):
+        alike.setdefault((one.everywhere, one.forced), []).append(place)
+    found = []
+    for (everywhere, forced), places in alike.items():
+        of_rows: list[Sequence[int]] | None = None
+        if any(each[place].of_rows is not None for place in places):
+            of_rows = [row for p in places for row in each[p].of_rows or [()] * rows]
+        nothing = not everywhere and of_rows is None and forced is None
+        found.append((places, NONE if nothing else Banned(everywhere, of_rows, forced)))
+    return found
+
+
 class Bans:
     """What known processors ban as rows grow.
 
-    processors: of classes in `KNOWN`. rows: the tokens of each row so far.
+    processors: of classes in `KNOWN`. rows: the tokens of each row so far. later: how many more
+    these are than the rows began with that the processors were made for.
     """
 
-    def __init__(self, processors: Iterable[Any], rows: list[list[int]]) -> None:
+    def __init__(self, processors: Iterable[Any], rows: list[list[int]], later: int = 0) -> None:
+        self._later = later
         self._rules: list[tuple[str, Any, Any]] = []
         for one in processors:
             if type(one) is _NO_REPEAT:
@@ -101,7 +123,7 @@ class Bans:
                 found = what.after(rows)
                 if found is not None:
                     of_rows = found if of_rows is None else [a + b for a, b in zip(of_rows, found)]
-            elif when[0](when[1], length):
+            elif when[0](when[1], length, length - self._later):
                 if kind == "ban":
                     everywhere += what
                 else:

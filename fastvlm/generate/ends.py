@@ -45,6 +45,11 @@ class Ends:
                 self.others.append(one)
         self.eos = frozenset(eos)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether something else than tokens and lengths ends all rows."""
+        return bool(self._timed or self.stop)
+
     def all_end(self, length: int, device: torch.device) -> bool:
         """Whether rows of this length end, whatever their tokens are; asked once a step."""
         stopped = self.stop is not None and self.stop()

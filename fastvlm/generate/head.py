@@ -73,6 +73,14 @@ class Last:
         assert self.head is not None
         return self.head.logits(self.states)  # type: ignore[arg-type]
 
+    def of(self, rows: Sequence[int]) -> Last:
+        """Of these rows alone."""
+        given = self.logits if self.states is None else self.states
+        assert given is not None
+        index = torch.tensor(rows, dtype=torch.int64, device=given.device)
+        part = given.index_select(0, index)
+        return Last(logits=part) if self.states is None else Last(part, self.head)
+
     def rankable(self, k: int) -> bool:
         """Whether the best k of a row are found without the logits of all."""
         return self.head is not None and k <= min(MOST_RANKED, self.head.vocabulary)

@@ -27,7 +27,7 @@ class Plan:
 
     config: the GenerationConfig that generate() prepared. processors: those of transformers that
     must see all scores of a step, all of them, or None where `Bans` knows each. ranks: whether the
-    best of a ranking do. known: the processors that it knows.
+    best of a ranking do. known: the processors that it knows. eos: the tokens that end a sentence.
     """
 
     steps: Steps
@@ -39,8 +39,12 @@ class Plan:
     ranks: bool = False
     notes: Notes | None = None
 
-    def bans(self, rows: list[list[int]]) -> Bans:
-        return Bans(self.known, rows)
+    def __post_init__(self) -> None:
+        tokens = self.config._eos_token_tensor
+        self.eos: list[int] = [] if tokens is None else tokens.flatten().tolist()
+
+    def bans(self, rows: list[list[int]], later: int = 0) -> Bans:
+        return Bans(self.known, rows, later)
 
     def processed(self, rows: list[list[int]], scores: Tensor, banned: Banned) -> Tensor:
         """scores float32 [R, V], which may be written into, as all processors leave them."""

@@ -23,7 +23,7 @@ def sample(plan: Plan, ids: Tensor) -> Written:
     live = list(range(count))  # of the rows that still are, their numbers
     ended = [False] * count  # by number
     bans = plan.bans(rows)
-    last = plan.steps.begin()
+    last = plan.steps.begin(ids)
     while True:
         tokens = _choose(plan, last, rows, bans.next(rows), live, count)
         taken: list[int] = tokens.tolist()
@@ -43,7 +43,8 @@ def sample(plan: Plan, ids: Tensor) -> Written:
             break
         bans.grow(None, rows)
         stay = [place for place, number in enumerate(live) if not ended[number]]
-        if len(stay) < len(live) and plan.steps.may_leave:
+        # without an end token transformers' rows write on behind their end
+        if len(stay) < len(live) and plan.ends.fills and plan.steps.may_leave:
             plan.steps.move(stay)
             bans.keep(stay)
             rows, live = [rows[i] for i in stay], [live[i] for i in stay]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastvlm.compat import hf
-from fastvlm.decoding import rows as kept
-from fastvlm.decoding.prefixes import starts_of
+from fastvlm.decoding import cache as cross_cache
+from fastvlm.generate.feed import Arrival, CannotJoin
 from fastvlm.generate.head import Head, Last
-from fastvlm.layout import Layout
-from fastvlm.run import graphs
-from fastvlm.run.build import build_step
-from fastvlm.run.embedding import embed_step, rotation_of
-from fastvlm.run.layouts import Layouts
-from fastvlm.run.step import STEPS, DecodeStep
+from fastvlm.generate.lean import Lean
+from fastvlm.run.embedding import rotation_of
+from fastvlm.run.step import STEPS
 
 
 class Read(NamedTuple):
@@ -27,7 +26,8 @@ class Read(NamedTuple):
     last: Last
 
 
-Forward = Callable[..., Read]  # of the keyword arguments of the model, or of its prefill
+Forward = Callable[..., Read]  # of the keyword arguments of the model
+Prefill = Callable[[Tensor, dict[str, Any]], Read]  # of the tokens, and what generate() prepared
 
 
 class Steps:
@@ -42,7 +42,7 @@ class Steps:
     def __init__(
         self,
         model: Any,
-        prefill: Callable[[], Read],
+        prefill: Prefill,
         call: Forward,
         kwargs: dict[str, Any],
         device: torch.device,
@@ -50,18 +50,21 @@ class Steps:
         leaves: bool = False,
     ) -> None:
         self.model, self.kwargs, self.device = model, kwargs, device
+        self._given = dict(kwargs)
         self._prefill, self._call, self._stack = prefill, call, stack
         self._leaves = leaves
         self._head: Head | None = None
-        self._lean: _Lean | None = None
+        self._lean: Lean | None = None
+        self._readers = Counter({0: 1})  # by the place of what they read
 
     @property
     def may_leave(self) -> bool:
         """Whether `move` may be given fewer rows than there are."""
         return self._leaves and self._lean is not None and not self._lean.is_captured
 
-    def begin(self) -> Last:
-        read = self._prefill()
+    def begin(self, ids: Tensor) -> Last:
+        """ids int64 [R, L]."""
+        read = self._prefill(ids, self.kwargs)
         self._update(read)
         self._head = read.last.head
         return read.last
@@ -82,11 +85,12 @@ class Steps:
             self._stack = None if self._lean is None else self._stack
         return read.last
 
-    def move(self, order: Sequence[int]) -> None:
-        """The rows from which those of the next step go on."""
+    def move(self, order: Sequence[int], sources: Sequence[int] = ()) -> None:
+        """The rows from which those of the next step go on, -1 for one that begins; sources: the
+        place of what each reads, where images come and go."""
         cache = hf.cache_in(self.kwargs)
         if self._lean is not None:
-            self._lean.move(order)
+            self._lean.move(order, sources)
         elif cache is not None:
             index = torch.tensor(order, device=self.device)  # the model may be offloaded
             if hasattr(self.model, "_reorder_cache"):
@@ -97,6 +101,39 @@ class Steps:
                 kind = type(self.model).__name__
                 raise ValueError(f"fastvlm: beams of {kind} cannot be reordered in its cache")
 
+    def open(self) -> None:
+        """From here on images come and go, after two forwards. CannotJoin: that cannot be."""
+        if self._lean is None:
+            raise CannotJoin("its forward does more than its decoder and its head")
+        self._lean.open()
+
+    def join(self, arrival: Arrival) -> list[int]:
+        """The places of the encoder's rows of an arrival, which go through the model once, so that
+        whatever it makes of them is made of these too."""
+        assert self._lean is not None
+        self._lean.trim()
+        cache = self._lean.stack.new_cache()
+        given = {
+            **self._given, **hf.cached(cache), "attention_mask": arrival.mask,
+            "encoder_outputs": BaseModelOutput(arrival.states),
+        }  # fmt: skip
+        first = {one.row: one.begun[0] for one in arrival.asked}
+        begun = [[first.get(row, 0)] for row in range(arrival.states.shape[0])]
+        self._prefill(torch.tensor(begun, device=self.device), given)
+        if not cross_cache.is_shared(cache.cross_attention_cache):
+            raise CannotJoin("its cross-attention keeps no keys to share")
+        return self._lean.put(cache)
+
+    def enter(self, source: int) -> None:
+        """One more search reads what lies in this place."""
+        self._readers[source] += 1
+
+    def leave(self, source: int) -> None:
+        """One fewer does; after the last the place is free."""
+        self._readers[source] -= 1
+        if not self._readers[source] and self._lean is not None:
+            self._lean.free(source)
+
     @property
     def cache(self) -> Any:
         return hf.cache_in(self.kwargs)
@@ -106,7 +143,7 @@ class Steps:
             read.outputs, self.kwargs, is_encoder_decoder=self.model.config.is_encoder_decoder
         )
 
-    def _taken_over(self, last: Last, arguments: dict[str, Any]) -> _Lean | None:
+    def _taken_over(self, last: Last, arguments: dict[str, Any]) -> Lean | None:
         """The program of the stack, if the forward through the model was that and the head."""
         cache, stack = self.cache, self._stack
         step = (STEPS.get(cache) or {}).get(id(stack)) if cache is not None else None
@@ -132,72 +169,4 @@ class Steps:
                 again = rotation_of(stack, states, positions, filled)
                 if not all(map(torch.equal, again, ran.rotation)):
                     return None
-        return _Lean(stack, step, last.head, cache, ran.layouts, positions)
-
-
-class _Lean:
-    """The steps of a stack by its program, the model around it left out.
-
-    layouts: of the step before. positions: int64 [1 or R, 1], of its tokens, for a rotary stack.
-    """
-
-    def __init__(
-        self, stack: Any, step: DecodeStep, head: Head, cache: Any, layouts: Any, positions: Any
-    ) -> None:
-        self.stack, self.step, self.head, self.cache = stack, step, head, cache
-        self._cross, self._seen, self._positions = layouts.cross, layouts.visible, positions
-        self._kept = kept.rows_of(getattr(cache, "self_attention_cache", cache))
-        assert self._kept.lengths is not None
-        self._device, rows = self._kept.lengths.device, self._kept.lengths.shape[0]
-        self._images = None if self._cross is None else list(self._cross.images)
-        table = stack.spec.embedding.positions
-        self._starts = None if table is None else starts_of(getattr(stack, table), rows)
-        self._in_order = list(range(rows))
-        self._class = type(stack)
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether a graph runs the steps, which is of one number of rows."""
-        return graphs.recorder(self.step.layers[0].k) is not None
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [R] -> the last states, [R, d]."""
-        if type(self.stack) is not self._class:
-            raise RuntimeError(
-                "fastvlm: another thread called fastvlm.patch or unpatch(model) while its "
-                "generate() ran; unpatch when generate() has returned"
-            )
-        if self.step.is_stale:  # weights in fewer bits, whose originals were written into
-            self.step = build_step(self.stack, self.cache) or self.step
-        filled = self.step.layers[0].filled
-        if self._seen is not None:  # the new tokens, each in its own row of the cache
-            rows = self._seen.shape[0]
-            own = torch.arange(rows, dtype=self._seen.dtype, device=self._seen.device)
-            self._seen = torch.cat((self._seen, own.unsqueeze(1)), 1)
-        if self._positions is not None:
-            self._positions = self._positions + 1
-        x = embed_step(self.stack, tokens.unsqueeze(1), filled, None, self._starts)
-        rotation = rotation_of(self.stack, x, self._positions, filled)
-        layouts = Layouts(cross=self._cross, visible=self._seen, marks=None)
-        return self.step(x, layouts, rotation)
-
-    def move(self, order: Sequence[int]) -> None:
-        rows = len(self._in_order)
-        if list(order) == self._in_order:
-            return
-        index = torch.tensor(order, device=self._device)
-        self._kept.reorder(index)
-        if self._seen is not None:
-            self._seen = self._seen.index_select(0, index)
-        if self._positions is not None and self._positions.shape[0] == rows:
-            self._positions = self._positions.index_select(0, index)
-        if self._starts is not None:
-            self._starts = self._starts.index_select(0, index)
-        if self._images is not None:
-            images = [self._images[row] for row in order]
-            if images != self._images:
-                self._cross = Layout.from_lengths(
-                    [1] * len(order), self._cross.kv_lengths, images, device=self._cross.device
-                )
-                self._images = images
-        self._in_order = list(range(len(order)))
+        return Lean(stack, step, last.head, cache, ran.layouts, positions)

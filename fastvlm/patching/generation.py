@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from fastvlm.compat import hf, pytorch
 from fastvlm.compat.versions import attention_refused
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.decoding.scores import TokenScores
-from fastvlm.generate.bans import unknown
-from fastvlm.generate.beams import search
+from fastvlm.generate.bans import MIN_LENGTH, unknown
+from fastvlm.generate.beams import search, serve
 from fastvlm.generate.ends import Ends
+from fastvlm.generate.feed import Asked, CannotJoin, Feed
 from fastvlm.generate.head import Last
 from fastvlm.generate.plan import Plan, Written
 from fastvlm.generate.sampling import sample
@@ -123,7 +125,7 @@ class OwnLoop(Mixin):
             return generate(*args, **kwargs)
         names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
         brought = [each for name in names for each in _listed(given.get(name))]
-        theirs = [one for one in brought if not isinstance(one, TokenScores)]
+        theirs = [one for one in brought if not (isinstance(one, TokenScores) or _by_row(one))]
         kept = hf.cache_in(given) is not None
         loop = partial(_decode, watched=bool(theirs), kept=kept)
         return generate(*args, custom_generate=loop, **kwargs)
@@ -203,6 +205,12 @@ class OwnLoop(Mixin):
         return stack
 
 
+def _by_row(one: Any) -> bool:
+    """Whether a processor or criterion of the caller says that it looks at each row by itself, and
+    at nothing else."""
+    return getattr(one, "by_row", False) is True
+
+
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -245,47 +253,111 @@ def _decode(
             input_ids, logits_processor=logits_processor,
             stopping_criteria=stopping_criteria, generation_config=config, **model_kwargs,
         )  # fmt: skip
-    recording = model._records()
-    listed = list(logits_processor)
-    foreign = unknown(listed) is not None
-    ranks = not foreign and not config.do_sample and recording is not None
-    ranks = ranks and model._head_needs_logits(input_ids.shape[0], name) is None
-    by_row = all(type(p).__name__ in _BY_ROW for p in listed if unknown([p]) is not None)
+    foreign = [p for p in logits_processor if unknown([p]) is not None]
+    by_row = all(type(p).__name__ in _BY_ROW or _by_row(p) for p in foreign)
     leaves = (
         not (watched or kept)
         and by_row
         and (notes is not None or not config.return_dict_in_generate)
+        and not (config.do_sample and config.num_beams > 1)
     )
-    steps = Steps(
-        model,
-        partial(_prefill, model, recording, input_ids, config, model_kwargs),
-        partial(_call, model, recording, hf.forward_of_steps(model, config, model_kwargs)),
-        model_kwargs,
-        input_ids.device,
-        stack=None if recording is None or watched else model._bare_stack(),
-        leaves=leaves and not (config.do_sample and config.num_beams > 1),
+    plan = _planned(
+        model, input_ids, logits_processor, ends, config, model_kwargs, leaves, bare=not watched
     )
-    plan = Plan(
-        steps,
-        ends,
-        config,
-        input_ids.device,
-        processors=logits_processor if foreign else None,
-        known=() if foreign else tuple(listed),
-        ranks=ranks,
-        notes=None if notes is None or notes.beams else notes,
-    )
+    plan.notes = None if notes is None or notes.beams else notes
     if name == "_sample":
         with hf.optimized_for_decoding(model):
             written = sample(plan, input_ids)
     else:
         with shared.in_groups(hf.cache_in(model_kwargs)):
             written = search(plan, input_ids)
-    return _output(model, config, written, steps.cache)
+    return _output(model, config, written, plan.steps.cache)
+
+
+def _planned(
+    model: Any, ids: Tensor, processors: Any, ends: Ends, config: Any, kwargs: dict[str, Any],
+    leaves: bool, bare: bool,
+) -> Plan:  # fmt: skip
+    """leaves: whether rows may leave the batch; bare: whether the model may be left out of its
+    steps."""
+    recording = model._records()
+    listed = list(processors)
+    foreign = unknown(listed) is not None
+    ranks = not foreign and not config.do_sample and recording is not None
+    name = "_sample" if config.num_beams == 1 else "_beam_search"
+    ranks = ranks and model._head_needs_logits(ids.shape[0], name) is None
+    steps = Steps(
+        model,
+        partial(_prefill, model, recording, config),
+        partial(_call, model, recording, hf.forward_of_steps(model, config, kwargs)),
+        kwargs,
+        ids.device,
+        stack=model._bare_stack() if bare and recording is not None else None,
+        leaves=leaves,
+    )
+    return Plan(
+        steps,
+        ends,
+        config,
+        ids.device,
+        processors=processors if foreign else None,
+        known=() if foreign else tuple(listed),
+        ranks=ranks,
+    )
+
+
+def cannot_join(model: Any, given: dict[str, Any]) -> str | None:
+    """Why images cannot come into a running loop of generate(**given); None where nothing is known
+    that stands against it."""
+    if not isinstance(model, OwnLoop):
+        return "the model is not patched, or by its class not with a loop"
+    theirs: Any = super(OwnLoop, model)
+    if attention_refused() is not None or not hf.takes_own_loop(theirs.generate):
+        return "transformers' own loop runs"
+    if model._wants_another_loop(given):
+        return "what was asked for is done by a loop of transformers'"
+    if not all(map(_by_row, _listed(given.get("stopping_criteria")))):
+        return "stopping_criteria sees one batch"
+    for name in ("logits_processor", "prefix_allowed_tokens_fn"):
+        if given.get(name):
+            return f"{name} sees one batch"
+    return None
+
+
+def serve_feed(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+    generation_config: Any, asked: Asked, feed: Feed, **model_kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """A custom_generate: begun with one search, it goes on while feed has more. Gives the ids it
+    was given. CannotJoin: where that cannot be."""
+    config, ends = generation_config, Ends(stopping_criteria)
+    if config.min_new_tokens is not None:
+        # transformers says the same by a length, which is another for each beginning
+        said = LogitsProcessorList(p for p in logits_processor if type(p) is not MIN_LENGTH)
+        logits_processor = said
+    foreign = unknown(logits_processor)
+    at_begin = any(type(p).__name__.startswith("SuppressTokensAtBegin") for p in logits_processor)
+    reasons = {
+        "it draws tokens": config.do_sample,
+        f"{foreign} sees the scores of one batch": foreign is not None,
+        "its time is limited": ends.is_timed,
+        "criteria see all rows": not all(map(_by_row, ends.others)),
+        "begin_suppress_tokens has another place in other rows": at_begin and len(input_ids[0]) < 2,
+        "it keeps no cache": not model_kwargs.get("use_cache"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise CannotJoin(reason)
+    plan = _planned(
+        model, input_ids, logits_processor, ends, config, model_kwargs, leaves=True, bare=True
+    )
+    with hf.optimized_for_decoding(model), shared.in_groups(hf.cache_in(model_kwargs)):
+        serve(plan, input_ids, asked, feed)
+    return input_ids
 
 
 def _prefill(
-    model: Any, recording: Recording | None, ids: Tensor, config: Any, kwargs: dict[str, Any]
+    model: Any, recording: Recording | None, config: Any, ids: Tensor, kwargs: dict[str, Any]
 ) -> Read:
     with _recorded(recording):
         outputs = model._prefill(ids, config, kwargs, is_first_iteration=not config.is_assistant)

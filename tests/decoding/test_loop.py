@@ -20,7 +20,7 @@ if attention_refused() is not None:
 from models import FAMILIES, PAD
 
 from fastvlm.decoding.scores import TokenScores
-from fastvlm.generate import steps
+from fastvlm.generate import lean
 from fastvlm.patching import generation
 
 KINDS = ("bart", "florence2", "florenz", "gemma2", "t5gemma")
@@ -37,13 +37,13 @@ def built() -> dict[str, Any]:
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each step that leaves the model out was given."""
     found: list[int] = []
-    call = steps._Lean.__call__
+    call = lean.Lean.__call__
 
-    def noted(lean: Any, tokens: Tensor) -> Tensor:
+    def noted(self: Any, tokens: Tensor) -> Tensor:
         found.append(tokens.shape[0])
-        return call(lean, tokens)
+        return call(self, tokens)
 
-    monkeypatch.setattr(steps._Lean, "__call__", noted)
+    monkeypatch.setattr(lean.Lean, "__call__", noted)
     return found
 
 
@@ -198,6 +198,36 @@ def test_notes_of_rows_that_leave(sample: bool, built: dict[str, Any], moves: li
     assert torch.equal(ours, theirs)
     assert scores == pytest.approx(wanted, abs=1e-5)
     assert min(moves) < 3
+
+
+class TooLong(StoppingCriteria):
+    """Ends a row by its own second token, row by row."""
+
+    by_row = True
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] - 2 >= 4 * input_ids[:, 1]
+
+
+@pytest.mark.parametrize("eos", [None, 98])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_leave_by_a_criterion_that_looks_at_each(
+    beams: int, eos: int | None, built: dict[str, Any], moves: list[int]
+) -> None:
+    model = built["bart"]
+    start = torch.tensor([[2, 5], [2, 1], [2, 3]])
+    inputs = {**FAMILIES["bart"].inputs(model), "decoder_input_ids": start}
+    wish = {
+        "num_beams": beams, "max_new_tokens": 24, "eos_token_id": eos,
+        "stopping_criteria": [TooLong()],
+    }  # fmt: skip
+    theirs = model.generate(**inputs, **wish)
+    with fastvlm.patched(model):
+        ours = model.generate(**inputs, **wish)
+    assert torch.equal(ours, theirs)
+    # without an end token greedy rows write on behind their end, as transformers' do
+    stay = beams == 1 and eos is None
+    assert set(moves) == ({3} if stay else {3 * beams, 2 * beams, beams})
 
 
 # what stays with transformers' loop

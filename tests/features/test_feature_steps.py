@@ -257,8 +257,16 @@ def test_features_of_another_folder_or_nobody(tmp_path: Path) -> None:
         step(model, kept(others, batch(model)))
     with pytest.raises(ValueError, match=r"what VisionFeatures.pixel_values gives"):
         step(model, batch(model) | {"pixel_values": {"what": 1}})
-    with pytest.raises((AttributeError, TypeError)):  # nobody takes it for pixels
-        step(frozen(), kept(features, batch(model)))
+    # nobody takes it for pixels, patched or not, features or pixels to be kept, moved or not
+    told = r"VisionFeatures: the model must have its VisionFeatures to take kept features.*unpatch"
+    other = frozen()
+    for given in (kept(features, batch(model)), kept(others, batch(other))):
+        moved = {**given, "pixel_values": type(given["pixel_values"])(given["pixel_values"])}
+        for inputs in (given, moved):
+            with pytest.raises(AttributeError, match=told):
+                step(frozen(), inputs)
+            with fastvlm.patched(other), pytest.raises(AttributeError, match=told):
+                step(other, inputs)
     with pytest.raises(ValueError, match="after VisionFeatures"):
         step(copy.deepcopy(model), kept(features, batch(model)))
 

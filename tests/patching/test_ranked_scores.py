@@ -18,8 +18,8 @@ if attention_refused() is not None:
     pytest.skip(str(attention_refused()), allow_module_level=True)
 
 from fastvlm.generate.bans import KNOWN, NONE, Bans, unknown
-from fastvlm.generate.beams import best_of_images
 from fastvlm.generate.head import Head, Last, best_of_rows, mask_logits
+from fastvlm.generate.ranking import best_of_images
 from fastvlm.loss.request import LossRequest
 from fastvlm.patching.logits import State
 from fastvlm.patching.recorded import RecordedLogits

@@ -1,0 +1,177 @@
+"""Searches that a decoding loop runs side by side: of beams, or greedy, each by itself.
+
+A search knows its own rows, what is banned of them and what it has found. It may come into a loop
+and leave it between any two steps: nothing of it depends on who else is there.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from fastvlm.generate.bans import Bans
+
+# what transformers adds to the score of what may not be chosen
+_FAR = -1.0e9
+
+
+@dataclass
+class Sentence:
+    """A place among the best that have ended. beams: the row that each new token was written in."""
+
+    score: float
+    tokens: list[int]
+    beams: list[int]
+    ended: bool = False
+
+
+class Candidate(NamedTuple):
+    """A beam and a token after it. value: summed log-probabilities (of a greedy search the
+    token's alone); ranked: by their length; hoped: by the length that the rest of the search hopes
+    for."""
+
+    beam: int
+    token: int
+    value: float
+    ranked: float
+    hoped: float
+
+
+class Search:
+    """What every search has.
+
+    number: among those of the loop. rows: the tokens of each, of one length; begun: those that
+    they began with. later: how many more these are than the loop's first search began with.
+    fed: how many of the tokens the cache holds, all of them where the next are to be chosen.
+    parents: from which of the rows those of now go on. tag, source: whose it is, and which keys and
+    values it reads, where searches come and go.
+    """
+
+    def __init__(self, number: int, rows: list[list[int]], bans: Bans, later: int = 0) -> None:
+        self.number, self.rows, self.bans, self.later = number, rows, bans, later
+        self.begun = len(rows[0])
+        self.fed = self.begun
+        self.parents = list(range(len(rows)))
+        self.tag: Any = None
+        self.source = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all its tokens are fed, so that the next can be chosen."""
+        return self.fed == len(self.rows[0])
+
+    @property
+    def count(self) -> int:
+        """The rows that it has in the cache: one while it is fed the same beginning for all."""
+        return len(self.rows) if self.fed >= self.begun else min(self.fed, 1)
+
+    def feed(self) -> tuple[list[int], list[int]]:
+        """From which of its rows in the cache those of the next step go on, -1 where it has none
+        yet, and the token of each."""
+        is_last = self.fed == len(self.rows[0]) - 1
+        if self.fed >= self.begun:
+            parents = self.parents
+        else:
+            parents = [0 if self.fed else -1] * (len(self.rows) if is_last else 1)
+        tokens = [row[self.fed] for row in self.rows[: len(parents)]]
+        self.fed += 1
+        return parents, tokens
+
+
+class BeamSearch(Search):
+    """The beams of one image, as transformers' loop ranks them."""
+
+    def __init__(self, number: int, rows: list[list[int]], bans: Bans, later: int = 0) -> None:
+        super().__init__(number, rows, bans, later)
+        self.paths: list[list[int]] = [[] for _ in rows]
+        self.scores = [0.0] + [_FAR] * (len(rows) - 1)
+        self.found = [Sentence(_FAR, rows[0], []) for _ in rows]
+        self.improves = True
+
+    @property
+    def is_full(self) -> bool:
+        return all(one.ended for one in self.found)
+
+    def is_over(self, ends: list[bool], early: bool) -> bool:
+        """Whether it ends, where it is alone, after a step whose candidates ended so."""
+        return not self.improves or all(ends) or (early and self.is_full)
+
+    def step(self, candidates: list[Candidate], ends: list[bool], early: bool, hope: float) -> None:
+        """Go on with the best of these that do not end, and keep the best that do.
+
+        hope: what `Candidate.value` is divided by for `Candidate.hoped`.
+        """
+        beams, first = len(self.rows), self.number * len(self.rows)
+        values = [_sum(c.value, _FAR) if end else c.value for c, end in zip(candidates, ends)]
+        chosen = _top(values, beams)
+        full = self.is_full
+        just = ends[:beams] + [False] * (len(candidates) - beams)
+        if any(just) or not full:
+            self._merge(candidates, just, _FAR * (full and early), first)
+        best = candidates[chosen[0]]
+        hoped = c_float(values[chosen[0]] / hope).value if ends[chosen[0]] else best.hoped
+        self.rows, self.paths, self.scores, self.parents = (
+            [self.rows[candidates[i].beam] + [candidates[i].token] for i in chosen],
+            [self.paths[candidates[i].beam] + [first + candidates[i].beam] for i in chosen],
+            [values[i] for i in chosen],
+            [candidates[i].beam for i in chosen],
+        )
+        worst = min(one.score for one in self.found)
+        self.improves &= any(hoped > (worst if one.ended else _FAR) for one in self.found)
+        self.bans.grow(self.parents, self.rows)
+
+    def _merge(
+        self, candidates: list[Candidate], just: list[bool], late: float, first: int
+    ) -> None:
+        """The best of what had ended and what ends now."""
+        scores = [one.score for one in self.found]
+        for candidate, ended in zip(candidates, just):
+            score = candidate.ranked
+            for reason in (late, 0.0 if self.improves else _FAR, 0.0 if ended else _FAR):
+                score = _sum(score, reason) if reason else score
+            scores.append(score)
+        kept, beams = [], len(self.found)
+        for i in _top(scores, beams):
+            if i < beams:
+                kept.append(self.found[i])
+                continue
+            c = candidates[i - beams]
+            tokens, path = self.rows[c.beam] + [c.token], self.paths[c.beam] + [first + c.beam]
+            kept.append(Sentence(scores[i], tokens, path, just[i - beams]))
+        self.found = kept
+
+
+class GreedySearch(Search):
+    """One row, which takes the best token each time. Its score is that of `TokenScores.of`."""
+
+    def __init__(self, number: int, rows: list[list[int]], bans: Bans, later: int = 0) -> None:
+        super().__init__(number, rows, bans, later)
+        self.scores, self.found = [0.0], [Sentence(0.0, rows[0], [])]
+
+    def is_over(self, ends: list[bool], early: bool) -> bool:
+        return ends[0]
+
+    def step(self, candidates: list[Candidate], ends: list[bool], early: bool, hope: float) -> None:
+        best = candidates[0]
+        self.rows = [[*self.rows[0], best.token]]
+        self.scores[0] += best.value
+        self.found = [Sentence(self.scores[0], self.rows[0], [], ends[0])]
+        self.bans.grow(None, self.rows)
+
+
+def _sum(a: float, b: float) -> float:
+    """Of two float32."""
+    return c_float(a + b).value
+
+
+def _top(values: list[float], count: int) -> list[int]:
+    """The places of the highest, descending."""
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+    if any(values[a] == values[b] for a, b in pairwise(order[: count + 1])):
+        found: list[int] = torch.topk(torch.tensor(values), count).indices.tolist()
+        return found
+    return order[:count]
