@@ -206,6 +206,12 @@ def test_an_evaluation_from_end_to_end(
     after = json.loads((out / "evaluation.json").read_text())
     assert after["figures"]["B@4"] == dict.fromkeys(results["figures"]["B@4"], pytest.approx(100))
     assert after["figures"]["exact"] == results["figures"]["exact"]
+    assert after["figures"]["CIDEr"] == results["figures"]["CIDEr"]
+    ptb = ["--cider-words", "ptb", "--metrics"]
+    assert main([*again[:4], *ptb, "clipscore", "--out", str(out)]) == 0  # of drawn pictures: none
+    last = json.loads((out / "evaluation.json").read_text())
+    assert last["figures"] == after["figures"]
+    assert (last["cider_words"], set(last["missing"])) == ("words", {"CLIPScore"})
     assert main([*command, "--out", str(out)]) == 2
     assert "--out wants a folder without an evaluation" in capsys.readouterr().err
 

@@ -13,9 +13,9 @@ import fastvlm
 from fastvlm.captioning.models import Loaded, pretrained
 from fastvlm.decoding.pictures import open_picture
 from fastvlm.florenz.data.annotations import marked_prompt, spelled_prompt
+from fastvlm.florenz.data.public import READERS
 from fastvlm.florenz.evaluation import metrics
 from fastvlm.florenz.evaluation.answers import Writing, answers
-from fastvlm.florenz.evaluation.formats import READERS
 from fastvlm.florenz.evaluation.metrics import Means
 from fastvlm.florenz.evaluation.records import Answer
 from fastvlm.florenz.evaluation.tokens import Missing

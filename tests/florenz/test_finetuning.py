@@ -19,7 +19,7 @@ from fastvlm.__main__ import main
 from fastvlm.captioning.models import pretrained
 from fastvlm.florenz.data import DataError, write_shards
 from fastvlm.florenz.data.indexed import IndexedShards
-from fastvlm.florenz.evaluation.formats import READERS
+from fastvlm.florenz.data.public import READERS
 from fastvlm.florenz.training import finetune_command
 from fastvlm.florenz.training.settings import FineTuning
 from fastvlm.florenz.training.sizes import SIZES

@@ -1,7 +1,5 @@
 """Evaluation of Florenz models as in arXiv 2503.09443, on its four sets and on the small world.
 
-sets.py        what is evaluated, whatever file it came from
-formats.py     readers of Multi30K, CoMMuTE, Crossmodal-3600 and COCO in Karpathy's split
 answers.py     what a model writes about a set, and which translation it finds likelier
 records.py     answers.jsonl
 tokens.py      words, as CIDEr counts them

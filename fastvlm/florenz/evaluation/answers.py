@@ -18,8 +18,8 @@ from fastvlm.florenz.data.annotations import (
     marked_prompt,
     spelled_prompt,
 )
+from fastvlm.florenz.data.sets import EvaluationSet, Item
 from fastvlm.florenz.evaluation.records import Answer
-from fastvlm.florenz.evaluation.sets import EvaluationSet, Item
 from fastvlm.florenz.losses import image_tokens_of, text_losses
 from fastvlm.florenz.training.batches import Words
 

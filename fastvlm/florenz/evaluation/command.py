@@ -11,14 +11,14 @@ from typing import Any
 
 from fastvlm.decoding.languages import LANGUAGES
 from fastvlm.demo.arguments import MOST_TOKENS, UsageError, whole_number
+from fastvlm.florenz.data.public import READERS, SPLITS, read_set
+from fastvlm.florenz.data.sets import NAMES, EvaluationSet, chosen
 from fastvlm.florenz.data.shards import DataError
-from fastvlm.florenz.evaluation.formats import READERS, SPLITS, read_set
 from fastvlm.florenz.evaluation.metrics import METRICS, Means, metrics_of
 from fastvlm.florenz.evaluation.records import Answer, read_answers, write_answers
 from fastvlm.florenz.evaluation.report import ANSWERS, RESULTS, measured, save, table
-from fastvlm.florenz.evaluation.sets import NAMES, EvaluationSet, chosen
 from fastvlm.florenz.evaluation.tokens import TOKENIZERS, Missing
-from fastvlm.florenz.training.settings import SETTINGS
+from fastvlm.florenz.training.settings import world_size_of
 from fastvlm.florenz.training.sizes import SIZES
 
 _WORDS = {"world": "words", "xm3600": "stanza"}  # else as COCO's evaluation
@@ -118,6 +118,9 @@ def run(args: argparse.Namespace) -> int:
         given = "neither" if args.model is None else "both"
         raise UsageError("MODEL", "a checkpoint, or --answers", given)
     if args.answers is not None:
+        for name in ("set", "data", "images", "split", "languages", "limit"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name}", "no --answers beside it", getattr(args, name))
         results, found = _kept(Path(args.answers))
         metrics, out = _metrics(args, results["set"], results["task"]), _out(args)
     else:
@@ -128,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     results["figures"] = {**results["figures"], **figures}
     kept = {name: why for name, why in results["missing"].items() if name not in figures}
     results["missing"] = {**kept, **missing}
-    results["cider_words"] = _words(args, results["set"])
+    if {"CIDEr", "B@4"} & set(figures):
+        results["cider_words"] = _words(args, results["set"])
     print(table(results))
     if out is not None:
         write_answers(out / ANSWERS, found)
@@ -169,15 +173,6 @@ def _world(args: argparse.Namespace) -> EvaluationSet:
     name = args.world_size or world_size_of(Path(args.model)) or "base"
     made = world_captions if args.set == "world" else world_translations
     return made(SIZES[name], args.limit or _SCENES)
-
-
-def world_size_of(folder: Path) -> str | None:
-    """The size of the run that left a checkpoint; None: it is of no run."""
-    try:
-        size = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return size if size in SIZES else None
 
 
 def _metrics(args: argparse.Namespace, set_name: str, task: str) -> list[str]:

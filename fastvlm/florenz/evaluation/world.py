@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm.florenz.data.annotations import TRANSLATE, TRANSLATION
+from fastvlm.florenz.data.sets import EvaluationSet, Item
 from fastvlm.florenz.evaluation.records import Answer
-from fastvlm.florenz.evaluation.sets import EvaluationSet, Item
 from fastvlm.florenz.training.emergence import held_out, score
 from fastvlm.florenz.training.sizes import Size
 from fastvlm.florenz.world.grammar import LANGUAGES, PREFIXES, sentence

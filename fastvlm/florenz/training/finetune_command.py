@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.demo.arguments import UsageError, whole_number
+from fastvlm.florenz.data.public import READERS, SPLITS, read_set
 from fastvlm.florenz.data.shards import DataError
-from fastvlm.florenz.evaluation.formats import READERS, SPLITS, read_set
 from fastvlm.florenz.training.command import rate, say, trainers
 from fastvlm.florenz.training.sizes import SIZES
 
@@ -95,10 +95,9 @@ def run(args: argparse.Namespace) -> int:
     """0: trained. UsageError: a model, data or a folder that cannot be used."""
     trainers("florenz finetune")
     from fastvlm.captioning.models import pretrained
-    from fastvlm.florenz.evaluation.command import world_size_of
     from fastvlm.florenz.training.finetuning import finetune
     from fastvlm.florenz.training.results import RESULTS
-    from fastvlm.florenz.training.settings import FineTuning
+    from fastvlm.florenz.training.settings import FineTuning, world_size_of
 
     for name in ("data", "images", "split"):
         if args.set is None and getattr(args, name) is not None:

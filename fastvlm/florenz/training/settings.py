@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.demo.arguments import UsageError
+from fastvlm.florenz.training.sizes import SIZES
 
 SETTINGS, CHECKPOINTS = "settings.json", "checkpoints"
 PROMPTS = ("named", "bare")
@@ -106,3 +107,12 @@ def _read(file: Path, argument: str, wanted: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(argument, wanted, file.parent)
     return found
+
+
+def world_size_of(folder: Path) -> str | None:
+    """The size of the run that left a checkpoint; None: it is of no run."""
+    try:
+        size = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if size in SIZES else None

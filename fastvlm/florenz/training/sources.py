@@ -16,7 +16,7 @@ from fastvlm.florenz.data.annotations import (
     marked_prompt,
 )
 from fastvlm.florenz.data.indexed import IndexedShards
-from fastvlm.florenz.evaluation.sets import EvaluationSet
+from fastvlm.florenz.data.sets import EvaluationSet
 from fastvlm.florenz.training.batches import Described, scene_at
 from fastvlm.florenz.training.sizes import Size
 from fastvlm.florenz.world.build import annotations_of_scene

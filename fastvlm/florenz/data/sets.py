@@ -1,4 +1,4 @@
-"""What is evaluated: pictures with texts about them, whatever file they came from."""
+"""Sets to evaluate on or to learn from: pictures with texts, whatever file they came from."""
 
 from __future__ import annotations
 

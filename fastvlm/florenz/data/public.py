@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastvlm.florenz.data.sets import EvaluationSet, Item
 from fastvlm.florenz.data.shards import DataError
-from fastvlm.florenz.evaluation.sets import EvaluationSet, Item
 
 _DESCRIPTIONS = range(1, 6)  # of a picture of Multi30K's second task
 # as the paper reports them; a figure is the mean of those of the splits

@@ -10,9 +10,9 @@ import pytest
 
 from fastvlm.__main__ import main
 from fastvlm.florenz.data import DataError
-from fastvlm.florenz.evaluation.formats import READERS, SPLITS, read_set
+from fastvlm.florenz.data.public import READERS, SPLITS, read_set
+from fastvlm.florenz.data.sets import EvaluationSet, chosen
 from fastvlm.florenz.evaluation.paper import MEANS, paper_rows
-from fastvlm.florenz.evaluation.sets import EvaluationSet, chosen
 
 MAKE: dict[str, Callable[[Path], Path]] = {
     "multi30k": public_sets.multi30k, "multi30k-translation": public_sets.multi30k,
@@ -156,6 +156,7 @@ def test_arguments_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFix
         (["m", "--set", "coco", "--data", root, "--languages", "xx"], "--languages wants some of"),
         (["m", "--set", "coco", "--data", root, "--metrics", "comet"], "--metrics wants some of"),
         (["m", "--set", "coco", "--data", root], "--model"),
+        (["--answers", root, "--set", "coco"], "--set wants no --answers beside it"),
         (["--answers", str(tmp_path)], "--answers wants a folder of an earlier --out"),
     ]:  # fmt: skip
         assert main(["florenz", "evaluate", *more]) == 2
