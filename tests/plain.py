@@ -74,14 +74,28 @@ def cached_attention(
     return torch.cat(out)
 
 
+def activated(x: Tensor, activation: str) -> Tensor:
+    """ "none" and "tanh": the older names of two."""
+    match activation:
+        case "relu":
+            return F.relu(x)
+        case "silu":
+            return F.silu(x)
+        case "gelu" | "none":
+            return F.gelu(x)
+        case "gelu_tanh" | "tanh":
+            return F.gelu(x, approximate="tanh")
+    raise AssertionError(activation)
+
+
 def gelu_mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
 ) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+    return F.linear(activated(F.linear(x, w1, b1), activation), w2, b2)
 
 
-def geglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, approximate: str) -> Tensor:
-    hidden = F.gelu(F.linear(x, w_gate), approximate=approximate) * F.linear(x, w_up)
+def geglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str) -> Tensor:
+    hidden = activated(F.linear(x, w_gate), activation) * F.linear(x, w_up)
     return F.linear(hidden, w_down)
 
 

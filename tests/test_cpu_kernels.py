@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm import extension
+from fastvlm.reference.mlp import ACTIVATIONS
 
 ROWS = (0, 1, 3, 7, 16, 17, 70)
 SIZES = [(1, 577), (17, 1), (63, 100), (100, 63), (577, 17), (100, 768), (48, 2305)]
@@ -101,16 +102,16 @@ def test_linear_with_an_int8_weight(n: int, k: int, dtype: torch.dtype, randn: C
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("hidden", "k"), SIZES)
-def test_mlps(hidden: int, k: int, tanh: bool, dtype: torch.dtype, randn: Callable) -> None:
-    approximate = "tanh" if tanh else "none"
+def test_mlps(hidden: int, k: int, activation: str, dtype: torch.dtype, randn: Callable) -> None:
+    number = ACTIVATIONS.index(activation)
 
     def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+        return F.linear(plain.activated(F.linear(x, w1, b1), activation), w2, b2)
 
     def geglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gates = F.gelu(F.linear(x, gate), approximate=approximate)
+        gates = plain.activated(F.linear(x, gate), activation)
         return F.linear(gates * F.linear(x, up), down)
 
     gelu, geglu = Results(), Results()
@@ -118,8 +119,8 @@ def test_mlps(hidden: int, k: int, tanh: bool, dtype: torch.dtype, randn: Callab
         x, w1, b1 = randn(rows, k), randn(hidden, k, scale=k**-0.5), randn(hidden)
         up = randn(hidden, k, scale=k**-0.5)
         w2, b2 = randn(100, hidden, scale=hidden**-0.5), randn(100)
-        gelu.add(raw().gelu_mlp(x, w1, b1, w2, b2, tanh), gelu_mlp, x, w1, b1, w2, b2)
-        geglu.add(raw().geglu_mlp(x, w1, up, w2, tanh), geglu_mlp, x, w1, up, w2)
+        gelu.add(raw().gelu_mlp(x, w1, b1, w2, b2, number), gelu_mlp, x, w1, b1, w2, b2)
+        geglu.add(raw().geglu_mlp(x, w1, up, w2, number), geglu_mlp, x, w1, up, w2)
     gelu.check("gelu_mlp")
     geglu.check("geglu_mlp")
 
@@ -128,7 +129,7 @@ def test_mlps(hidden: int, k: int, tanh: bool, dtype: torch.dtype, randn: Callab
 def test_gelu_keeps_its_tails_and_nan(tanh: bool) -> None:
     x = torch.cat([torch.linspace(-14, 14, 20001), torch.tensor([float("nan"), 1e30, -1e30])])
     one = torch.ones(1, 1)
-    ours = raw().gelu_mlp(x[:, None], one, None, one, None, tanh)[:, 0]
+    ours = raw().gelu_mlp(x[:, None], one, None, one, None, int(tanh))[:, 0]
     z = x.double()
     inner = (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)
     exact = z * torch.sigmoid(2 * inner) if tanh else z * torch.special.erfc(-z / 2**0.5) / 2

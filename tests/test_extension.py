@@ -162,7 +162,7 @@ import torch
 from fastvlm import builder, extension
 assert extension.load()
 x, w, b = (torch.load({inputs!r})[k] for k in "xwb")
-y = torch.ops.fastvlm_cpu.gelu_mlp(x, w, b, w.T.contiguous(), None, False)
+y = torch.ops.fastvlm_cpu.gelu_mlp(x, w, b, w.T.contiguous(), None, 0)
 torch.save(y, {inputs!r} + "." + extension.capability())
 print(extension.capability())
 """

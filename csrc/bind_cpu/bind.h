@@ -41,6 +41,12 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+inline Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Activation::kSilu),
+                  "activation: there is none of number ", number);
+  return static_cast<Activation>(number);
+}
+
 inline void check(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());

@@ -26,14 +26,14 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
 
 Tensor int8_gelu_mlp(const Tensor& x, const Tensor& w1, const Tensor& scale1, const Optional& b1,
                      const Tensor& w2, const Tensor& scale2, const Optional& b2,
-                     const Optional& residual, const Optional& factors, bool tanh,
+                     const Optional& residual, const Optional& factors, int64_t activation,
                      std::optional<bool> quads) {
   Int8MlpArgs args{};
   args.x = matrix(x, "x");
   args.w1 = scaled_weight_for(w1, scale1, args.x.cols);
   args.b1 = bias_for(b1, "b1", args.w1.rows);
   args.w2 = scaled_weight_for(w2, scale2, args.w1.rows);
-  args.tanh = tanh;
+  args.activation = activation_of(activation);
   args.products = products(quads);
   Tensor out = make_out(x, args.w2.rows, b2, residual, factors, args.tail);
   FASTVLM_KERNEL(int8_mlp)(args);
@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
       "Tensor? factors, bool? quads=None) -> Tensor");
   m.def(
       "int8_gelu_mlp(Tensor x, Tensor w1, Tensor scale1, Tensor? b1, Tensor w2, Tensor scale2, "
-      "Tensor? b2, Tensor? residual, Tensor? factors, bool tanh, bool? quads=None) -> Tensor");
+      "Tensor? b2, Tensor? residual, Tensor? factors, int activation, bool? quads=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {

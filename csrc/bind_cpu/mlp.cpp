@@ -36,33 +36,34 @@ Tensor low_precision_linear(const Tensor& x, const Tensor& weight,
 }
 
 Tensor gelu_mlp(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
-                const Tensor& w2, const std::optional<Tensor>& b2, bool tanh) {
+                const Tensor& w2, const std::optional<Tensor>& b2, int64_t activation) {
   const Matrix rows = matrix(x, "x");
   const Matrix first = weight_for(w1, "w1", rows.cols);
   const Matrix second = weight_for(w2, "w2", first.rows);
   const Matrix first_bias = bias_for(b1, "b1", first.rows);
   const Matrix second_bias = bias_for(b2, "b2", second.rows);
   Tensor out = empty_rows(x, rows.rows, second.rows);
-  FASTVLM_KERNEL(gelu_mlp)(rows, first, first_bias, second, second_bias, tanh,
+  FASTVLM_KERNEL(gelu_mlp)(rows, first, first_bias, second, second_bias, activation_of(activation),
                            out.mutable_data_ptr());
   return out;
 }
 
 Tensor geglu_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                 bool tanh) {
+                 int64_t activation) {
   const Matrix rows = matrix(x, "x");
   const Matrix gate = weight_for(w_gate, "w_gate", rows.cols);
   const Matrix up = weight_for(w_up, "w_up", rows.cols, gate.rows);
   const Matrix down = weight_for(w_down, "w_down", gate.rows);
   Tensor out = empty_rows(x, rows.rows, down.rows);
-  FASTVLM_KERNEL(geglu_mlp)(rows, gate, up, down, tanh, out.mutable_data_ptr());
+  FASTVLM_KERNEL(geglu_mlp)(rows, gate, up, down, activation_of(activation),
+                            out.mutable_data_ptr());
   return out;
 }
 
 // The common part of all activations: what they read. up and grad may be missing.
 ActivationArgs activation_args(const Tensor& pre, const std::optional<Tensor>& up,
                                const std::optional<Tensor>& grad, const std::optional<Tensor>& seed,
-                               bool tanh, double dropout_p) {
+                               int64_t activation, double dropout_p) {
   auto read = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.dim() == 2 &&
                         t.scalar_type() == pre.scalar_type() && t.size(0) == pre.size(0) &&
@@ -76,14 +77,14 @@ ActivationArgs activation_args(const Tensor& pre, const std::optional<Tensor>& u
   args.count = pre.numel();
   if (up.has_value()) args.up = read(*up, "up");
   if (grad.has_value()) args.grad = read(*grad, "grad");
-  args.tanh = tanh;
+  args.activation = activation_of(activation);
   args.dropout = dropout_of(seed, dropout_p);
   return args;
 }
 
 Tensor activate(const Tensor& pre, const std::optional<Tensor>& up,
-                const std::optional<Tensor>& seed, bool tanh, double dropout_p) {
-  ActivationArgs args = activation_args(pre, up, std::nullopt, seed, tanh, dropout_p);
+                const std::optional<Tensor>& seed, int64_t activation, double dropout_p) {
+  ActivationArgs args = activation_args(pre, up, std::nullopt, seed, activation, dropout_p);
   Tensor hidden = empty_rows(pre, pre.size(0), pre.size(1));
   args.hidden = hidden.mutable_data_ptr();
   FASTVLM_KERNEL(activate)(args);
@@ -93,10 +94,10 @@ Tensor activate(const Tensor& pre, const std::optional<Tensor>& up,
 // The gradients of pre and up and, where wanted, hidden; empty tensors for what is not.
 std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& grad, const Tensor& pre,
                                                      const std::optional<Tensor>& up,
-                                                     const std::optional<Tensor>& seed, bool tanh,
-                                                     double dropout_p, bool need_inputs,
-                                                     bool need_hidden) {
-  ActivationArgs args = activation_args(pre, up, grad, seed, tanh, dropout_p);
+                                                     const std::optional<Tensor>& seed,
+                                                     int64_t activation, double dropout_p,
+                                                     bool need_inputs, bool need_hidden) {
+  ActivationArgs args = activation_args(pre, up, grad, seed, activation, dropout_p);
   auto result = [&](bool need, void** to) {
     if (!need) return torch::stable::new_empty(pre, {0});
     Tensor made = empty_rows(pre, pre.size(0), pre.size(1));
@@ -116,11 +117,13 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& grad, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool wide=False) -> Tensor");
   m.def("low_precision_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
-  m.def("gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh) -> Tensor");
-  m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh) -> Tensor");
-  m.def("activate(Tensor pre, Tensor? up, Tensor? seed, bool tanh, float dropout_p) -> Tensor");
   m.def(
-      "activate_backward(Tensor grad, Tensor pre, Tensor? up, Tensor? seed, bool tanh, "
+      "gelu_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int activation) -> Tensor");
+  m.def("geglu_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int activation) -> Tensor");
+  m.def(
+      "activate(Tensor pre, Tensor? up, Tensor? seed, int activation, float dropout_p) -> Tensor");
+  m.def(
+      "activate_backward(Tensor grad, Tensor pre, Tensor? up, Tensor? seed, int activation, "
       "float dropout_p, bool need_inputs, bool need_hidden) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -16,13 +16,13 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& bias
 
 Tensor packed_mlp(const Tensor& x, const Tensor& w1, const Optional& b1, const Tensor& w2,
                   const Optional& b2, const Optional& residual, const Optional& factors,
-                  bool tanh) {
+                  int64_t activation) {
   PackedMlpArgs args{};
   args.x = matrix(x, "x");
   args.w1 = weight_for(w1, "w1", args.x.cols);
   args.b1 = bias_for(b1, "b1", args.w1.rows);
   args.w2 = weight_for(w2, "w2", args.w1.rows);
-  args.tanh = tanh;
+  args.activation = activation_of(activation);
   Tensor out = make_out(x, args.w2.rows, b2, residual, factors, args.tail);
   FASTVLM_KERNEL(packed_mlp)(args);
   return out;
@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
       "-> Tensor");
   m.def(
       "packed_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
-      "Tensor? factors, bool tanh) -> Tensor");
+      "Tensor? factors, int activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {

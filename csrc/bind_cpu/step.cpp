@@ -153,6 +153,7 @@ class Step {
     return numbers_[index];
   }
   int64_t integer(int64_t i) { return static_cast<int64_t>(number(i)); }
+  Activation activation() { return activation_of(integer(0)); }
   int64_t heads_in(int64_t cols, int64_t dim) {
     STD_TORCH_CHECK(dim > 0 && cols % dim == 0, "code: rows of ", cols, " are no heads of ", dim);
     return cols / dim;
@@ -177,14 +178,14 @@ class Step {
     const Matrix w2 = weight_for(tensor(2), "w2", w1.rows);
     const Matrix b1 = bias_for(optional(1), "b1", w1.rows);
     const Matrix b2 = bias_for(optional(3), "b2", w2.rows);
-    FASTVLM_KERNEL(gelu_mlp)(x, w1, b1, w2, b2, number(0) != 0, write(0, w2.rows));
+    FASTVLM_KERNEL(gelu_mlp)(x, w1, b1, w2, b2, activation(), write(0, w2.rows));
   }
 
   void geglu_mlp() {
     const Matrix x = rows(0), gate = weight_for(tensor(0), "w_gate", x.cols);
     const Matrix up = weight_for(tensor(1), "w_up", x.cols, gate.rows);
     const Matrix down = weight_for(tensor(2), "w_down", gate.rows);
-    FASTVLM_KERNEL(geglu_mlp)(x, gate, up, down, number(0) != 0, write(0, down.rows));
+    FASTVLM_KERNEL(geglu_mlp)(x, gate, up, down, activation(), write(0, down.rows));
   }
 
   void activate() {
@@ -198,7 +199,7 @@ class Step {
       STD_TORCH_CHECK(up.cols == pre.cols, "code: activate of rows of different lengths");
       args.up = up.data;
     }
-    args.tanh = number(0) != 0;
+    args.activation = activation();
     args.hidden = write(0, pre.cols);
     FASTVLM_KERNEL(activate)(args);
   }

@@ -1,4 +1,6 @@
 // The activations of the MLPs between two large products, forward and backward, in one pass each.
+#include "activation.h"
+
 #include "gemm.h"
 #include "mlp.h"
 #include "random.h"
@@ -18,9 +20,6 @@ void for_parts(int64_t n, Body body) {
   };
   for_each_task(divide_up(n, kTaskElements), task);
 }
-
-Vec gelu(Vec x, bool tanh) { return tanh ? gelu_tanh(x) : gelu_erf(x); }
-Vec gelu_slope(Vec x, bool tanh) { return tanh ? gelu_tanh_slope(x) : gelu_erf_slope(x); }
 
 // An array of an argument's type at an element; null stays null.
 template <class T>
@@ -47,7 +46,7 @@ void activate(const ActivationArgs& a) {
       const T* pre = from<T>(a.pre, first);
       const T* up = a.up == nullptr ? nullptr : from<T>(a.up, first);
       map_to(to<T>(a.hidden, first), count, [&](int64_t i, int64_t n) {
-        Vec hidden = gelu(load_some(pre + i, n), a.tanh);
+        Vec hidden = activated(load_some(pre + i, n), a.activation);
         if (up != nullptr) hidden *= load_some(up + i, n);
         if (a.dropout.scale != 0) hidden *= keep_scale(a.dropout, first + i);
         return hidden;
@@ -66,7 +65,7 @@ void activate_backward(const ActivationArgs& a) {
       T *dpre = to<T>(a.dpre, first), *dup = to<T>(a.dup, first), *hidden = to<T>(a.hidden, first);
       for (int64_t i = 0; i < count; i += kLanes) {
         const int64_t n = smaller(kLanes, count - i);
-        const Vec x = load_some(pre + i, n), act = gelu(x, a.tanh);
+        const Vec x = load_some(pre + i, n), act = activated(x, a.activation);
         Vec g = load_some(grad + i, n), out = act;
         if (a.dropout.scale != 0) {
           const Vec keep = keep_scale(a.dropout, first + i);
@@ -80,7 +79,7 @@ void activate_backward(const ActivationArgs& a) {
           g *= u;
         }
         put(hidden, i, n, out);
-        put(dpre, i, n, g * gelu_slope(x, a.tanh));
+        put(dpre, i, n, g * activation_slope(x, a.activation));
       }
     });
   });

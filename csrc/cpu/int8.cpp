@@ -5,6 +5,7 @@
 // the columns as there; what lies between the two products of an MLP is quantized in its block.
 #include "int8.h"
 
+#include "activation.h"
 #include "blocks.h"
 #include "int8_panel.h"
 
@@ -164,7 +165,7 @@ void activate_row(const Int8MlpArgs& args, const FloatBias& b1, int64_t n, int64
                   float* sums, const QuantizedBlock<Kind>& to, int64_t row) {
   map_to(sums, count, [&](int64_t i, int64_t some) {
     const Vec x = load_some(sums + i, some) + b1.at(n + i, some);
-    return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+    return activated(x, args.activation);
   });
   to.set(row, n, count, sums);
 }

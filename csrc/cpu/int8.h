@@ -19,7 +19,7 @@ struct Int8LinearArgs {
 // The tail is that of the second product.
 struct Int8MlpArgs {
   Matrix x, w1, b1, w2;
-  bool tanh;
+  Activation activation;
   Tail tail;
   Int8Products products;
 };

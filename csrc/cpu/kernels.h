@@ -13,6 +13,9 @@ namespace fastvlm {
 
 enum class DType { kFloat, kBFloat16, kHalf, kInt8 };  // kInt8: weights only
 
+// Of an MLP, in the order of ACTIVATIONS in fastvlm/reference/mlp.py.
+enum class Activation { kGelu, kGeluTanh, kRelu, kSilu };
+
 // Rows of contiguous elements. data is null where an optional argument is absent. scale: a factor
 // of each row, for the products of a weight of int8 with it; null for 1.
 struct Matrix {

@@ -4,6 +4,7 @@
 // bfloat16 pairs: there it is rounded to bfloat16, as PyTorch does.
 #include "mlp.h"
 
+#include "activation.h"
 #include "gemm.h"
 
 namespace fastvlm {
@@ -112,8 +113,6 @@ void load_bias(const Matrix& bias, int64_t begin, int64_t count, float* to) {
   });
 }
 
-Vec gelu(Vec x, bool tanh) { return tanh ? gelu_tanh(x) : gelu_erf(x); }
-
 // Weight rows of one task where a call has so many: short where there would be too few tasks for
 // the threads; no sum depends on it.
 int64_t chunk_size(int64_t weight_rows) {
@@ -203,7 +202,7 @@ void linear(const Matrix& x, const Product* products, int64_t count, DType dtype
 }
 
 void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,
-              const Matrix& b2, bool tanh, void* out) {
+              const Matrix& b2, Activation activation, void* out) {
   const bool narrow = multiplies_narrow(x, w1, &w2);
   Input input(x, narrow);
   Hidden hidden(x.rows, w1.rows, narrow);
@@ -213,15 +212,15 @@ void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix&
             [&](int64_t r, int64_t first, int64_t count, const float* sums, const float*,
                 const float* shift) {
               hidden.write(r, first, count, [&](int64_t i, int64_t n) {
-                return gelu(load_some(sums + i, n) + load_some(shift + i, n), tanh);
+                return activated(load_some(sums + i, n) + load_some(shift + i, n), activation);
               });
             });
     project_out(hidden.rows(), rows, w2, b2, x.dtype, out, begin);
   }
 }
 
-void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, bool tanh,
-               void* out) {
+void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down,
+               Activation activation, void* out) {
   const Matrix no_bias{};
   const bool narrow = multiplies_narrow(x, gate, &up, &down);
   Input input(x, narrow);
@@ -232,7 +231,7 @@ void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matr
             [&](int64_t r, int64_t first, int64_t count, const float* gates, const float* ups,
                 const float*) {
               hidden.write(r, first, count, [&](int64_t i, int64_t n) {
-                return gelu(load_some(gates + i, n), tanh) * load_some(ups + i, n);
+                return activated(load_some(gates + i, n), activation) * load_some(ups + i, n);
               });
             });
     project_out(hidden.rows(), rows, down, no_bias, x.dtype, out, begin);

@@ -5,14 +5,14 @@
 
 namespace fastvlm {
 
-// gelu(pre) [* up], contiguous arrays of `count` elements of one dtype; dropout counts them. up is
-// null for the MLP without a gate. Backward: grad is the gradient of hidden, and those of pre and
-// up, and hidden itself once more, are written where they are not null.
+// activation(pre) [* up], contiguous arrays of `count` elements of one dtype; dropout counts them.
+// up is null for the MLP without a gate. Backward: grad is the gradient of hidden, and those of pre
+// and up, and hidden itself once more, are written where they are not null.
 struct ActivationArgs {
   DType dtype;
   int64_t count;
   const void *pre, *up, *grad;
-  bool tanh;
+  Activation activation;
   Dropout dropout;
   void *hidden, *dpre, *dup;
 };
@@ -27,9 +27,9 @@ struct Product {
   namespace CAPABILITY {                                                                    \
   void linear(const Matrix& x, const Product* products, int64_t count, DType dtype);        \
   void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,      \
-                const Matrix& b2, bool tanh, void* out);                                    \
+                const Matrix& b2, Activation activation, void* out);                        \
   void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down, \
-                 bool tanh, void* out);                                                     \
+                 Activation activation, void* out);                                         \
   void activate(const ActivationArgs& args);                                                \
   void activate_backward(const ActivationArgs& args);                                       \
   }

@@ -2,10 +2,11 @@
 //
 // A weight becomes panels of a few columns, read in order by the register-blocked products of
 // panel.h. A task takes a block of rows as float32 and all columns, or a share of them where there
-// are few rows. What follows a product (bias, GELU, residual) happens while its block is in cache,
-// and so does the second product of an MLP: what lies between the two is never in memory.
+// are few rows. What follows a product (bias, activation, residual) happens while its block is in
+// cache, and so does the second product of an MLP: what lies between the two is never in memory.
 #include "packed.h"
 
+#include "activation.h"
 #include "blocks.h"
 #include "panel.h"
 
@@ -148,7 +149,7 @@ void mlp_of_blocks(const PackedMlpArgs& args, const PackedWeight& w1, const Pack
                        [&](int64_t r, int64_t n, int64_t count, const float* from) {
                          map_to(hidden + r * between + n, count, [&](int64_t i, int64_t some) {
                            const Vec x = load_some(from + i, some) + b1.at(n + i, some);
-                           return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+                           return activated(x, args.activation);
                          });
                        });
               multiply({hidden, between}, rows, w2, 0, w2.rows, sums,
@@ -175,7 +176,7 @@ void mlp_of_shares(const PackedMlpArgs& args, const PackedWeight& w1, const Pack
         a, rows, w1, begin, end, sums, [&](int64_t r, int64_t n, int64_t count, const float* from) {
           map_to(hidden.data() + (first + r) * between + n, count, [&](int64_t i, int64_t some) {
             const Vec x = load_some(from + i, some) + b1.at(n + i, some);
-            return args.tanh ? gelu_tanh(x) : gelu_erf(x);
+            return activated(x, args.activation);
           });
         });
   });

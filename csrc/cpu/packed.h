@@ -23,7 +23,7 @@ struct PackedLinearArgs {
 // The tail is that of the second product.
 struct PackedMlpArgs {
   Matrix x, w1, b1, w2;
-  bool tanh;
+  Activation activation;
   Tail tail;
 };
 

@@ -41,12 +41,12 @@ def _int8_gelu_mlp(
     b2: Any,
     residual: Any,
     factors: Any,
-    tanh: bool,
+    activation: int,
 ) -> Tensor:
     out: Tensor = torch.ops.fastvlm_cpu.int8_gelu_mlp(
         *(dense_last(x), dense_last(w1), scale1.contiguous(), dense_bias(b1)),
         *(dense_last(w2), scale2.contiguous(), dense_bias(b2)),
-        *(dense_bias(residual), dense_bias(factors), tanh),
+        *(dense_bias(residual), dense_bias(factors), activation),
     )
     return out
 

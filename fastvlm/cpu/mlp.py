@@ -52,33 +52,41 @@ def _low_precision_linear(x: Tensor, weight: Tensor, scale: Any, bias: Any) -> T
 
 
 def _low_precision_hidden(
-    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Any, up_scale: Any, tanh: bool
+    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Any, up_scale: Any, activation: int
 ) -> Tensor:
     pre = _low_precision_linear(x, weight, scale, bias)
     gate = None if up is None else _low_precision_linear(x, up, up_scale, None)
-    return torch.ops.fastvlm_cpu.activate(pre, gate, None, tanh, 0.0)
+    return torch.ops.fastvlm_cpu.activate(pre, gate, None, activation, 0.0)
 
 
 def _low_precision_hidden_unsupported(
-    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Any, up_scale: Any, tanh: bool
+    x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Any, up_scale: Any, activation: int
 ) -> str | None:
     why = _low_precision_unsupported(x, weight, scale, bias)
     return why or (None if up is None else _low_precision_unsupported(x, up, up_scale, None))
 
 
 def _gelu_mlp(
-    x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, seed: Any, tanh: bool, p: float, keep: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Any,
+    w2: Tensor,
+    b2: Any,
+    seed: Any,
+    activation: int,
+    p: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     if not keep and seed is None and _streams(x, w1, w2):
         b1, b2 = dense_bias(b1), dense_bias(b2)
-        y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, tanh)
+        y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, activation)
         return y, _none(x)
     if not keep and seed is None and packs(x, w1, w2):
         b1, b2 = dense_bias(b1), dense_bias(b2)
-        y = torch.ops.fastvlm_cpu.packed_mlp(dense_last(x), w1, b1, w2, b2, None, None, tanh)
+        y = torch.ops.fastvlm_cpu.packed_mlp(dense_last(x), w1, b1, w2, b2, None, None, activation)
         return y, _none(x)
     pre = product(x, w1, b1)
-    y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, tanh, p), w2, b2)
+    y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, activation, p), w2, b2)
     return y, pre if keep else _none(x)
 
 
@@ -89,14 +97,14 @@ def _gelu_mlp_backward(
     w1: Tensor,
     w2: Tensor,
     seed: Tensor | None,
-    tanh: bool,
+    activation: int,
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     inputs = any(needs[:3])
     grad = large_product(grad_out, w2.t()) if inputs else torch.empty_like(pre)
     dpre, _, hidden = torch.ops.fastvlm_cpu.activate_backward(
-        grad.contiguous(), pre.contiguous(), None, seed, tanh, dropout_p, inputs, needs[3]
+        grad.contiguous(), pre.contiguous(), None, seed, activation, dropout_p, inputs, needs[3]
     )
     return (
         large_product(dpre, w1.t()) if needs[0] else _none(x),
@@ -108,13 +116,13 @@ def _gelu_mlp_backward(
 
 
 def _geglu_mlp(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not keep and _streams(x, w_gate, w_up, w_down):
-        y = torch.ops.fastvlm_cpu.geglu_mlp(dense_last(x), w_gate, w_up, w_down, tanh)
+        y = torch.ops.fastvlm_cpu.geglu_mlp(dense_last(x), w_gate, w_up, w_down, activation)
         return y, _none(x), _none(x)
     gate, up = product(x, w_gate), product(x, w_up)
-    y = product(torch.ops.fastvlm_cpu.activate(gate, up, None, tanh, 0.0), w_down)
+    y = product(torch.ops.fastvlm_cpu.activate(gate, up, None, activation, 0.0), w_down)
     return (y, gate, up) if keep else (y, _none(x), _none(x))
 
 
@@ -126,13 +134,14 @@ def _geglu_mlp_backward(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    tanh: bool,
+    activation: int,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     inputs = any(needs[:3])
     grad = large_product(grad_out, w_down.t()) if inputs else torch.empty_like(gate)
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, hidden = torch.ops.fastvlm_cpu.activate_backward(
-        grad.contiguous(), gate.contiguous(), up.contiguous(), None, tanh, 0.0, inputs, needs[3]
+        grad, gate, up, None, activation, 0.0, inputs, needs[3]
     )
     dx = _none(x)
     if needs[0]:

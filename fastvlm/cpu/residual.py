@@ -31,16 +31,16 @@ def _residual_gelu_mlp(
     b2: Tensor | None,
     residual: Tensor,
     factors: Tensor | None,
-    tanh: bool,
+    activation: int,
 ) -> Tensor:
     if packs(x, w1, w2):
         out: Tensor = torch.ops.fastvlm_cpu.packed_mlp(
             *(dense_last(x), w1, dense_bias(b1), w2, dense_bias(b2)),
-            *(dense_last(residual), _dense(factors), tanh),
+            *(dense_last(residual), _dense(factors), activation),
         )
         return out
     pre = product(x, _as(x, w1), _as(x, b1))
-    hidden = torch.ops.fastvlm_cpu.activate(pre, None, None, tanh, 0.0)
+    hidden = torch.ops.fastvlm_cpu.activate(pre, None, None, activation, 0.0)
     return _sum(product(hidden, _as(x, w2), _as(x, b2)), residual, factors)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.triton.common import Launcher, cdiv, dense_last, multiprocessors
+from fastvlm.triton.common import Launcher, cdiv, dense_last, is_tanh, multiprocessors, not_gelu
 
 # kMostRows, kColumns and kMostParts of csrc/cuda/mlp.h
 MOST_ROWS, COLUMNS, MOST_SPLITS = 16, 8, 16
@@ -20,6 +20,10 @@ MOST_ROWS, COLUMNS, MOST_SPLITS = 16, 8, 16
 STEP_BYTES = 8 * 64
 DTYPES = (torch.bfloat16, torch.float16)
 _NONE, _ERF, _TANH = range(3)
+
+
+def _kind(activation: int) -> int:
+    return _TANH if is_tanh(activation) else _ERF
 
 
 def _vector(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -47,10 +51,10 @@ def _linear(
 
 
 def _geglu_mlp(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.ops.fastvlm_cuda.few_rows_gated(
-        dense_last(x), dense_last(w_gate), dense_last(w_up), None, None, _TANH if tanh else _ERF,
+        dense_last(x), dense_last(w_gate), dense_last(w_up), None, None, _kind(activation),
         _splits(x, w_gate),
     )  # fmt: skip
     return _linear(hidden, w_down), x.new_empty(0), x.new_empty(0)
@@ -63,11 +67,11 @@ def _gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     seed: Tensor | None,
-    tanh: bool,
+    activation: int,
     dropout_p: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    hidden = _linear(dense_last(x), w1, b1, _TANH if tanh else _ERF)
+    hidden = _linear(dense_last(x), w1, b1, _kind(activation))
     return _linear(hidden, w2, b2), x.new_empty(0)
 
 
@@ -88,17 +92,17 @@ def _low_precision_hidden(
     bias: Tensor | None,
     up: Tensor | None,
     up_scale: Tensor | None,
-    tanh: bool,
+    activation: int,
 ) -> Tensor:
-    x, weight, activation = dense_last(x), dense_last(weight), _TANH if tanh else _ERF
+    x, weight, kind = dense_last(x), dense_last(weight), _kind(activation)
     scale, up_scale = (None if s is None else dense_last(s.float()) for s in (scale, up_scale))
     splits = _splits(x, weight)
     if up is None:
         return torch.ops.fastvlm_cuda.few_rows_linear(
-            x, weight, scale, _vector(bias, x), activation, splits
+            x, weight, scale, _vector(bias, x), kind, splits
         )
     return torch.ops.fastvlm_cuda.few_rows_gated(
-        x, weight, dense_last(up), scale, up_scale, activation, splits
+        x, weight, dense_last(up), scale, up_scale, kind, splits
     )
 
 
@@ -121,25 +125,27 @@ def misfit(x: Tensor, most_rows: int, **weights: Tensor) -> str | None:
 
 
 def _unsupported_geglu(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: int, keep: bool
 ) -> str | None:
     if keep:
         return "training: what a backward needs is not kept"
-    return misfit(x, MOST_ROWS, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    return not_gelu(activation) or misfit(x, MOST_ROWS, w_gate=w_gate, w_up=w_up, w_down=w_down)
 
 
 def _unsupported_gelu(
     x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, *rest: Any
 ) -> str | None:
-    _, _, dropout_p, keep = rest
+    _, activation, dropout_p, keep = rest
     if keep or dropout_p > 0:
         return "training: what a backward needs is not kept"
-    return misfit(x, MOST_ROWS, w1=w1, w2=w2)
+    return not_gelu(activation) or misfit(x, MOST_ROWS, w1=w1, w2=w2)
 
 
 def _unsupported_hidden(
     x: Tensor, weight: Tensor, scale: Any, bias: Any, up: Tensor | None, *rest: Any
 ) -> str | None:
+    if (why := not_gelu(rest[-1])) is not None:
+        return why
     if up is None:
         return misfit(x, MOST_ROWS, weight=weight)
     if bias is not None:

@@ -66,6 +66,11 @@ def may_pad(model: Any) -> bool:
     return _learned_positions(stack) is not None or hasattr(stack, "rotary_emb")
 
 
+def _grid(of: Any) -> Any:
+    """Rows and columns of what a table is called with: token ids, or their shape (Marian)."""
+    return tuple(of.shape if isinstance(of, Tensor) else of)[:2]
+
+
 class _Rows:
     """Hooks on a table of learned positions, for one `row_positions`."""
 
@@ -78,14 +83,14 @@ class _Rows:
     def before(self, table: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if _current.rows.get(id(table)) is not self:
             return None
-        starts = self.starts(args[0].shape[0]).view(-1, 1)
+        starts = self.starts(_grid(args[0])[0]).view(-1, 1)
         positions = (kwargs["position_ids"].view(1, -1) - starts).clamp(min=0)
         return args, {**kwargs, "position_ids": positions.flatten()}
 
     def after(self, table: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if _current.rows.get(id(table)) is not self:
             return None
-        batch, length = args[0].shape[:2]
+        batch, length = _grid(args[0])
         return output.view(batch, length, output.shape[-1])
 
 

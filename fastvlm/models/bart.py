@@ -10,7 +10,7 @@ from torch import nn
 from fastvlm.compat import hf
 from fastvlm.models.spec import Attention, Embedding, Layer, Mlp, Residual, Stack
 from fastvlm.models.structure import extra_parts, first_layer, has
-from fastvlm.nn.mlp import gelu_kind, kind_of
+from fastvlm.nn.mlp import activation_of, kind_of
 from fastvlm.nn.wrapped import owns
 
 KNOWN = tuple(f"transformers.models.{n}.modeling_{n}" for n in ("bart", "mbart", "plbart"))
@@ -32,6 +32,19 @@ DECODER = Stack(
 LAYER = ("self_attn", "fc1", "fc2", "activation_fn", "self_attn_layer_norm", "final_layer_norm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
+# whether layers of this name normalize before their branches; the first that fits a class
+_PRE_NORM = {
+    "MBart": True,
+    "Whisper": True,
+    "M2M100": True,
+    "Pegasus": True,
+    "BlenderbotSmall": False,
+    "Blenderbot": True,
+    "Marian": False,
+    "Bart": False,
+    "Florence2": False,
+}
+
 is_attention = has(*_PROJECTIONS, "num_heads", "scaling", "is_causal")
 is_layer = has(*LAYER)
 
@@ -45,15 +58,13 @@ def _is_pre_norm(layer: Any) -> bool | None:
     explicit = getattr(layer, "normalize_before", None)
     if explicit is not None:
         return bool(explicit)
-    if hf.is_named(layer, "MBart") or hf.is_named(layer, "Whisper"):
-        return True
-    return False if hf.is_named(layer, "Bart") or hf.is_named(layer, "Florence2") else None
+    return next((before for name, before in _PRE_NORM.items() if hf.is_named(layer, name)), None)
 
 
 def read_layer(module: Any) -> Layer | str:
-    kind = gelu_kind(module.activation_fn)
-    if kind is None:
-        return f"its activation {type(module.activation_fn).__name__} is not GELU"
+    activation = activation_of(module.activation_fn)
+    if activation is None:
+        return f"its activation {type(module.activation_fn).__name__} is none that gelu_mlp has"
     if extra := extra_parts(module, *LAYER, "encoder_attn", "encoder_attn_layer_norm"):
         return extra
     pre_norm = _is_pre_norm(module)
@@ -67,8 +78,8 @@ def read_layer(module: Any) -> Layer | str:
         before, behind = (norm, None) if pre_norm else (None, norm)
         return Residual(reads, branch, before, norm=behind, optional=reads == "cross")
 
-    act, dropout = kind_of(module.activation_fn), "activation_dropout"
-    mlp = Mlp("fc1", "fc2", "activation_fn", None, kind, act, dropout)
+    evaluated, dropout = kind_of(module.activation_fn), "activation_dropout"
+    mlp = Mlp("fc1", "fc2", "activation_fn", None, activation, evaluated, dropout)
     own = residual("self", "self_attn", "self_attn_layer_norm")
     last = residual("mlp", mlp, "final_layer_norm")
     clamps = "always" if pre_norm else "overflow"

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastvlm.models.spec import Attention, Embedding, Layer, Mlp, Residual, Stack
 from fastvlm.models.structure import extra_parts, first_layer, has
-from fastvlm.nn.mlp import gelu_kind, kind_of
+from fastvlm.nn.mlp import activation_of, kind_of
 from fastvlm.nn.wrapped import owns
 
 KNOWN = ("transformers.models.gemma2.modeling_gemma2",)
@@ -47,13 +47,13 @@ def read_attention(module: Any) -> Attention | str:
 
 
 def read_mlp(module: Any) -> Mlp | str:
-    kind = gelu_kind(module.act_fn)
-    if kind is None:
-        return f"its activation {type(module.act_fn).__name__} is not GELU"
+    act = activation_of(module.act_fn)
+    if act is None:
+        return f"its activation {type(module.act_fn).__name__} is none that geglu_mlp has"
     if extra := extra_parts(module, *_MLP, "dropout"):
         return extra
     dropout = "dropout" if owns(module, "dropout") else None
-    return Mlp("up_proj", "down_proj", "act_fn", "gate_proj", kind, kind_of(module.act_fn), dropout)
+    return Mlp("up_proj", "down_proj", "act_fn", "gate_proj", act, kind_of(module.act_fn), dropout)
 
 
 def read_layer(module: Any) -> Layer | str:

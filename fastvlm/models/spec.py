@@ -35,16 +35,16 @@ class Attention:
 class Mlp:
     """down(act(up x)), or with a gate down(act(gate x) * up x).
 
-    approximate: the form of its GELU, "none" or "tanh". activation: the kind of the module that
-    computes it (`fastvlm.nn.mlp.kind_of`). dropout: of what `down` reads, a number or a module.
+    activation: its name in the ops. evaluated: the kind of the module that was found to compute it
+    (`fastvlm.nn.mlp.kind_of`). dropout: of what `down` reads, a number or a module.
     """
 
     up: str
     down: str
     act: str
     gate: str | None = None
-    approximate: str = "none"
-    activation: str = ""
+    activation: str = "gelu"
+    evaluated: str = ""
     dropout: str | None = None
 
 
@@ -97,15 +97,22 @@ class Layer:
 class Embedding:
     """tokens' rows, times the root of the hidden size if scaled, plus positions, normalized.
 
-    given: whether position_ids name the rows of positions; otherwise columns do, from the table's
-    offset on.
+    factor: the attribute of the stack with another number that the rows are multiplied with.
+    given: whether position_ids name the rows of positions; otherwise columns do. offset: the
+    attribute of the table with the row of the first column; None for its first row. counts_tokens:
+    whether the module of positions counts them itself in the token ids it is called with, padding
+    left out. norm_first: whether positions are added behind the norm.
     """
 
     tokens: str = "embed_tokens"
     scaled: bool = False
+    factor: str | None = None
     positions: str | None = None
     given: bool = False
+    offset: str | None = "offset"
+    counts_tokens: bool = False
     norm: str | None = None
+    norm_first: bool = False
 
 
 @dataclass(frozen=True)

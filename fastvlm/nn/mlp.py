@@ -12,23 +12,28 @@ from torch import Tensor, nn
 
 from fastvlm import ops
 from fastvlm.nn.linear import Linear, is_plain, is_watched
+from fastvlm.reference.mlp import FUNCTIONS
+
+GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch.nn.GELU's argument
 
 
-def gelu_kind(act: Callable[[Tensor], Tensor]) -> str | None:
-    """ "none" for the exact GELU, "tanh" for its tanh form, None for any other function.
+def activation_of(act: Callable[[Tensor], Tensor]) -> str | None:
+    """The name that the ops have for an activation, None where they have none for it.
 
-    Decided by evaluating it, since the same function goes by many class names; not its hooks.
+    Decided by evaluating it, since the same function goes by many class names; not its hooks. Far
+    from 0 as well: there are some that are clipped.
     """
     run = partial(type(act).forward, act) if isinstance(act, nn.Module) else act
-    x = torch.linspace(-4, 4, 65, dtype=torch.float64)
+    far = [-1e4, -100.0, 100.0, 1e4]
+    x = torch.cat((torch.linspace(-16, 16, 257), torch.tensor(far))).double()
     try:
         with torch.no_grad():
-            y = run(x)
+            y = run(x.clone())  # some write into what they are given
     except (RuntimeError, TypeError):
         return None
-    for kind in ("none", "tanh"):
-        if y.shape == x.shape and torch.allclose(y, F.gelu(x, approximate=kind), atol=1e-9):
-            return kind
+    for name, function in FUNCTIONS.items():
+        if y.shape == x.shape and torch.allclose(y, function(x), atol=1e-9):
+            return name
     return None
 
 
@@ -39,12 +44,12 @@ class GegluMLP(nn.Module):
     [hidden, intermediate]. Projections that carry an adapter or a hook are called, not bypassed.
     """
 
-    approximate: str = "tanh"
-    activation: str = ""  # the kind of the module that computes it, where there is one
+    activation: str = "gelu_tanh"
+    evaluated: str = ""  # the kind of the module that computes it, where there is one
 
     def __init__(self, hidden_size: int, intermediate_size: int, approximate: str = "tanh"):
         super().__init__()
-        self.approximate = approximate
+        self.activation = GELU[approximate]
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
@@ -55,14 +60,12 @@ class GegluMLP(nn.Module):
         drops = dropout is not None and self.training and dropout.p > 0
         bias = gate.bias, up.bias, down.bias
         fuses = bias == (None, None, None) and all(map(is_plain, (gate, up, down)))
-        known = act is None or is_known_gelu(act, self.activation)
+        known = act is None or is_known(act, self.evaluated)
         if fuses and known and not drops and (dropout is None or not is_watched(dropout)):
-            return ops.geglu_mlp(
-                x, gate.weight, up.weight, down.weight, approximate=self.approximate
-            )
+            return ops.geglu_mlp(x, gate.weight, up.weight, down.weight, activation=self.activation)
         hidden = gate(x)
         if act is None or known:
-            hidden = F.gelu(hidden, approximate=self.approximate)
+            hidden = FUNCTIONS[self.activation](hidden)
         else:
             hidden = act(hidden)
         hidden = hidden * up(x)
@@ -74,24 +77,24 @@ def kind_of(act: Any) -> str:
     return f"{type(act).__module__}.{type(act).__qualname__}"
 
 
-def is_known_gelu(act: Any, kind: str) -> bool:
+def is_known(act: Any, kind: str) -> bool:
     """Whether an activation is of the kind that was evaluated, and nobody watches it."""
     return kind_of(act) == kind and not (isinstance(act, nn.Module) and is_watched(act))
 
 
 def gelu_mlp(
-    x: Tensor, fc1: Any, fc2: Any, approximate: str, dropout_p: float, act: Any = None
+    x: Tensor, fc1: Any, fc2: Any, activation: str, dropout_p: float, act: Any = None
 ) -> Tensor:
-    """fc2(dropout(gelu(fc1 x))) in one op where both layers may be bypassed, called otherwise.
+    """fc2(dropout(activation(fc1 x))), in one op where both layers may be bypassed.
 
-    act: what to call in place of the GELU, for one that is not what it was, or that has a hook.
+    act: what to call in its place, where it is not what it was, or has a hook.
     """
     if act is None and is_plain(fc1) and is_plain(fc2):
         copies = _int8_copies(fc1, fc2, x) if dropout_p == 0 else None
         if copies is not None:
             w1, scale1, w2, scale2 = copies
             return ops.int8_gelu_mlp(
-                *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias), approximate=approximate
+                *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias), activation=activation
             )
         return ops.gelu_mlp(
             x,
@@ -99,11 +102,11 @@ def gelu_mlp(
             fc1.bias,
             fc2.weight,
             fc2.bias,
-            approximate=approximate,
+            activation=activation,
             dropout_p=dropout_p,
         )
     hidden = fc1(x)
-    hidden = F.gelu(hidden, approximate=approximate) if act is None else act(hidden)
+    hidden = FUNCTIONS[activation](hidden) if act is None else act(hidden)
     return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
 
 
@@ -137,4 +140,4 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.activation_dropout if self.training else 0.0
-        return gelu_mlp(x, self.fc1, self.fc2, self.approximate, p)
+        return gelu_mlp(x, self.fc1, self.fc2, GELU[self.approximate], p)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvlm import checks
+from fastvlm.ops._activation import number_of
 from fastvlm.ops._autograd import needs_grad
 from fastvlm.ops.dispatch import define
 from fastvlm.ops.mlp import rows_of
@@ -23,9 +24,9 @@ _INT8_LINEAR = define(
 _INT8_GELU_MLP = define(
     "int8_gelu_mlp",
     "(Tensor x, Tensor w1, Tensor scale1, Tensor? b1, Tensor w2, Tensor scale2, Tensor? b2, "
-    "Tensor? residual, Tensor? factors, bool tanh) -> Tensor",
+    "Tensor? residual, Tensor? factors, int activation) -> Tensor",
     reference.int8_gelu_mlp,
-    lambda x, w1, scale1, b1, w2, scale2, b2, residual, factors, tanh: (
+    lambda x, w1, scale1, b1, w2, scale2, b2, residual, factors, activation: (
         x if residual is None else residual
     ).new_empty(x.shape[0], w2.shape[0]),
 )
@@ -129,26 +130,25 @@ def int8_gelu_mlp(
     b2: Tensor | None,
     residual: Tensor | None = None,
     *,
-    approximate: str = "none",
+    activation: str = "gelu",
+    approximate: str | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """gelu(x w1^T + b1) w2^T + b2 in int8 arithmetic, or residual + factor * that.
+    """activation(x w1^T + b1) w2^T + b2 in int8 arithmetic, or residual + factor * that.
 
     x: [..., K], quantized as in `int8_linear`, and so is what lies between the products, which is
     float32. w1: [F, K] int8, scale1: [F] float32, b1: [F] or None; w2: [N, F] int8, scale2: [N],
-    b2: [N] or None. approximate: "none" or "tanh" as in `gelu_mlp`. residual, factors, what is
+    b2: [N] or None. activation, approximate: as in `gelu_mlp`. residual, factors, what is
     returned and raised: as in `int8_linear`.
     """
     op = "int8_gelu_mlp"
     rows, to = _rows(op, x, residual, factors, _height(w2))
     _weight(op, "w1", w1, scale1, x.shape[-1], b1)
     _weight(op, "w2", w2, scale2, w1.shape[0], b2)
-    checks.choice(op, "approximate", approximate, ("none", "tanh"))
+    number = number_of(op, activation, approximate, "gelu")
     _for_inference(
         *(op, x), w1=w1, scale1=scale1, b1=b1, w2=w2, scale2=scale2, b2=b2,
         residual=residual, factors=factors,
     )  # fmt: skip
-    out: Tensor = _INT8_GELU_MLP(
-        *(rows, w1, scale1, b1, w2, scale2, b2, to, factors, approximate == "tanh")
-    )
+    out: Tensor = _INT8_GELU_MLP(*(rows, w1, scale1, b1, w2, scale2, b2, to, factors, number))
     return out.view(*x.shape[:-1], w2.shape[0])

@@ -11,11 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
 from fastvlm.compat import pytorch
+from fastvlm.ops._activation import number_of
 from fastvlm.ops._autograd import autocast, autocasts, needs_grad, seed_for, wanted
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import mlp as reference
-
-_GELU = ("none", "tanh")
 
 
 def _empty_grads(tensors: list[Tensor | None], x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -41,35 +40,35 @@ _LOW_PRECISION_LINEAR = define(
 define(
     "low_precision_hidden",
     "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? up, Tensor? up_scale, "
-    "bool tanh) -> Tensor",
+    "int activation) -> Tensor",
     reference.low_precision_hidden,
-    lambda x, weight, scale, bias, up, up_scale, tanh: x.new_empty(x.shape[0], weight.shape[0]),
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
 )
 _GELU_MLP = define(
     "gelu_mlp",
-    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, bool tanh, "
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, int activation, "
     "float dropout_p, bool keep) -> (Tensor, Tensor)",
     reference.gelu_mlp,
-    lambda x, w1, b1, w2, b2, seed, tanh, p, keep: (
+    lambda x, w1, b1, w2, b2, seed, activation, p, keep: (
         x.new_empty(x.shape[0], w2.shape[0]),
         x.new_empty(x.shape[0], w1.shape[0]) if keep else x.new_empty(0),
     ),
 )
 _GELU_MLP_BACKWARD = define(
     "gelu_mlp_backward",
-    "(Tensor grad_out, Tensor x, Tensor pre, Tensor w1, Tensor w2, Tensor? seed, bool tanh, "
+    "(Tensor grad_out, Tensor x, Tensor pre, Tensor w1, Tensor w2, Tensor? seed, int activation, "
     "float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.gelu_mlp_backward,
-    lambda g, x, pre, w1, w2, seed, tanh, p, needs: _empty_grads(
+    lambda g, x, pre, w1, w2, seed, activation, p, needs: _empty_grads(
         [x, w1, x.new_empty(w1.shape[0]), w2, x.new_empty(w2.shape[0])], x, needs
     ),
 )
 _GEGLU_MLP = define(
     "geglu_mlp",
-    "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, bool tanh, bool keep) "
+    "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int activation, bool keep) "
     "-> (Tensor, Tensor, Tensor)",
     reference.geglu_mlp,
-    lambda x, w_gate, w_up, w_down, tanh, keep: (
+    lambda x, w_gate, w_up, w_down, activation, keep: (
         x.new_empty(x.shape[0], w_down.shape[0]),
         *(x.new_empty(x.shape[0], w.shape[0]) if keep else x.new_empty(0) for w in (w_gate, w_up)),
     ),
@@ -77,9 +76,9 @@ _GEGLU_MLP = define(
 _GEGLU_MLP_BACKWARD = define(
     "geglu_mlp_backward",
     "(Tensor grad_out, Tensor x, Tensor gate, Tensor up, Tensor w_gate, Tensor w_up, "
-    "Tensor w_down, bool tanh, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor w_down, int activation, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.geglu_mlp_backward,
-    lambda g, x, gate, up, w_gate, w_up, w_down, tanh, needs: _empty_grads(
+    lambda g, x, gate, up, w_gate, w_up, w_down, activation, needs: _empty_grads(
         [x, w_gate, w_up, w_down], x, needs
     ),
 )
@@ -129,17 +128,19 @@ class _GeluMlp(torch.autograd.Function):
 
 class _GegluMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_gate: Any, w_up: Any, w_down: Any, tanh: bool) -> Tensor:
-        out, gate, up = _GEGLU_MLP(x, w_gate, w_up, w_down, tanh, True)
+    def forward(
+        ctx: Any, x: Tensor, w_gate: Any, w_up: Any, w_down: Any, activation: int
+    ) -> Tensor:
+        out, gate, up = _GEGLU_MLP(x, w_gate, w_up, w_down, activation, True)
         ctx.save_for_backward(x, gate, up, w_gate, w_up, w_down)
-        ctx.tanh = tanh
+        ctx.activation = activation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         needs = list(ctx.needs_input_grad[:4])
-        grads = _GEGLU_MLP_BACKWARD(grad_out, *ctx.saved_tensors, ctx.tanh, needs)
+        grads = _GEGLU_MLP_BACKWARD(grad_out, *ctx.saved_tensors, ctx.activation, needs)
         return (*wanted(grads, needs), None)
 
 
@@ -298,13 +299,16 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     *,
-    approximate: str = "none",
+    activation: str = "gelu",
+    approximate: str | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """dropout(gelu(x w1^T + b1)) w2^T + b2: the MLP of BART and Florence-2.
+    """dropout(activation(x w1^T + b1)) w2^T + b2: the MLP of BART, Florence-2, NLLB and Marian.
 
     x: [..., K]. w1: [F, K], b1: [F] or None, w2: [N, F], b2: [N] or None. One dtype.
-    approximate: "none" for the exact (erf) GELU, "tanh" for its approximation (arXiv 1606.08415).
+    activation: "gelu", the exact (erf) GELU; "gelu_tanh", its approximation (arXiv 1606.08415);
+    "relu"; or "silu", x sigmoid(x), also called swish. approximate: "none" or "tanh", older names
+    of the first two.
     dropout_p: of the activation, in [0, 1).
 
     Returns [..., N]. Backward keeps x w1^T + b1 [..., F] and recomputes the activation from it;
@@ -321,13 +325,11 @@ def gelu_mlp(
         w2=(w2, [None, hidden]),
         b2=(b2, [_width(w2, 0)]),
     )
-    checks.choice(op, "approximate", approximate, _GELU)
+    number = number_of(op, activation, approximate, "gelu")
     dropout_p = checks.probability(op, "dropout_p", dropout_p)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     checks.same_kind(op, "x", x, w1=w1, b1=b1, w2=w2, b2=b2)
-    arguments = (
-        rows_of(x), w1, b1, w2, b2, seed_for(x, dropout_p), approximate == "tanh", dropout_p
-    )  # fmt: skip
+    arguments = (rows_of(x), w1, b1, w2, b2, seed_for(x, dropout_p), number, dropout_p)
     if needs_grad(x, w1, b1, w2, b2):
         out: Tensor = _GeluMlp.apply(*arguments)
     else:
@@ -341,12 +343,13 @@ def geglu_mlp(
     w_up: Tensor,
     w_down: Tensor,
     *,
-    approximate: str = "tanh",
+    activation: str = "gelu_tanh",
+    approximate: str | None = None,
 ) -> Tensor:
-    """(gelu(x w_gate^T) * x w_up^T) w_down^T: the gated MLP of Gemma-2 and T5Gemma.
+    """(activation(x w_gate^T) * x w_up^T) w_down^T: the gated MLP of Gemma-2 and T5Gemma.
 
-    x: [..., K]. w_gate, w_up: [F, K]. w_down: [N, F]. One dtype. approximate: as in `gelu_mlp`;
-    Gemma uses "tanh". GeGLU: arXiv 2002.05202.
+    x: [..., K]. w_gate, w_up: [F, K]. w_down: [N, F]. One dtype. activation, approximate: as in
+    `gelu_mlp`; Gemma uses "gelu_tanh", SwiGLU is "silu" (arXiv 2002.05202).
 
     Returns [..., N]. Backward keeps the two projections [..., F] and recomputes the activation and
     the product; gradients only for what wants one. A second derivative is refused
@@ -362,12 +365,11 @@ def geglu_mlp(
         w_up=(w_up, [hidden, features]),
         w_down=(w_down, [None, hidden]),
     )
-    checks.choice(op, "approximate", approximate, _GELU)
+    number = number_of(op, activation, approximate, "gelu_tanh")
     x, w_gate, w_up, w_down = autocast(x, w_gate, w_up, w_down)
     checks.same_kind(op, "x", x, w_gate=w_gate, w_up=w_up, w_down=w_down)
-    tanh = approximate == "tanh"
     if needs_grad(x, w_gate, w_up, w_down):
-        out: Tensor = _GegluMlp.apply(rows_of(x), w_gate, w_up, w_down, tanh)
+        out: Tensor = _GegluMlp.apply(rows_of(x), w_gate, w_up, w_down, number)
     else:
-        out, _, _ = _GEGLU_MLP(rows_of(x), w_gate, w_up, w_down, tanh, False)
+        out, _, _ = _GEGLU_MLP(rows_of(x), w_gate, w_up, w_down, number, False)
     return out.view(*x.shape[:-1], w_down.shape[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlm import checks
+from fastvlm.ops._activation import number_of
 from fastvlm.ops._autograd import autocast, autocasts, needs_grad
 from fastvlm.ops.dispatch import define
 from fastvlm.ops.mlp import rows_of
@@ -23,7 +24,7 @@ _RESIDUAL_LINEAR = define(
 _RESIDUAL_GELU_MLP = define(
     "residual_gelu_mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor residual, Tensor? factors, "
-    "bool tanh) -> Tensor",
+    "int activation) -> Tensor",
     reference.residual_gelu_mlp,
     lambda x, w1, b1, w2, b2, residual, *rest: residual.new_empty(residual.shape),
 )
@@ -103,14 +104,15 @@ def residual_gelu_mlp(
     b2: Tensor | None,
     residual: Tensor,
     *,
-    approximate: str = "none",
+    activation: str = "gelu",
+    approximate: str | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """residual + factor * (gelu(x w1^T + b1) w2^T + b2): the MLP branch of a pre-norm layer.
+    """residual + factor * (activation(x w1^T + b1) w2^T + b2): the MLP branch of a pre-norm layer.
 
     x: [..., K]. w1: [F, K], b1: [F] or None, w2: [N, F], b2: [N] or None, one dtype, x cast by
-    autocast. residual: [..., N], of any float dtype. approximate: as in `gelu_mlp`. factors: as in
-    `residual_linear`.
+    autocast. residual: [..., N], of any float dtype. activation, approximate: as in `gelu_mlp`.
+    factors: as in `residual_linear`.
 
     Returns [..., N] in residual's dtype; sums are float32. Differentiable to any order, as plain
     PyTorch. Raises TypeError or ValueError; the message names the argument.
@@ -126,8 +128,8 @@ def residual_gelu_mlp(
         w2=(w2, [None, hidden]),
         b2=(b2, [_height(w2)]),
     )
-    checks.choice(op, "approximate", approximate, ("none", "tanh"))
+    number = number_of(op, activation, approximate, "gelu")
     (rows,) = autocast(rows)
     wants = needs_grad(x, w1, b1, w2, b2, residual, factors)
     run = reference.residual_gelu_mlp if wants else _RESIDUAL_GELU_MLP
-    return run(rows, w1, b1, w2, b2, to, factors, approximate == "tanh").view(residual.shape)
+    return run(rows, w1, b1, w2, b2, to, factors, number).view(residual.shape)

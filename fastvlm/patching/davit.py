@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvlm.models.structure import extra_parts, has, takes
 from fastvlm.nn.linear import is_plain
-from fastvlm.nn.mlp import gelu_kind, gelu_mlp, is_known_gelu, kind_of
+from fastvlm.nn.mlp import activation_of, gelu_mlp, is_known, kind_of
 from fastvlm.ops._autograd import autocast, autocasts
 from fastvlm.patching import davit_block
 from fastvlm.patching.classes import is_patched
@@ -229,14 +229,14 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class VisionMLP(Mixin):
-    """fc2(gelu(fc1 x)), in one op where both layers may be bypassed."""
+    """fc2(activation(fc1 x)), in one op where both layers may be bypassed."""
 
-    approximate = "none"
-    activation = ""
+    activation = "gelu"
+    evaluated = ""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        act = None if is_known_gelu(self.activation_fn, self.activation) else self.activation_fn
-        return gelu_mlp(hidden_states, self.fc1, self.fc2, self.approximate, 0.0, act)
+        act = None if is_known(self.activation_fn, self.evaluated) else self.activation_fn
+        return gelu_mlp(hidden_states, self.fc1, self.fc2, self.activation, 0.0, act)
 
 
 def channels_together(x: Tensor) -> Tensor:
@@ -277,14 +277,13 @@ def _choose(op: str, mixin: type[nn.Module], sized: type[nn.Module]) -> Any:
 
 
 def _mlp(module: Any) -> Swap | str:
-    kind = gelu_kind(module.activation_fn)
-    if kind is None:
-        return f"its activation {type(module.activation_fn).__name__} is not GELU"
+    act = activation_of(module.activation_fn)
+    if act is None:
+        return f"its activation {type(module.activation_fn).__name__} is none that gelu_mlp has"
     if not takes(module, "hidden_states"):
         return "its forward has other arguments than transformers' (hidden_states)"
     extra = extra_parts(module, "fc1", "fc2", "activation_fn")
-    act = kind_of(module.activation_fn)
-    attributes = (("approximate", kind), ("activation", act))
+    attributes = (("activation", act), ("evaluated", kind_of(module.activation_fn)))
     return extra or Swap(VisionMLP, ("gelu_mlp",), attributes)
 
 

@@ -18,7 +18,7 @@ from fastvlm import ops
 from fastvlm.cpu.common import DTYPES, unavailable
 from fastvlm.models.structure import extra_parts, takes
 from fastvlm.nn.linear import DENSE, is_bare, is_plain
-from fastvlm.nn.mlp import gelu_kind
+from fastvlm.nn.mlp import activation_of
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
@@ -31,7 +31,7 @@ _PARTS = ("conv1", "norm1", "drop_path1", "conv2", "norm2", "ffn", "drop_path2")
 
 
 class _Half(Mixin):
-    approximate = "none"
+    activation = "gelu"
     attention = ""  # the name of the attention module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class _Half(Mixin):
         h = _residual_linear(y, attention.proj, h, _factors(self.drop_path1, y))
         h, y = _conv_norm(h, self.conv2, self.norm2)
         factors = _factors(self.drop_path2, y)
-        h = _residual_mlp(y, self.ffn.fc1, self.ffn.fc2, h, self.approximate, factors)
+        h = _residual_mlp(y, self.ffn.fc1, self.ffn.fc2, h, self.activation, factors)
         return h.permute(0, 3, 1, 2)
 
     def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
@@ -129,16 +129,16 @@ def _residual_linear(x: Tensor, layer: Any, to: Tensor, factors: Tensor | None) 
 
 
 def _residual_mlp(
-    x: Tensor, fc1: Any, fc2: Any, to: Tensor, approximate: str, factors: Tensor | None
+    x: Tensor, fc1: Any, fc2: Any, to: Tensor, activation: str, factors: Tensor | None
 ) -> Tensor:
     first, second = _int8_copy(fc1, x), _int8_copy(fc2, x)
     if first is not None and second is not None:
         return ops.int8_gelu_mlp(
-            *(x, *first, fc1.bias, *second, fc2.bias, to), approximate=approximate, factors=factors
+            *(x, *first, fc1.bias, *second, fc2.bias, to), activation=activation, factors=factors
         )
     return ops.residual_gelu_mlp(
         *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, to),
-        approximate=approximate,
+        activation=activation,
         factors=factors,
     )
 
@@ -179,12 +179,12 @@ def choose(half: Any, attention: Swap | str) -> Swap | str:
     for drop in (half.drop_path1, half.drop_path2):
         if not isinstance(drop, nn.Identity) and type(drop).__name__ != _STOCHASTIC_DEPTH:
             return f"{type(drop).__name__} is not known as stochastic depth"
-    kind = gelu_kind(half.ffn.activation_fn) if hasattr(half.ffn, "activation_fn") else None
-    if kind is None or extra_parts(half.ffn, "fc1", "fc2", "activation_fn"):
-        return "its MLP is not fc2(gelu(fc1 x))"
+    act = activation_of(half.ffn.activation_fn) if hasattr(half.ffn, "activation_fn") else None
+    if act is None or extra_parts(half.ffn, "fc1", "fc2", "activation_fn"):
+        return "its MLP is not fc2(activation(fc1 x))"
     mixin = SpatialHalf if name == "window_attn" else ChannelHalf
     runs_on = ("depthwise_conv_norm", attention.runs_on[0], "residual_linear", "residual_gelu_mlp")
-    return Swap(mixin, runs_on, (("approximate", kind),))
+    return Swap(mixin, runs_on, (("activation", act),))
 
 
 def _is_depthwise(conv: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvlm.models import bart, florenz, gemma2, t5gemma, whisper
+from fastvlm.models import bart, florenz, gemma2, m2m100, marian, t5gemma, whisper
 from fastvlm.models.spec import Attention, Layer, Mlp, Stack
 from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
@@ -57,7 +57,7 @@ def _mlp(module: Any) -> Swap | str:
     spec = gemma2.read_mlp(module)
     if isinstance(spec, str):
         return spec
-    attributes = ("approximate", spec.approximate), ("activation", spec.activation), ("spec", spec)
+    attributes = ("activation", spec.activation), ("evaluated", spec.evaluated), ("spec", spec)
     return Swap(GegluMLP, ("geglu_mlp",), attributes)
 
 
@@ -110,9 +110,12 @@ def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackR
     return rule(False), rule(True)
 
 
-# T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more
+# T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more; Marian's
+# before BART's: BlenderbotSmall has all names of it
 STACKS: tuple[StackRule, ...] = (
+    *_two_stacks(marian, _BART),
     *_two_stacks(bart, _BART),
+    *_two_stacks(m2m100, _BART),
     *_two_stacks(whisper, _BART),
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),

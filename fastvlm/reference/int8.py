@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlm.reference.mlp import activated
 from fastvlm.reference.residual import _sum
 
 GROUP = 64
@@ -81,9 +82,9 @@ def int8_gelu_mlp(
     b2: Tensor | None,
     residual: Tensor | None,
     factors: Tensor | None,
-    tanh: bool,
+    activation: int,
 ) -> Tensor:
-    """The same of w2 gelu(w1 x + b1) + b2: what lies between is float32, and quantized again."""
+    """The same of w2 activation(w1 x + b1) + b2: what lies between is float32, and quantized again."""
     pre = _product(x, w1, scale1, b1)
-    hidden = F.gelu(pre, approximate="tanh" if tanh else "none")
+    hidden = activated(pre, activation)
     return _end(_product(hidden, w2, scale2, b2), residual, factors, x.dtype)

@@ -1,12 +1,14 @@
 """The decoder MLPs and the linear projection, in plain PyTorch.
 
 GELU is ``x * Phi(x)`` with the exact error function (BART, Florence-2) or its tanh form (Gemma-2),
-arXiv 1606.08415; GeGLU is arXiv 2002.05202. The activation is computed in float32.
+arXiv 1606.08415; SiLU is ``x * sigmoid(x)``; GeGLU and SwiGLU are arXiv 2002.05202. The activation
+is computed in float32. Schemas take its number: its place in ACTIVATIONS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,23 @@ from torch import Tensor
 
 from fastvlm.reference._random import elementwise
 
+# in the order of Activation in csrc/cpu/kernels.h
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+ACTIVATIONS = tuple(FUNCTIONS)
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _gelu(x: Tensor, tanh: bool) -> Tensor:
-    return F.gelu(x, approximate="tanh" if tanh else "none")
+def activated(x: Tensor, activation: int) -> Tensor:
+    """The activation of a number, in the dtype of x."""
+    return FUNCTIONS[ACTIVATIONS[activation]](x)
 
 
 def _none(x: Tensor) -> Tensor:
@@ -61,14 +73,14 @@ def low_precision_hidden(
     bias: Tensor | None,
     up: Tensor | None,
     up_scale: Tensor | None,
-    tanh: bool,
+    activation: int,
 ) -> Tensor:
-    """gelu(x weight^T + bias) [M, F], times x up^T where there is an up.
+    """activation(x weight^T + bias) [M, F], times x up^T where there is an up.
 
     By the ops that serve its parts, whatever the backend, where no kernel does all of it.
     """
     product = torch.ops.fastvlm.low_precision_linear
-    hidden = _gelu(product(x, weight, scale, bias), tanh)
+    hidden = activated(product(x, weight, scale, bias), activation)
     return hidden if up is None else hidden * product(x, up, up_scale, None)
 
 
@@ -104,16 +116,16 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     seed: Tensor | None,
-    tanh: bool,
+    activation: int,
     dropout_p: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dropout(gelu(x w1^T + b1)) w2^T + b2: x [M, K], w1 [F, K], w2 [N, F] -> [M, N].
+    """dropout(activation(x w1^T + b1)) w2^T + b2: x [M, K], w1 [F, K], w2 [N, F] -> [M, N].
 
     Also x w1^T + b1 [M, F] where keep is set (else empty): what backward starts from.
     """
     pre = F.linear(x, w1, b1)
-    hidden = _gelu(_wide(pre), tanh)
+    hidden = activated(_wide(pre), activation)
     if seed is not None and dropout_p > 0:
         hidden = hidden * elementwise(seed, hidden, dropout_p, hidden.dtype)
     return F.linear(hidden.to(x.dtype), w2, b2), pre if keep else _none(x)
@@ -126,7 +138,7 @@ def gelu_mlp_backward(
     w1: Tensor,
     w2: Tensor,
     seed: Tensor | None,
-    tanh: bool,
+    activation: int,
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -137,7 +149,7 @@ def gelu_mlp_backward(
         dropped = elementwise(seed, wide, dropout_p, wide.dtype)
     dw2 = _none(x)
     if needs[3]:
-        act = _gelu(wide, tanh)
+        act = activated(wide, activation)
         dw2 = grad_out.t() @ (act if dropped is None else act * dropped).to(x.dtype)
     db2 = _wide(grad_out).sum(0).to(x.dtype) if needs[4] else _none(x)
     if not any(needs[:3]):
@@ -145,7 +157,7 @@ def gelu_mlp_backward(
     dhidden = _wide(grad_out @ w2)
     if dropped is not None:
         dhidden = dhidden * dropped
-    dpre = _gelu_backward(dhidden, wide, tanh)
+    dpre = _activation_backward(dhidden, wide, activation)
     narrow = dpre.to(x.dtype)
     return (
         narrow @ w1 if needs[0] else _none(x),
@@ -157,14 +169,14 @@ def gelu_mlp_backward(
 
 
 def geglu_mlp(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gelu(x w_gate^T) * x w_up^T) w_down^T: x [M, K], gate, up [F, K], down [N, F] -> [M, N].
+    """(activation(x w_gate^T) * x w_up^T) w_down^T [M, N]: x [M, K], gate, up [F, K], down [N, F].
 
     Also x w_gate^T and x w_up^T [M, F] where keep is set (else empty): what backward starts from.
     """
     gate, up = F.linear(x, w_gate), F.linear(x, w_up)
-    hidden = _gelu(_wide(gate), tanh) * _wide(up)
+    hidden = activated(_wide(gate), activation) * _wide(up)
     out = F.linear(hidden.to(x.dtype), w_down)
     return (out, gate, up) if keep else (out, _none(x), _none(x))
 
@@ -177,18 +189,18 @@ def geglu_mlp_backward(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    tanh: bool,
+    activation: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_gate, w_up, w_down, those that needs[i] asks for."""
     wide_gate, wide_up = _wide(gate), _wide(up)
-    act = _gelu(wide_gate, tanh)
+    act = activated(wide_gate, activation)
     ddown = grad_out.t() @ (act * wide_up).to(x.dtype) if needs[3] else _none(x)
     if not any(needs[:3]):
         return _none(x), _none(x), _none(x), ddown
     dhidden = _wide(grad_out @ w_down)
     dup = (dhidden * act).to(x.dtype)
-    dgate = _gelu_backward(dhidden * wide_up, wide_gate, tanh).to(x.dtype)
+    dgate = _activation_backward(dhidden * wide_up, wide_gate, activation).to(x.dtype)
     return (
         dgate @ w_gate + dup @ w_up if needs[0] else _none(x),
         dgate.t() @ x if needs[1] else _none(x),
@@ -197,5 +209,13 @@ def geglu_mlp_backward(
     )
 
 
-def _gelu_backward(grad: Tensor, x: Tensor, tanh: bool) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if tanh else "none")
+def _activation_backward(grad: Tensor, x: Tensor, activation: int) -> Tensor:
+    """The gradient of x from that of activated(x); ReLU's at 0 is 0, as in PyTorch."""
+    match ACTIVATIONS[activation]:
+        case "relu":
+            return torch.ops.aten.threshold_backward(grad, x, 0)
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, x)
+        case name:
+            approximate = "tanh" if name == "gelu_tanh" else "none"
+            return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlm.reference.mlp import activated
+
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -38,8 +40,8 @@ def residual_gelu_mlp(
     b2: Tensor | None,
     residual: Tensor,
     factors: Tensor | None,
-    tanh: bool,
+    activation: int,
 ) -> Tensor:
-    """residual + factors * (gelu(x w1^T + b1) w2^T + b2)."""
-    hidden = F.gelu(_product(x, w1, b1), approximate="tanh" if tanh else "none")
+    """residual + factors * (activation(x w1^T + b1) w2^T + b2)."""
+    hidden = activated(_product(x, w1, b1), activation)
     return _sum(_product(hidden, w2, b2), residual, factors)

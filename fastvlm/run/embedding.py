@@ -24,11 +24,20 @@ def check_embedding(stack: Any) -> None:
         positions = getattr(stack, spec.positions)
         if spec.given:
             ensure(isinstance(positions, nn.Embedding) and has_no_hooks(positions))
+        elif spec.counts_tokens:
+            ensure(has_no_hooks(positions))
         else:
-            ensure(isinstance(getattr(positions, "offset", None), int) and only_counts(positions))
+            ensure(isinstance(_offset(positions, spec), int) and only_counts(positions))
+    if spec.factor is not None:
+        ensure(isinstance(getattr(stack, spec.factor), (int, float)))
     if spec.norm is not None:
         norm = getattr(stack, spec.norm)
         ensure(has_no_hooks(norm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None)
+
+
+def _offset(positions: Any, spec: Embedding) -> Any:
+    """The row of a table that the first column gets."""
+    return 0 if spec.offset is None else getattr(positions, spec.offset, None)
 
 
 def embed_step(
@@ -48,23 +57,33 @@ def embed_step(
         x = x * factor
     if spec.scaled:
         x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
-    if spec.positions is not None:
+    if spec.factor is not None:
+        x = x * getattr(stack, spec.factor)
+    if spec.norm is not None and spec.norm_first:
+        x = _normalized(x, getattr(stack, spec.norm))
+    if spec.counts_tokens:
+        x = x + getattr(stack, str(spec.positions))(ids, None, filled)[:, 0]
+    elif spec.positions is not None:
         table = getattr(stack, spec.positions)
-        x = x + table.weight[_places(table, spec.given, x.shape[0], filled, position_ids, starts)]
-    if spec.norm is not None:
-        norm = getattr(stack, spec.norm)
-        x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        x = x + table.weight[_places(table, spec, x.shape[0], filled, position_ids, starts)]
+    if spec.norm is not None and not spec.norm_first:
+        x = _normalized(x, getattr(stack, spec.norm))
     return x
 
 
+def _normalized(x: Tensor, norm: Any) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
 def _places(
-    table: Any, given: bool, rows: int, filled: int, position_ids: Tensor | None,
+    table: Any, spec: Embedding, rows: int, filled: int, position_ids: Tensor | None,
     starts: Tensor | None,
 ) -> int | Tensor:  # fmt: skip
     """Which rows of a table of positions the new tokens get: an index, or one for each."""
-    if given:
+    if spec.given:
         return filled if position_ids is None else position_ids[:, 0]
-    at, starts = filled + table.offset, starts_of(table, rows) if starts is None else starts
+    at = filled + _offset(table, spec)
+    starts = starts_of(table, rows) if starts is None else starts
     return at if starts is None else at - starts
 
 

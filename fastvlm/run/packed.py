@@ -17,7 +17,7 @@ from fastvlm import ops
 from fastvlm.compat import hf
 from fastvlm.models.spec import Layer, Mlp, Residual
 from fastvlm.nn.linear import is_plain, is_watched
-from fastvlm.nn.mlp import gelu_mlp, is_known_gelu
+from fastvlm.nn.mlp import gelu_mlp, is_known
 from fastvlm.nn.norm import is_plain_rms_norm
 from fastvlm.run.layer import run_layer
 from fastvlm.run.layouts import entered
@@ -160,5 +160,5 @@ def _mlp(x: Tensor, layer: Any, spec: Mlp) -> Tensor:
     p = getattr(layer, spec.dropout) if layer.training and spec.dropout is not None else 0.0
     act = getattr(layer, spec.act)
     up, down = getattr(layer, spec.up), getattr(layer, spec.down)
-    known = is_known_gelu(act, spec.activation)
-    return gelu_mlp(x, up, down, spec.approximate, p, None if known else act)
+    known = is_known(act, spec.evaluated)
+    return gelu_mlp(x, up, down, spec.activation, p, None if known else act)

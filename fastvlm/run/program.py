@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastvlm.compat import pytorch
 from fastvlm.models.spec import Mlp
 from fastvlm.nn.linear import is_low_precision, is_plain, runs_another_forward
-from fastvlm.nn.mlp import is_known_gelu
+from fastvlm.nn.mlp import is_known
+from fastvlm.reference.mlp import ACTIVATIONS
 
 
 class NotCompilable(Exception):
@@ -90,16 +91,16 @@ class Program:
         parts = [getattr(holder, name) for name in names]
         dropout = None if spec.dropout is None else getattr(holder, spec.dropout)
         ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
-        ensure(is_known_gelu(getattr(holder, spec.act), spec.activation))
-        tanh, plain = spec.approximate == "tanh", all(map(is_plain, parts))
+        ensure(is_known(getattr(holder, spec.act), spec.evaluated))
+        number, plain = ACTIVATIONS.index(spec.activation), all(map(is_plain, parts))
         if spec.gate is None and plain:
             tensors = tuple(t for part in parts for t in (part.weight, part.bias))
-            return self._add("gelu_mlp", [tensors[2].shape[0]], (x,), tensors, (tanh,))[0]
+            return self._add("gelu_mlp", [tensors[2].shape[0]], (x,), tensors, (number,))[0]
         if plain and all(part.bias is None for part in parts):
             weights = tuple(part.weight for part in parts)
-            return self._add("geglu_mlp", [weights[2].shape[0]], (x,), weights, (tanh,))[0]
+            return self._add("geglu_mlp", [weights[2].shape[0]], (x,), weights, (number,))[0]
         pre, *up = self.linear(x, *parts[:-1])
-        (hidden,) = self._add("activate", [self.widths[pre]], (pre, *up), (), (tanh,))
+        (hidden,) = self._add("activate", [self.widths[pre]], (pre, *up), (), (number,))
         return self.linear(hidden, parts[-1])[0]
 
     def residual_layer_norm(self, x: int, residual: int, norm: Any) -> int:

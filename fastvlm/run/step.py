@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm.cpu.step import CpuStep
 from fastvlm.nn.weight_mark import WrittenTo
 from fastvlm.ops.attention import arguments_of
+from fastvlm.reference.mlp import activated
 from fastvlm.run import graphs
 from fastvlm.run.program import Instruction, Program, has_no_hooks
 
@@ -159,19 +159,19 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
             products = [_product(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
             return lambda r, at: [product(r[first]) for product in products]
         case "gelu_mlp":
-            gelu, (tanh,) = _OPS.gelu_mlp.default, settings
-            return lambda r, at: gelu(r[first], *tensors, None, tanh, 0.0, False)
+            gelu, number = _OPS.gelu_mlp.default, int(settings[0])
+            return lambda r, at: gelu(r[first], *tensors, None, number, 0.0, False)
         case "geglu_mlp":
-            geglu, (tanh,) = _OPS.geglu_mlp.default, settings
-            return lambda r, at: geglu(r[first], *tensors, tanh, False)
+            geglu, number = _OPS.geglu_mlp.default, int(settings[0])
+            return lambda r, at: geglu(r[first], *tensors, number, False)
         case "low_precision_hidden":
-            hidden, (tanh,) = _OPS.low_precision_hidden.default, settings
-            return lambda r, at: [hidden(r[first], *tensors, bool(tanh))]
+            hidden, number = _OPS.low_precision_hidden.default, int(settings[0])
+            return lambda r, at: [hidden(r[first], *tensors, number)]
         case "activate":
-            approximate = "tanh" if settings[0] else "none"
+            number = int(settings[0])
             if len(rows) == 1:
-                return lambda r, at: [F.gelu(r[first], approximate=approximate)]
-            return lambda r, at: [F.gelu(r[first], approximate=approximate) * r[last]]
+                return lambda r, at: [activated(r[first], number)]
+            return lambda r, at: [activated(r[first], number) * r[last]]
         case "residual_layer_norm":
             norm, (eps,) = _OPS.residual_layer_norm.default, settings
             return lambda r, at: [norm(r[first], r[last], *tensors, None, eps, 0.0)]

@@ -48,6 +48,12 @@ FLOORS = {
     "loss": ("linear_cross_entropy", "linear_cross_entropy_backward", "linear_topk"),
 }
 
+# of which calls are served, where that is not all
+CALLS = dict.fromkeys(
+    ("geglu_mlp", "geglu_mlp_backward", "gelu_mlp", "gelu_mlp_backward"),
+    "activations gelu and gelu_tanh",
+)
+
 # what has no kernel here on purpose: plain products are the library's (`mlp.library_serves`), and
 # what stands for several ops is run by those
 LIBRARY: dict[str, Callable[..., Any]] = {
@@ -104,6 +110,7 @@ def _kernel(name: str, floor: str) -> Kernel:
         lambda *args: launcher().run(*args),
         unavailable,
         lambda *args: _too_old(args) or launcher().unsupported(*args),
+        calls=CALLS.get(name),
     )
 
 

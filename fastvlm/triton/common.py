@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.reference.mlp import ACTIVATIONS
 from fastvlm.triton import configs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +28,17 @@ def unsupported_dtype(*args: Any) -> str | None:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in DTYPES:
             return wrong_dtype(x)
     return None
+
+
+def is_tanh(activation: int) -> bool:
+    """Of the two activations that kernels have between the products of an MLP, which it is."""
+    return ACTIVATIONS[activation] == "gelu_tanh"
+
+
+def not_gelu(activation: int) -> str | None:
+    """Why no kernel can serve an activation."""
+    name = ACTIVATIONS[activation]
+    return None if name in ("gelu", "gelu_tanh") else f"{name} (it has gelu and gelu_tanh)"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ programs and needs no second launch to add up parts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,12 @@ from fastvlm.triton.common import (
     dense_last,
     device_of,
     dot_precision,
+    is_tanh,
     keep_threshold,
     multiprocessors,
     next_power_of_2,
+    not_gelu,
+    unsupported_dtype,
 )
 from fastvlm.triton.configs import Config
 from fastvlm.triton.kernels import mlp as kernels
@@ -111,12 +115,12 @@ def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[bool, int, float]:
 
 
 def _geglu_mlp(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tanh: bool, keep: bool
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w_gate, w_up = dense_last(x), dense_last(w_gate), dense_last(w_up)
     (m, k), f = x.shape, w_gate.shape[0]
     hidden, gate, up = _rows_of(x, f, True), _rows_of(x, f, keep), _rows_of(x, f, keep)
-    precision = dot_precision(x)
+    tanh, precision = is_tanh(activation), dot_precision(x)
 
     def run(config: Config) -> None:
         kernels.geglu_forward[_grid(x, f, config)](
@@ -138,7 +142,7 @@ def _geglu_mlp_backward(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    tanh: bool,
+    activation: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad, w = dense_last(grad_out), dense_last(w_down)
@@ -147,7 +151,7 @@ def _geglu_mlp_backward(
     need_gate, need_up, need_hidden = needs[0] or needs[1], needs[0] or needs[2], needs[3]
     dgate, dup = _rows_of(grad, f, need_gate), _rows_of(grad, f, need_up)
     hidden = _rows_of(grad, f, need_hidden)
-    precision = dot_precision(x)
+    tanh, precision = is_tanh(activation), dot_precision(x)
 
     def run(config: Config) -> None:
         kernels.geglu_backward[_tiles(m, f, config)](
@@ -173,7 +177,7 @@ def _gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     seed: Tensor | None,
-    tanh: bool,
+    activation: int,
     dropout_p: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -182,7 +186,7 @@ def _gelu_mlp(
     (m, k), f = x.shape, w1.shape[0]
     hidden, pre = _rows_of(x, f, True), _rows_of(x, f, keep)
     on, threshold, factor = _dropout(seed, dropout_p)
-    precision = dot_precision(x)
+    tanh, precision = is_tanh(activation), dot_precision(x)
 
     def run(config: Config) -> None:
         kernels.gelu_forward[_grid(x, f, config)](
@@ -203,7 +207,7 @@ def _gelu_mlp_backward(
     w1: Tensor,
     w2: Tensor,
     seed: Tensor | None,
-    tanh: bool,
+    activation: int,
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -213,7 +217,7 @@ def _gelu_mlp_backward(
     dpre, hidden = _rows_of(grad, f, need_pre), _rows_of(grad, f, need_hidden)
     sums = torch.empty(0, f, dtype=torch.float32, device=x.device)
     on, threshold, factor = _dropout(seed, dropout_p)
-    precision = dot_precision(x)
+    tanh, precision = is_tanh(activation), dot_precision(x)
 
     def run(config: Config) -> None:
         nonlocal sums
@@ -268,10 +272,19 @@ def _low_precision_linear(
     return out
 
 
+def _unsupported(place: int) -> Callable[..., str | None]:
+    """Why a call cannot be served. place: of the activation among the arguments."""
+
+    def unsupported(*args: Any) -> str | None:
+        return not_gelu(args[place]) or unsupported_dtype(*args)
+
+    return unsupported
+
+
 LAUNCHERS = {
-    "geglu_mlp": Launcher(_geglu_mlp),
-    "geglu_mlp_backward": Launcher(_geglu_mlp_backward),
-    "gelu_mlp": Launcher(_gelu_mlp),
-    "gelu_mlp_backward": Launcher(_gelu_mlp_backward),
+    "geglu_mlp": Launcher(_geglu_mlp, _unsupported(4)),
+    "geglu_mlp_backward": Launcher(_geglu_mlp_backward, _unsupported(7)),
+    "gelu_mlp": Launcher(_gelu_mlp, _unsupported(6)),
+    "gelu_mlp_backward": Launcher(_gelu_mlp_backward, _unsupported(6)),
     "low_precision_linear": Launcher(_low_precision_linear),
 }

@@ -135,6 +135,12 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: gelu(w2=t(4, 7)), ValueError, r"w2 must be of shape \[any, 6\]"),
     (lambda: gelu(w2=t(4, 6).half()), ValueError, "w2 must be of the dtype of x"),
     (lambda: gelu(approximate="erf"), ValueError, "approximate must be one of 'none', 'tanh'"),
+    (lambda: gelu(activation="swish"), ValueError, "activation must be one of 'gelu', 'gelu_tanh'"),
+    (
+        lambda: gelu(activation="relu", approximate="tanh"),
+        ValueError,
+        "approximate must be left out, or agree with activation='relu'",
+    ),
     (lambda: gelu(dropout_p=2), ValueError, "dropout_p must be in"),
     (lambda: gelu(x=t(3, 5).int()), ValueError, "x must be float32"),
     (lambda: ops.geglu_mlp(t(3, 5), t(6, 5), t(7, 5), t(4, 6)), ValueError, "w_up must be of shap"),

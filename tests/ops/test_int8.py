@@ -9,11 +9,13 @@ import error_rule
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import activated
 from torch import Tensor
 
 import fastvlm
 from fastvlm import extension, ops
 from fastvlm.reference import int8 as reference
+from fastvlm.reference.mlp import ACTIVATIONS
 
 # rows, input, output: odd on purpose; whole groups and panels, and what is left behind them
 SHAPES = {
@@ -82,10 +84,10 @@ def test_product(shape: str, ends: str, dtype: torch.dtype, on: Callable[..., An
         error_rule.check(f"row {row}", ours[row], plain[row], want[row], error_rule.FORWARD)
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu", "gelu"])
 @pytest.mark.parametrize("shape", [(5, 17, 40, 9), (200, 100, 300, 65), (1600, 70, 130, 40)])
 def test_mlp_between_two_quantizations(
-    shape: tuple[int, ...], approximate: str, dtype: torch.dtype, on: Callable[..., Any]
+    shape: tuple[int, ...], activation: str, dtype: torch.dtype, on: Callable[..., Any]
 ) -> None:
     """A rounding before the second quantization moves an integer by one: the whole MLP is compared
     by what quantization costs, in ours and in plain PyTorch."""
@@ -95,9 +97,9 @@ def test_mlp_between_two_quantizations(
     b1, b2 = torch.randn(f), torch.randn(n).to(dtype)
     factors = torch.rand(m // 5 if m % 5 == 0 else 1)
     arguments = (x, w1, s1, b1, w2, s2, b2, residual)
-    ours = on(ops.int8_gelu_mlp, *arguments, approximate=approximate, factors=factors)
-    plain = reference.int8_gelu_mlp(*arguments, factors, approximate == "tanh")
-    hidden = F.gelu(exact(x, w1, s1, b1), approximate=approximate)
+    ours = on(ops.int8_gelu_mlp, *arguments, activation=activation, factors=factors)
+    plain = reference.int8_gelu_mlp(*arguments, factors, ACTIVATIONS.index(activation))
+    hidden = activated(exact(x, w1, s1, b1), activation)
     branch = F.linear(hidden, w2.double() * s2.double()[:, None], b2.double())
     each = factors.double().repeat_interleave(m // factors.numel())[:, None]
     error_rule.check("mlp", ours, plain, residual.double() + each * branch, error_rule.FORWARD)
@@ -137,7 +139,7 @@ def test_every_element_is_where_it_belongs(shape: tuple[int, ...], quads: bool) 
     assert hidden.max() <= 127
     w2 = torch.randint(-127, 128, (n, f)).to(torch.int8)
     ones = torch.ones(f), torch.ones(n)
-    out = raw.int8_gelu_mlp(x, few, ones[0], b1, w2, ones[1], None, None, None, False, quads)
+    out = raw.int8_gelu_mlp(x, few, ones[0], b1, w2, ones[1], None, None, None, 0, quads)
     assert torch.equal(out.double(), hidden @ w2.double().T)
 
 

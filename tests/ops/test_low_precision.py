@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import activated
 from torch import Tensor
 
 import fastvlm
 from fastvlm import ops
 from fastvlm.reference import mlp as reference
+from fastvlm.reference.mlp import ACTIVATIONS
 
 BF16 = torch.bfloat16
 # rows, input, output: odd on purpose; the last but one is too many for the CPU kernel
@@ -79,25 +81,24 @@ def low_precision_hidden(x: Tensor, *rest: Any) -> Tensor:
 ENOUGH = [name for name in SHAPES if name not in ("one", "three")]
 
 
-@pytest.mark.parametrize("tanh", [True, False], ids=["tanh", "erf"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", ENOUGH)
 def test_activated_products(
-    shape: str, tanh: bool, stored: Any, on: Any, randn: Any, follows_the_error_rule: Any
+    shape: str, activation: str, stored: Any, on: Any, randn: Any, follows_the_error_rule: Any
 ) -> None:
     """With a bias, as in BART; with a second weight, as in Gemma."""
     m, k, n = SHAPES[shape]
     (weight, scale), (up, up_scale) = stored(n, k), stored(n, k)
-    approximate = "tanh" if tanh else "none"
+    number = ACTIVATIONS.index(activation)
     follows_the_error_rule(
-        lambda x, b: on(low_precision_hidden, x, weight, scale, b, None, None, tanh),
-        lambda x, b: F.gelu(plain(weight, scale)(x, b), approximate=approximate),
+        lambda x, b: on(low_precision_hidden, x, weight, scale, b, None, None, number),
+        lambda x, b: activated(plain(weight, scale)(x, b), activation),
         [randn(m, k), randn(n)],
     )
     follows_the_error_rule(
-        lambda x: on(low_precision_hidden, x, weight, scale, None, up, up_scale, tanh),
+        lambda x: on(low_precision_hidden, x, weight, scale, None, up, up_scale, number),
         lambda x: (
-            F.gelu(plain(weight, scale)(x, None), approximate=approximate)
-            * plain(up, up_scale)(x, None)
+            activated(plain(weight, scale)(x, None), activation) * plain(up, up_scale)(x, None)
         ),
         [randn(m, k)],
     )

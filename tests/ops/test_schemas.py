@@ -55,21 +55,21 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
         "linear": (mlp[0], mlp[1], mlp[2]),
         "low_precision_linear": (mlp[0], *ops.quantize_rows(mlp[1]), mlp[2]),
         "low_precision_hidden": (
-            *(mlp[0], *ops.quantize_rows(mlp[1]), None, *ops.quantize_rows(mlp[1]), True),
+            *(mlp[0], *ops.quantize_rows(mlp[1]), None, *ops.quantize_rows(mlp[1]), 3),
         ),
         "int8_linear": (mlp[0], *ops.quantize_rows(mlp[1]), mlp[2], t(3, 6), torch.ones(3)),
         "int8_gelu_mlp": (
             *(mlp[0], *ops.quantize_rows(mlp[1]), mlp[2], *ops.quantize_rows(mlp[3]), mlp[4]),
-            *(None, None, True),
+            *(None, None, 2),
         ),
-        "gelu_mlp": (*mlp, None, False, 0.0, True),
+        "gelu_mlp": (*mlp, None, 2, 0.0, True),
         "gelu_mlp_backward": (
-            *(t(3, 4), mlp[0], t(3, 6), mlp[1], mlp[3], None, False, 0.0),
+            *(t(3, 4), mlp[0], t(3, 6), mlp[1], mlp[3], None, 3, 0.0),
             [True, False, True, True, False],
         ),
-        "geglu_mlp": (mlp[0], *gated, True, False),
+        "geglu_mlp": (mlp[0], *gated, 1, False),
         "geglu_mlp_backward": (
-            *(t(3, 4), mlp[0], t(3, 6), t(3, 6), *gated, True),
+            *(t(3, 4), mlp[0], t(3, 6), t(3, 6), *gated, 3),
             [True, True, False, True],
         ),
         "rms_norm": (t(3, 5), t(5), 1e-6, 1.0),
@@ -85,9 +85,7 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
             [True, False, True, True],
         ),
         "residual_linear": (t(4, 5), t(6, 5), t(6), t(4, 6), torch.ones(2)),
-        "residual_gelu_mlp": (
-            *(t(3, 5), t(6, 5), t(6), t(4, 6), t(4), t(3, 4), torch.ones(3), True),
-        ),
+        "residual_gelu_mlp": (*(t(3, 5), t(6, 5), t(6), t(4, 6), t(4), t(3, 4), torch.ones(3), 1),),
         "window_attention": (t(2, 3, 5, 24), t(24), 2, 2, 0.3),
         "channel_attention": (t(2, 5, 24), 2),
         "depthwise_conv_norm": (*(t(2, 3, 5, 8), t(8, 9), t(8), t(8), t(8), 1e-5, torch.bfloat16),),

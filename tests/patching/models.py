@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,35 @@ def mbart(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
     config = tf.MBartConfig(**{**_text(), **settings})
     return _spread(tf.MBartForConditionalGeneration(config), 0.15)
+
+
+def _translator(kind: str, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    calm = {"attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    config_class, model_class = (getattr(tf, f"{kind}{end}") for end in ("Config", _MODELS[kind]))
+    config = config_class(**{**_text(), **calm, "scale_embedding": True, **settings})
+    return _spread(model_class(config), 0.15)
+
+
+_MODELS = {
+    **dict.fromkeys(
+        ("M2M100", "Pegasus", "Blenderbot", "BlenderbotSmall"), "ForConditionalGeneration"
+    ),
+    "Marian": "MTModel",
+}
+
+
+def m2m100(**settings: Any) -> nn.Module:
+    """NLLB's, too."""
+    return _translator("M2M100", **settings)
+
+
+def marian(**settings: Any) -> nn.Module:
+    """With swish, as published ones have it, and a bias of the logits."""
+    model: Any = _translator("Marian", **{"activation_function": "swish", **settings})
+    with torch.no_grad():
+        model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape))
+    return model
 
 
 def whisper(**settings: Any) -> nn.Module:
@@ -265,10 +295,18 @@ def _seq2seq(build: Callable[..., nn.Module]) -> Family:
 FAMILIES = {
     "bart": _seq2seq(bart),
     "mbart": _seq2seq(mbart),
+    "m2m_100": _seq2seq(m2m100),
     "florence2": Family(florence2, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
     "florenz": Family(florenz, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
     "whisper": Family(whisper, _whisper_inputs, lambda m: _with_labels(_whisper_inputs(m))),
     "gemma2": Family(gemma2, _causal_inputs, _causal_training),
     "t5gemma": _seq2seq(t5gemma),
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),
+}
+# relatives of those above, which differ from them in their embeddings and their order of norms
+RELATIVES = {
+    "marian": _seq2seq(marian),
+    "pegasus": _seq2seq(partial(_translator, "Pegasus", activation_function="relu")),
+    "blenderbot": _seq2seq(partial(_translator, "Blenderbot")),
+    "blenderbot_small": _seq2seq(partial(_translator, "BlenderbotSmall")),
 }

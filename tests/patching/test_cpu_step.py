@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES
+from models import FAMILIES, RELATIVES
 from test_families import generate
 from torch import Tensor, nn
 
@@ -17,7 +17,11 @@ from fastvlm.cpu import step as cpu_step
 from fastvlm.cpu.step import CpuStep, timed
 from fastvlm.run.program import Program
 
-PLANNED = ["bart", "florence2", "gemma2", "florenz", "t5gemma", "mbart", "whisper"]
+PLANNED = [
+    *("bart", "florence2", "gemma2", "florenz", "t5gemma", "mbart", "whisper"),
+    *("m2m_100", "marian"),
+]
+MODELS = {**FAMILIES, **RELATIVES}
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +47,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[CpuStep]:
 def patched(
     name: str, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    model = FAMILIES[name].build()
-    inputs = FAMILIES[name].inputs(model)
+    model = MODELS[name].build()
+    inputs = MODELS[name].inputs(model)
     model.to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     fastvlm.patch(model, **settings)
@@ -75,7 +79,7 @@ def test_the_bits_of_the_ops(
 def test_weights_in_fewer_bits(
     name: str, weights: str, served: list[CpuStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between products GELU is PyTorch's there and ours here."""
+    """Between products the activation is PyTorch's there and ours here."""
     model, inputs = patched(name, weights=weights)
     ours = generate(model, inputs, **SCORED)
     assert len(served) == 11

@@ -299,17 +299,17 @@ def test_what_the_tower_keeps_and_why() -> None:
     wider = windows()
     wider.relative_position = nn.Parameter(torch.zeros(7))
     masked = Masked(configuration(16, 2), 0)
-    relu = mlp()
-    relu.activation_fn = nn.ReLU()
+    other = mlp()
+    other.activation_fn = nn.Tanh()
     model = nn.ModuleList(
-        [Alone(window_attn=wider), Alone(window_attn=masked, ffn=relu), Alone(window_attn=mlp())]
+        [Alone(window_attn=wider), Alone(window_attn=masked, ffn=other), Alone(window_attn=mlp())]
     )
     report = fastvlm.patch(model)
     reasons = {entry.module: entry.reason for entry in report.skipped}
     assert reasons == {
         "0.window_attn": "it has parts of its own: relative_position",
         "1.window_attn": "its forward has other arguments than hidden_states, or x and size",
-        "1.ffn": "its activation ReLU is not GELU",
+        "1.ffn": "its activation Tanh is none that gelu_mlp has",
     }
     with pytest.raises(PatchError, match="parts of its own"):
         fastvlm.patch(Alone(window_attn=wider))

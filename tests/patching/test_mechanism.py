@@ -177,11 +177,15 @@ def test_strict_makes_a_skip_an_error_and_changes_nothing() -> None:
     fastvlm.patch(models.bart(), strict=True)
 
 
-def test_an_activation_that_is_not_gelu_is_skipped_with_the_reason() -> None:
-    model = models.bart(activation_function="relu")
+@pytest.mark.parametrize("name", ["tanh", "gelu_10", "relu6"])
+def test_an_activation_that_no_op_has_is_skipped_with_the_reason(name: str) -> None:
+    """Two are clipped, far from 0: within they are GELU and ReLU."""
+    model = models.bart(activation_function=name)
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.bias += 20
     expected = logits(model)
     report = fastvlm.patch(model)
-    assert any("is not GELU" in (entry.reason or "") for entry in report.skipped)
+    assert any("none that gelu_mlp has" in (entry.reason or "") for entry in report.skipped)
     assert torch.allclose(logits(model), expected, atol=1e-4)
 
 

@@ -16,6 +16,7 @@ import fastvlm
 from fastvlm.patching import probe
 from fastvlm.patching.classes import is_patched
 
+FAMILIES = {**models.FAMILIES, **models.RELATIVES}
 NORM_BEHIND = (
     "hidden_states = residual + hidden_states\n"
     "        hidden_states = self.self_attn_layer_norm(hidden_states)"
@@ -77,6 +78,20 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "one position further": ("self.weight[position_ids]", "self.weight[position_ids + 1]"),
     },
+    "m2m_100": {
+        "activation": ("self.activation_fn(self.fc1(", "self.activation_fn(0.1 + self.fc1("),
+        "one position further": (
+            "past_key_values_length) * mask",
+            "past_key_values_length + 1) * mask",
+        ),
+    },
+    "marian": {
+        "norm within the branch": (
+            NORM_BEHIND,
+            "hidden_states = residual + self.self_attn_layer_norm(hidden_states)",
+        ),
+        "one position further": ("forward(position_ids)", "forward(position_ids + 1)"),
+    },
     "t5gemma": {
         "embeddings scaled": (
             "self.config.hidden_size**0.5",
@@ -93,6 +108,8 @@ ASKED = [
     ("bart", "positions from three"),
     ("t5gemma", "embeddings scaled"),
     ("whisper", "one position further"),
+    ("m2m_100", "one position further"),
+    ("marian", "one position further"),
 ]
 CASES = [
     (family, plant)
@@ -129,7 +146,7 @@ HEADS = {
 @pytest.mark.parametrize("plant", HEADS)
 def test_other_heads_and_losses_give_their_own_numbers(plant: str, training: bool) -> None:
     family, edit = HEADS[plant]
-    batch = models.FAMILIES[family].training(nn.Module())
+    batch = FAMILIES[family].training(nn.Module())
     losses = []
     for patch in (False, True):
         model = trainer_copy.build(family, edit).train(training)
@@ -144,9 +161,11 @@ def test_other_heads_and_losses_give_their_own_numbers(plant: str, training: boo
     assert torch.allclose(given, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bart", "mbart", "whisper", "gemma2", "t5gemma"])
+@pytest.mark.parametrize(
+    "family", ["bart", "mbart", "whisper", "m2m_100", "marian", "gemma2", "t5gemma"]
+)
 def test_a_trainers_copy_is_patched_as_the_family_is(family: str) -> None:
-    ours, theirs = trainer_copy.build(family), models.FAMILIES[family].build()
+    ours, theirs = trainer_copy.build(family), FAMILIES[family].build()
     report, known = fastvlm.patch(ours), fastvlm.patch(theirs)
     assert report.entries == known.entries
     assert not report.skipped
@@ -155,7 +174,7 @@ def test_a_trainers_copy_is_patched_as_the_family_is(family: str) -> None:
 @pytest.mark.parametrize(("family", "plant"), CASES)
 def test_what_computes_something_else_is_left_alone(family: str, plant: str) -> None:
     model = trainer_copy.build(family, PLANTS[family][plant])
-    batch = models.FAMILIES[family].training(model)
+    batch = FAMILIES[family].training(model)
     with torch.no_grad():
         expected = model(**batch).loss
         report = fastvlm.patch(model)
@@ -169,7 +188,7 @@ def test_what_computes_something_else_is_left_alone(family: str, plant: str) -> 
 @pytest.mark.parametrize(("family", "plant"), ASKED)
 def test_other_embeddings_are_patched_and_give_their_own_numbers(family: str, plant: str) -> None:
     model = trainer_copy.build(family, PLANTS[family][plant]).eval()
-    batch = models.FAMILIES[family].training(model)
+    batch = FAMILIES[family].training(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     expected = model(**batch).loss
     tokens = model.generate(**inputs, num_beams=2, max_new_tokens=8)

@@ -17,6 +17,8 @@ HOMES = {
     "bart": ("bart", "BartForConditionalGeneration"),
     "mbart": ("mbart", "MBartForConditionalGeneration"),
     "whisper": ("whisper", "WhisperForConditionalGeneration"),
+    "m2m_100": ("m2m_100", "M2M100ForConditionalGeneration"),
+    "marian": ("marian", "MarianMTModel"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "t5gemma": ("t5gemma", "T5GemmaForConditionalGeneration"),
 }

@@ -22,11 +22,10 @@ import fastvlm
 
 THIRDS = 1 if os.environ.get("FASTVLM_STRANGERS") == "all" else 3
 # what the patch of a family must go on reporting, and nothing left alone
+_SEQ2SEQ = {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"}
 WHOLE = {
-    "bart": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
-    "mbart": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
-    "whisper": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
-    "plbart": {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"},
+    **dict.fromkeys(("bart", "mbart", "plbart", "whisper", "m2m_100", "marian"), _SEQ2SEQ),
+    **dict.fromkeys(("pegasus", "blenderbot", "blenderbot-small"), _SEQ2SEQ),
     "gemma2": {"self_attention", "cached_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "t5gemma": {"self_attention", "cross_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "vit+bart": {"self_attention", "cross_attention", "gelu_mlp", "residual_layer_norm"},
