@@ -295,7 +295,6 @@ def _seq2seq(build: Callable[..., nn.Module]) -> Family:
 FAMILIES = {
     "bart": _seq2seq(bart),
     "mbart": _seq2seq(mbart),
-    "m2m_100": _seq2seq(m2m100),
     "florence2": Family(florence2, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
     "florenz": Family(florenz, _florence_inputs, lambda m: _with_labels(_florence_inputs(m))),
     "whisper": Family(whisper, _whisper_inputs, lambda m: _with_labels(_whisper_inputs(m))),
@@ -303,8 +302,9 @@ FAMILIES = {
     "t5gemma": _seq2seq(t5gemma),
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),
 }
-# relatives of those above, which differ from them in their embeddings and their order of norms
+# relatives of BART and mBART, which differ in embeddings, activations and the order of norms
 RELATIVES = {
+    "m2m_100": _seq2seq(m2m100),
     "marian": _seq2seq(marian),
     "pegasus": _seq2seq(partial(_translator, "Pegasus", activation_function="relu")),
     "blenderbot": _seq2seq(partial(_translator, "Blenderbot")),

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 
-ENCODERS = ["bart", "mbart", "m2m_100", "florence2", "t5gemma", "florenz"]
+ENCODERS = ["bart", "mbart", "florence2", "t5gemma", "florenz"]
 Rows = Callable[[Tensor], Tensor]
 
 

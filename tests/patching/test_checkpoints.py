@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvlm
 
-ENCODERS = ["bart", "mbart", "m2m_100", "florence2", "t5gemma", "florenz"]
+ENCODERS = ["bart", "mbart", "florence2", "t5gemma", "florenz"]
 STACKS = [("decoder", name) for name in (*ENCODERS, "gemma2")]
 STACKS += [("encoder", name) for name in ("bart", "florence2", "t5gemma")]
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, PAD, Family
+from models import FAMILIES, PAD, RELATIVES, Family
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 
+ALL = {**FAMILIES, **RELATIVES}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -21,6 +22,14 @@ CASES: dict[str, dict[str, Any]] = {
     "one-token": {"max_new_tokens": 1, "min_new_tokens": 1},
     "early-end": {"num_beams": 3, "min_new_tokens": 0, "no_repeat_ngram_size": 0},
 }
+
+
+@pytest.fixture(
+    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.turns(8)) for name in RELATIVES)]
+)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Those whose parts are those of others run by turns."""
+    return ALL[request.param]
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> Tensor:

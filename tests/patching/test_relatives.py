@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import PAD, RELATIVES, VOCAB, m2m100
+from models import PAD, RELATIVES, VOCAB
 from sameness import assert_the_same, numbers
 from test_families import generate
+from test_loss_without_logits import Calls
 from torch import Tensor, nn
 
 import fastvlm
@@ -108,7 +109,7 @@ def test_m2m100_counts_tokens(
     ids: list[list[int]], tokens: list[list[int]], steps: list[Any]
 ) -> None:
     """A pad token stands nowhere, whether it is masked or was written; steps count columns."""
-    model = m2m100()
+    model = RELATIVES["m2m_100"].build()
     first = torch.tensor(ids)
     for mask in (None, (first != PAD).long()):
         plain, ours = copy.deepcopy(model), copy.deepcopy(model)
@@ -122,7 +123,7 @@ def test_m2m100_counts_tokens(
 
 def test_m2m100_beyond_its_table() -> None:
     """Waves of any length: the table grows where a sentence is longer, as in transformers."""
-    model = m2m100(max_position_embeddings=8)
+    model = RELATIVES["m2m_100"].build(max_position_embeddings=8)
     ids = torch.randint(3, VOCAB, (2, 21), generator=torch.Generator().manual_seed(3))
     settings = {"max_new_tokens": 20, "min_new_tokens": 20, "num_beams": 2}
     plain = copy.deepcopy(model)
@@ -132,7 +133,7 @@ def test_m2m100_beyond_its_table() -> None:
 
 
 def test_a_watched_table_is_called(steps: list[Any]) -> None:
-    model = m2m100()
+    model = RELATIVES["m2m_100"].build()
     inputs = {"input_ids": torch.tensor([[9, 8, 7, 2]])}
     expected = generate(model, inputs)
     fastvlm.patch(model)
@@ -160,14 +161,10 @@ def test_prefixes_of_several_lengths_in_marian() -> None:
         assert torch.equal(got[index, -12:], alone[0, -12:])
 
 
-@pytest.mark.parametrize("name", [*NAMES, "m2m_100"])
-def test_a_published_model_adds_a_bias_to_its_logits(name: str) -> None:
-    """final_logits_bias, where there is one, is in the loss and in the ranking of beams."""
-    build_one = m2m100 if name == "m2m_100" else RELATIVES[name].build
-    model: Any = build_one()
-    if not hasattr(model, "final_logits_bias"):
-        assert name == "m2m_100"
-        return
+@pytest.mark.parametrize("name", ["pegasus", "blenderbot_small"])
+def test_a_bias_of_the_logits(name: str) -> None:
+    """final_logits_bias, as published models have it: in the loss and in the ranking of beams."""
+    model: Any = RELATIVES[name].build()
     with torch.no_grad():
         model.final_logits_bias.copy_(3 * torch.randn(1, VOCAB))
     inputs, batch = RELATIVES[name].inputs(model), RELATIVES[name].training(model)
@@ -175,3 +172,14 @@ def test_a_published_model_adds_a_bias_to_its_logits(name: str) -> None:
     fastvlm.patch(model)
     assert torch.equal(generate(model, inputs, num_beams=3), expected)
     assert_the_same(numbers(model, batch), want)
+
+
+@pytest.mark.parametrize("name", ["m2m_100", "marian"])
+def test_training_runs_on_the_tokens_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = RELATIVES[name].build().train()
+    batch = RELATIVES[name].training(model)
+    fastvlm.patch(model)
+    calls = Calls(monkeypatch, "gelu_mlp")
+    model(**batch).loss.backward()
+    sizes = {int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())}
+    assert set(calls.rows["gelu_mlp"]) == sizes

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one-row": {},
 }
 # those whose attention is patched; PaliGemma of transformers 5.23 fails with a static cache
-OURS = ["bart", "florence2", "florenz", "gemma2", "m2m_100", "mbart", "t5gemma", "whisper"]
+OURS = ["bart", "florence2", "florenz", "gemma2", "mbart", "t5gemma", "whisper"]
 ENCODERS = [name for name in OURS if name != "gemma2"]
 STATIC = {"cache_implementation": "static"}
 
@@ -116,7 +116,7 @@ def whole(model: nn.Module, inputs: dict[str, Tensor], backend: Any) -> Tensor:
 
 
 # how generate() compiles is every family's own; the other ways differ by the kind of decoder
-RUNS = [(automatic, name) for name in OURS if name not in ("mbart", "m2m_100")]
+RUNS = [(automatic, name) for name in OURS if name != "mbart"]
 RUNS += [(sampled, name) for name in ("bart", "t5gemma")]
 RUNS += [(whole, name) for name in ("florence2", "gemma2")]
 

@@ -216,10 +216,8 @@ PAIRS = {
     ),
 }
 
-# families whose toy of the parity tests is another
-OWN_LINES = ("florenz", "whisper", "m2m_100")
 TYPES: dict[str, ModelType] = {
-    **{name: _family(name) for name in FAMILIES if name not in OWN_LINES},
+    **{name: _family(name) for name in FAMILIES if name not in ("florenz", "whisper")},
     **_of(
         "whisper=WhisperForConditionalGeneration",
         _numbers("input_features", 3, 8, 24),
