@@ -84,7 +84,7 @@ def int8_gelu_mlp(
     factors: Tensor | None,
     activation: int,
 ) -> Tensor:
-    """The same of w2 activation(w1 x + b1) + b2: what lies between is float32, and quantized again."""
+    """The same of w2 activation(w1 x + b1) + b2, quantized again in between; that is float32."""
     pre = _product(x, w1, scale1, b1)
     hidden = activated(pre, activation)
     return _end(_product(hidden, w2, scale2, b2), residual, factors, x.dtype)

@@ -14,6 +14,8 @@ from test_loss_without_logits import Calls
 from torch import Tensor, nn
 
 import fastvlm
+from fastvlm import ops
+from fastvlm.cpu.int8 import unavailable
 from fastvlm.decoding.prefixes import left_padded, row_positions
 from fastvlm.run import build
 
@@ -183,3 +185,24 @@ def test_training_runs_on_the_tokens_alone(name: str, monkeypatch: pytest.Monkey
     model(**batch).loss.backward()
     sizes = {int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())}
     assert set(calls.rows["gelu_mlp"]) == sizes
+
+
+@pytest.mark.parametrize(("name", "activation"), [("m2m_100", "relu"), ("marian", "silu")])
+def test_int8_arithmetic_has_the_same_activation(
+    name: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (why := unavailable()) is not None:
+        pytest.skip(why)
+    model = RELATIVES[name].build()
+    encoder = model.get_encoder()
+    ids = torch.randint(3, VOCAB, (10, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = encoder(ids).last_hidden_state
+        fastvlm.patch(model, compute="int8")
+        asked, run = [], ops.int8_gelu_mlp
+        monkeypatch.setattr(
+            ops, "int8_gelu_mlp", lambda *x, **kind: asked.append(kind) or run(*x, **kind)
+        )
+        got = encoder(ids).last_hidden_state
+    assert asked == [{"activation": activation}] * 2
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
