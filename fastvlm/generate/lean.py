@@ -117,6 +117,8 @@ class Lean:
             raise CannotJoin(
                 "its steps are captured" if self.is_captured else "its rows are padded"
             )
+        if self.stack.spec.embedding.counts_tokens:
+            raise CannotJoin("its positions are counted by a module, from column 0")
         filled = self._filled
         if self._positions is not None and bool((self._positions != filled - 1).any()):
             raise CannotJoin("its positions are not counted from 0")
