@@ -121,6 +121,7 @@ TURNS = {
     **dict.fromkeys(("test_check", "test_check_command"), 2),
     **dict.fromkeys(("test_instance_forwards", "test_hooks", "test_weights", "test_room"), 2),
     **dict.fromkeys(("test_frameworks", "test_skipped_gradients", "test_weight_changes"), 2),
+    **dict.fromkeys(("test_int8", "test_int8_compute"), 2),
 }
 
 

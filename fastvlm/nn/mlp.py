@@ -90,7 +90,7 @@ def gelu_mlp(
     act: what to call in its place, where it is not what it was, or has a hook.
     """
     if act is None and is_plain(fc1) and is_plain(fc2):
-        copies = _int8_copies(fc1, fc2, x) if dropout_p == 0 else None
+        copies = int8_copies(fc1, fc2, x) if dropout_p == 0 else None
         if copies is not None:
             w1, scale1, w2, scale2 = copies
             return ops.int8_gelu_mlp(
@@ -110,7 +110,8 @@ def gelu_mlp(
     return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
 
 
-def _int8_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+def int8_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+    """Weight and factors of either layer, where an MLP of x is computed in int8."""
     if getattr(fc1, "compute", None) is None:
         return None
     from fastvlm.nn.int8 import int8_mlp_copies  # loads torch.compile: a second

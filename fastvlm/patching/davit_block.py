@@ -18,7 +18,7 @@ from fastvlm import ops
 from fastvlm.cpu.common import DTYPES, unavailable
 from fastvlm.models.structure import extra_parts, takes
 from fastvlm.nn.linear import DENSE, is_bare, is_plain
-from fastvlm.nn.mlp import activation_of
+from fastvlm.nn.mlp import activation_of, int8_copies
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
@@ -109,9 +109,9 @@ def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
 def _int8_copy(module: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     if getattr(module, "compute", None) is None:
         return None
-    from fastvlm.nn.int8 import int8_copy  # loads torch.compile: a second
+    from fastvlm.nn.int8 import int8_linear_copy  # loads torch.compile: a second
 
-    return int8_copy(module, x)
+    return int8_linear_copy(module, x)
 
 
 def _linear(x: Tensor, layer: Any) -> Tensor:
@@ -131,10 +131,13 @@ def _residual_linear(x: Tensor, layer: Any, to: Tensor, factors: Tensor | None) 
 def _residual_mlp(
     x: Tensor, fc1: Any, fc2: Any, to: Tensor, activation: str, factors: Tensor | None
 ) -> Tensor:
-    first, second = _int8_copy(fc1, x), _int8_copy(fc2, x)
-    if first is not None and second is not None:
+    copies = int8_copies(fc1, fc2, x)
+    if copies is not None:
+        w1, scale1, w2, scale2 = copies
         return ops.int8_gelu_mlp(
-            *(x, *first, fc1.bias, *second, fc2.bias, to), activation=activation, factors=factors
+            *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias, to),
+            activation=activation,
+            factors=factors,
         )
     return ops.residual_gelu_mlp(
         *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, to),

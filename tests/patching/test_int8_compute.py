@@ -25,6 +25,7 @@ if unavailable() is not None:
 def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the few rows of a tiny model were many."""
     monkeypatch.setattr(int8, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(int8, "FEWEST_INPUTS", 1)
 
 
 @pytest.fixture
@@ -103,24 +104,24 @@ def test_training_computes_as_without(family: Family, any_rows: None, called: li
 
 
 def test_few_rows_are_multiplied_as_they_are(called: list[str]) -> None:
-    layer = nn.Linear(70, 30)
+    layer = nn.Linear(200, 30)
     holder = nn.ModuleList([layer])
     ours = copy.deepcopy(holder)
     for module in (ours[0],):
         module.__class__ = int8.Int8Linear
     with torch.no_grad():
         for rows in (1, 64):
-            x = torch.randn(rows, 70)
+            x = torch.randn(rows, 200)
             assert torch.equal(ours[0](x), ops.linear(x, layer.weight, layer.bias))
         assert not called
-        x = torch.randn(5, 13, 70)
+        x = torch.randn(5, 13, 200)
         assert torch.equal(
             ours[0](x), ops.int8_linear(x, *ops.quantize_rows(layer.weight), layer.bias)
         )
     assert called
 
 
-def test_the_tower_runs_in_int8(called: list[str]) -> None:
+def test_the_tower_runs_in_int8(any_rows: None, called: list[str]) -> None:
     model = models.florence2()
     tower = model.model.vision_tower
     x = torch.randn(2, 3, 64, 64)
