@@ -123,7 +123,7 @@ void int8_tile(QuantizedRows<Kind> x, Int8Panel panel, int64_t groups, bool accu
       }
     }
     x.data += kGroup;
-    panel.begin += N * kLanes;
+    if (Kind::kOffset != 0) panel.begin += N * kLanes;
   }
 }
 

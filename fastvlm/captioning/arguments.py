@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastvlm.demo.arguments import MOST_TOKENS, UsageError, whole_number
@@ -24,11 +25,27 @@ def add(parser: argparse.ArgumentParser) -> None:
     _output(parser)
 
 
-def precision(args: argparse.Namespace) -> str | None:
-    """weights and compute of `fastvlm.patch`, as --int8 has it. UsageError: on a GPU."""
-    if args.int8 and args.device != "cpu":
+def check_int8(args: argparse.Namespace) -> None:
+    """UsageError: --int8 on a GPU, or on a CPU that multiplies no int8."""
+    if not args.int8:
+        return
+    if args.device != "cpu":
         raise UsageError("--int8", "left out on a GPU", "set")
-    return "int8" if args.int8 else None
+    from fastvlm.cpu.int8 import unavailable
+
+    if why := unavailable():
+        raise UsageError("--int8", "left out here", f"set, and {why}")
+
+
+def patched(args: argparse.Namespace, loaded: Loaded) -> Loaded:
+    """The model patched as --int8 has it, which belongs to its name: its words may be others."""
+    import fastvlm
+
+    bits = "int8" if args.int8 else None
+    fastvlm.patch(loaded.model, weights=bits, compute=bits)
+    if bits is None:
+        return loaded
+    return replace(loaded, name=f"{loaded.name}, int8", id=f"{loaded.id}, int8")
 
 
 def features(args: argparse.Namespace, loaded: Loaded) -> VisionFeatures | None:

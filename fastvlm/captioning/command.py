@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import fastvlm
 from fastvlm.captioning import arguments, models, photos
 from fastvlm.captioning.batch_size import MOST_ON_CPU, MOST_ON_GPU
 from fastvlm.captioning.captioner import Captioner
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """With parsed arguments (`fastvlm.captioning.arguments`); returns the exit code."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device", "a device that is there", "cuda (PyTorch sees no GPU)")
-    arguments.precision(args)
+    arguments.check_int8(args)
     if args.small and args.model is not None:
         raise UsageError("--small", "no --model beside it", args.model)
     for name in ("tokenizer", "processor"):
@@ -103,11 +102,10 @@ def _job(args: argparse.Namespace) -> int:
     if florenz and languages is None:
         raise UsageError("--lang", "languages, which a Florenz model is told", "none")
     asked = _asked(args, languages, florenz)
+    loaded = arguments.patched(args, loaded)
     retry, resume = args.retry, args.resume or args.retry
     output = Output(Path(args.out), loaded.id, loaded.revision, resume, retry)
     output.check()
-    bits = arguments.precision(args)
-    fastvlm.patch(loaded.model, weights=bits, compute=bits)
     told = processes.rank == 0 and not args.quiet
     beside: list[Beside] = []
     if args.txt:

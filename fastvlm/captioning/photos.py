@@ -37,9 +37,7 @@ def run(args: argparse.Namespace, languages: list[str], load: Callable[[], Loade
     """With parsed arguments (`fastvlm.captioning.arguments`); returns the exit code."""
     prompt = prompt_of(args)
     photos, names = zip(*(load_photo(path) for path in args.image or [None]))
-    told = load()
-    bits = arguments.precision(args)
-    fastvlm.patch(told.model, weights=bits, compute=bits)
+    told = arguments.patched(args, load())
     captions = fastvlm.caption(
         told.model,
         told.processor,

@@ -26,43 +26,40 @@ FEWEST_ROWS = 65
 FEWEST_INPUTS = 192
 
 
-def int8_copy(module: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The int8 weight of a linear layer and its rows' factors, where x [..., K] meets them.
+def can(layer: Any, x: Tensor) -> bool:
+    """Whether rows like x [..., any] can meet the weight of a layer in int8.
 
-    None where the layer computes as its weight is: few rows, gradients on, autocast, a kind of
-    tensor that PyTorch dispatches, a compiler or a transform at work, another device or backend.
+    Not: few rows, gradients on, autocast, another dtype than the weight's, a kind of tensor that
+    PyTorch dispatches, a compiler or a transform at work, another device or backend.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
+        return False
     if type(x) not in DENSE or x.device.type != "cpu" or x.dtype not in DTYPES:
-        return None
+        return False
     if x.numel() < FEWEST_ROWS * x.shape[-1] or autocasts("cpu") or _transformed():
-        return None
-    weight = module.weight
+        return False
+    weight = layer.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.is_inference():
-        return None
-    if weight.dtype not in DTYPES or dispatch.forced() not in (None, "cpu"):
-        return None
-    if unavailable() is not None:
-        return None
-    stored, scale = stored_copy(module, "int8")
+        return False
+    if weight.dtype != x.dtype or dispatch.forced() not in (None, "cpu"):
+        return False
+    return unavailable() is None
+
+
+def copy_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """The int8 weight of a layer, and the factors of its rows."""
+    stored, scale = stored_copy(layer, "int8")
     assert scale is not None
     return stored, scale
 
 
-def int8_linear_copy(module: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same for a product by itself, which must be worth it; an MLP's inner width always is."""
-    return None if x.shape[-1] < FEWEST_INPUTS else int8_copy(module, x)
-
-
-def int8_mlp_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
-    """The same of the two layers of an MLP: both, or None."""
-    if getattr(fc1, "compute", None) is None or getattr(fc2, "compute", None) is None:
+def int8_copy(layer: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same where x [..., K] meets it in a product by itself, which must be worth it."""
+    inputs = x.shape[-1]
+    # where the width is wrong `linear` says so
+    if inputs < FEWEST_INPUTS or inputs != layer.in_features or not can(layer, x):
         return None
-    first = int8_copy(fc1, x)
-    # fc2 meets as many rows, of another width and the same kind
-    second = None if first is None else int8_copy(fc2, x)
-    return None if first is None or second is None else (*first, *second)
+    return copy_of(layer)
 
 
 class Int8Linear(Linear):
@@ -74,7 +71,7 @@ class Int8Linear(Linear):
     compute = "int8"
 
     def forward(self, input: Tensor) -> Tensor:
-        copy = int8_linear_copy(self, input)
+        copy = int8_copy(self, input)
         if copy is None:
             return super().forward(input)
         return ops.int8_linear(input, *copy, self.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,8 @@ class GegluMLP(nn.Module):
         bias = gate.bias, up.bias, down.bias
         fuses = bias == (None, None, None) and all(map(is_plain, (gate, up, down)))
         known = act is None or is_known(act, self.evaluated)
-        if fuses and known and not drops and (dropout is None or not is_watched(dropout)):
+        fuses = fuses and known and not drops and (dropout is None or not is_watched(dropout))
+        if fuses and not multiplies_int8((gate, up, down), x):
             return ops.geglu_mlp(x, gate.weight, up.weight, down.weight, activation=self.activation)
         hidden = gate(x)
         if act is None or known:
@@ -110,13 +111,23 @@ def gelu_mlp(
     return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
 
 
-def int8_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Weight and factors of either layer, where an MLP of x is computed in int8."""
-    if getattr(fc1, "compute", None) is None:
-        return None
-    from fastvlm.nn.int8 import int8_mlp_copies  # loads torch.compile: a second
+def multiplies_int8(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether an MLP of x multiplies in int8: each of its layers is patched so, and can."""
+    if any(getattr(layer, "compute", None) is None for layer in layers):
+        return False
+    from fastvlm.nn.int8 import can  # loads torch.compile: a second
 
-    return int8_mlp_copies(fc1, fc2, x)
+    # an inner layer meets as many rows, of another width and the same kind
+    return x.shape[-1] == layers[0].in_features and all(can(layer, x) for layer in layers)
+
+
+def int8_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+    """Weight and factors of either layer, where an MLP of x multiplies in int8."""
+    if not multiplies_int8((fc1, fc2), x):
+        return None
+    from fastvlm.nn.int8 import copy_of
+
+    return *copy_of(fc1), *copy_of(fc2)
 
 
 class GeluMLP(nn.Module):

@@ -106,7 +106,8 @@ def int8_linear(
     equal size, or None for 1.
 
     Products and their sums over a group are exact integers; the rest is float32. Returns [..., N]
-    in residual's dtype, or else x's. A row with a NaN or an infinity gives NaN. For many rows:
+    in residual's dtype, or else x's. A row with a NaN or an infinity gives NaN, and one with an
+    element above 1e33 may give an infinity: sums meet the weight's factors last. For many rows:
     `low_precision_linear` streams the weight for few. Inference only; autocast does not change x.
 
     Raises TypeError or ValueError, and RuntimeError where a gradient is wanted; the message names

@@ -109,9 +109,9 @@ def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
 def _int8_copy(module: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     if getattr(module, "compute", None) is None:
         return None
-    from fastvlm.nn.int8 import int8_linear_copy  # loads torch.compile: a second
+    from fastvlm.nn.int8 import int8_copy  # loads torch.compile: a second
 
-    return int8_linear_copy(module, x)
+    return int8_copy(module, x)
 
 
 def _linear(x: Tensor, layer: Any) -> Tensor:

@@ -62,7 +62,8 @@ def patch(
     rows and more in int8 (`fastvlm.ops.int8_linear`: weights with one factor for each output row,
     activations quantized as they come, in groups of 64 neighbours): vision tower, encoder, prefill.
     The head keeps its own arithmetic. Outputs change a little (`log_prob_change`). Parameters and
-    state_dict stay. Layers that cannot are left as they are, with the reason in the report.
+    state_dict stay. Layers that cannot are left as they are, with the reason in the report, strict
+    or not.
     strict: make any skipped module an error.
 
     On Linux the weights on the CPU that a decoding step reads move to huge pages, in place, where

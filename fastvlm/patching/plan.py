@@ -75,11 +75,13 @@ def plan(
     if changes:
         for name, module in model.named_modules():
             _plan_outside(name, module, wanted, weights, shares, add)
+        adapters = {part for module in model.modules() for part in adapters_of(module)}
         for name, linear in tower_linears(model):
             if _is_linear(linear):
+                arithmetic = None if linear in adapters else compute
                 add(
                     _change(
-                        name, linear, ("linear",), _choose_linear(linear, wanted, None, compute)
+                        name, linear, ("linear",), _choose_linear(linear, wanted, None, arithmetic)
                     )
                 )
         for name, module, reason in left_alone(model):
@@ -264,14 +266,22 @@ def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> li
     if compute is None:
         return notes
     linears = [c for c in changes if c.swap is not None and "linear" in c.swap.runs_on]
-    reasons = {c.name: why_no_int8(c.module) for c in linears if not computes_int8(c.swap)}
-    return notes + [f"{name}: {why}" for name, why in reasons.items() if why is not None]
+    names: dict[str, list[str]] = {}
+    for change in linears:
+        why = None if computes_int8(change.swap) else why_no_int8(change.module)
+        if why is not None:
+            names.setdefault(why, []).append(change.name)
+    for why, found in names.items():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        notes.append(f"{found[0]}{more}: {why}")
+    return notes
 
 
 _MLPS = ("gelu_mlp", "geglu_mlp")
 # what runs instead of an op where the layers it is made of compute many rows in int8
 _IN_INT8 = {
     "gelu_mlp": "int8_gelu_mlp",
+    "geglu_mlp": "int8_linear",
     "residual_gelu_mlp": "int8_gelu_mlp",
     "residual_linear": "int8_linear",
 }

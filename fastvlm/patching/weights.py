@@ -43,7 +43,7 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
     narrow = storage == "bf16" and dtype.itemsize <= 2
     if narrow or dtype == torch.float64:
         storage = None
-    if dtype == torch.float64 or (compute is not None and why_no_int8(module)):
+    if compute is not None and why_no_int8(module):
         compute = None
     if storage is None and compute is None:
         return LINEAR
@@ -63,9 +63,15 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
 
 def why_no_int8(module: Any) -> str | None:
     """Why a linear layer keeps its own arithmetic though int8 was asked for."""
+    from fastvlm.cpu.common import DTYPES
     from fastvlm.cpu.int8 import unavailable
 
     weight = module.weight
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, for which PyTorch chooses the kernels"
+    if weight.dtype not in DTYPES:
+        wanted = "int8 arithmetic is for float32, bfloat16 and float16"
+        return f"{wanted}; its weight is {weight.dtype}"
     if weight.device.type != "cpu":
         return f"int8 arithmetic is for the CPU; its weight is on {weight.device}"
     if reason := unavailable():

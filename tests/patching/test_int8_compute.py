@@ -52,14 +52,23 @@ def logits(model: nn.Module, family: str) -> Tensor:
 
 
 def test_the_change_is_small_and_reported(
-    family: Family, any_rows: None, called: list[str]
+    family: Family, any_rows: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = family.build()
     inputs = family.training(model)
+    ran: set[nn.Module] = set()
+
+    def copy_of(layer: Any, was: Any = int8.copy_of) -> Any:
+        ran.add(layer)
+        return was(layer)
+
+    monkeypatch.setattr(int8, "copy_of", copy_of)
     report = fastvlm.patch(model, compute="int8")
-    assert any("int8_linear" in entry.ops for entry in report.entries)
     change = fastvlm.log_prob_change(model, inputs)
-    assert called
+    said = {e.module for e in report.entries if e.kind == "Linear" and "int8_linear" in e.ops}
+    names = {name for name, module in model.named_modules() if module in ran}
+    # a tower's projection may stand before the stacks, and be read without being called
+    assert names == said, (said - names, names - said)
     # random weights, spread wide: far more sensitive than a trained model
     assert 0 < change.mean < 0.05
     assert change.agreement > 0.8
@@ -107,8 +116,7 @@ def test_few_rows_are_multiplied_as_they_are(called: list[str]) -> None:
     layer = nn.Linear(200, 30)
     holder = nn.ModuleList([layer])
     ours = copy.deepcopy(holder)
-    for module in (ours[0],):
-        module.__class__ = int8.Int8Linear
+    ours[0].__class__ = int8.Int8Linear
     with torch.no_grad():
         for rows in (1, 64):
             x = torch.randn(rows, 200)
@@ -174,6 +182,53 @@ def test_beside_weights_of_fewer_bits(any_rows: None, called: list[str]) -> None
     assert both.agreement > 0.8
     with pytest.raises(RuntimeError, match='weights="int8" is for decoding'):
         model(**FAMILIES["bart"].training(model))
+
+
+def test_weights_that_are_left_alone(any_rows: None, called: list[str]) -> None:
+    class Wrapped(Tensor):
+        """A kind of tensor that PyTorch dispatches."""
+
+    model = models.bart()
+    layer = model.model.encoder.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
+    report = fastvlm.patch(model, compute="int8")
+    assert "its weight is a Wrapped, for which PyTorch chooses the kernels" in str(report)
+    wide = models.bart().double()
+    report = fastvlm.patch(wide, compute="int8")
+    (note,) = [note for note in report.notes if "int8" in note]
+    assert "more: int8 arithmetic is for float32, bfloat16 and float16" in note
+    with torch.no_grad():
+        wide(**FAMILIES["bart"].training(wide))
+    assert not called
+
+
+def test_what_does_not_fit_is_said_as_without(any_rows: None) -> None:
+    layer = nn.Linear(70, 30)
+    layer.__class__ = int8.Int8Linear
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"linear: weight must be of shape \[any, 69\]"):
+            layer(torch.randn(80, 69))
+        with pytest.raises(ValueError, match="linear: weight must be of the dtype of x"):
+            layer(torch.randn(80, 70).bfloat16())
+
+
+def test_adapters_in_the_tower_keep_their_arithmetic(any_rows: None) -> None:
+    peft = pytest.importorskip("peft")
+    model = models.florence2()
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "q_proj"])
+    report = fastvlm.patch(peft.get_peft_model(model, config), compute="int8")
+    adapters = [e for e in report.entries if "lora_" in e.module]
+    assert adapters
+    assert not [e.module for e in adapters if "int8_linear" in e.ops]
+    assert any("base_layer" in e.module and "int8_linear" in e.ops for e in report.entries)
+
+
+def test_a_copy_of_the_model_computes_the_same(any_rows: None) -> None:
+    model = models.bart()
+    fastvlm.patch(model, compute="int8")
+    assert torch.equal(logits(copy.deepcopy(model), "bart"), logits(model, "bart"))
+    with fastvlm.patched(models.bart(), compute="int8") as report:
+        assert any("int8_linear" in e.ops for e in report.entries)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
