@@ -121,8 +121,22 @@ TURNS = {
     **dict.fromkeys(("test_check", "test_check_command"), 2),
     **dict.fromkeys(("test_instance_forwards", "test_hooks", "test_weights", "test_room"), 2),
     **dict.fromkeys(("test_frameworks", "test_skipped_gradients", "test_weight_changes"), 2),
-    **dict.fromkeys(("test_int8", "test_int8_compute"), 2),
+    **dict.fromkeys(("test_int8", "test_int8_compute", "test_florenz_training"), 2),
+    **dict.fromkeys(("test_job_processes", "test_distributed", "test_accelerate"), 3),
 }
+
+
+# torch.compile takes up to a minute for a test: these take turns, whatever file they are in
+COMPILES, COMPILE_TURNS = re.compile(r"compiles?_|compiled_forward|inductor|of_a_graph"), 3
+
+
+def turns_of(item: pytest.Item) -> int:
+    """One run in how many has a test, where runs take turns."""
+    marked = item.get_closest_marker("turns")
+    if marked is not None:
+        return marked.args[0]
+    compiles = COMPILES.search(item.name) is not None
+    return max(TURNS.get(item.path.stem, 1), COMPILE_TURNS if compiles else 1)
 
 
 # of the backends that run on a GPU, or in an emulator: why there is none of those
@@ -158,9 +172,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if share is not None:
             wanted &= number % share[1] == share[0]
         if turn is not None:
-            marked = item.get_closest_marker("turns")
-            turns = marked.args[0] if marked is not None else TURNS.get(item.path.stem, 1)
-            wanted &= (number - turn) % turns == 0
+            wanted &= (number - turn) % turns_of(item) == 0
         (kept if wanted else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -86,6 +86,7 @@ def put(built: Path, cache: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(6)
 def test_three_processes_mend_a_damaged_library_once(built: Path, tmp_path: Path) -> None:
     """A wrapper around the compiler counts the links: one library, loaded by all three."""
     log, wrapper = tmp_path / "links", tmp_path / "counting cxx"

@@ -198,6 +198,7 @@ def test_the_page_says_what_was_not_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(6)
 def test_a_share_of_the_tests_and_what_a_gpu_would_run(tmp_path: Path) -> None:
     def collected(*arguments: str) -> set[str]:
         command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]

@@ -264,9 +264,9 @@ def test_keys_and_values_are_written_once(name: str, monkeypatch: pytest.MonkeyP
     moved: list[torch.Tensor] = []
     reorder = rows.Rows.reorder
 
-    def watched(self: Any, index: torch.Tensor) -> None:
+    def watched(self: Any, index: torch.Tensor, *others: Any) -> None:
         moved.append(index)
-        reorder(self, index)
+        reorder(self, index, *others)
 
     monkeypatch.setattr(rows.Rows, "reorder", watched)
     ours = generate(model, inputs, **wish).past_key_values
