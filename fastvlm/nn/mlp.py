@@ -75,7 +75,9 @@ class GegluMLP(nn.Module):
 
 def kind_of(act: Any) -> str:
     """By which an activation that was evaluated once is known again."""
-    return f"{type(act).__module__}.{type(act).__qualname__}"
+    # torch.nn.GELU has two forms in one class
+    form = getattr(act, "approximate", "")
+    return f"{type(act).__module__}.{type(act).__qualname__} {form}"
 
 
 def is_known(act: Any, kind: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PAD, RELATIVES, VOCAB
+from models import FAMILIES, PAD, RELATIVES, VOCAB
 from sameness import assert_the_same, numbers
 from test_families import generate
 from test_loss_without_logits import Calls
@@ -206,3 +206,18 @@ def test_int8_arithmetic_has_the_same_activation(
         got = encoder(ids).last_hidden_state
     assert asked == [{"activation": activation}] * 2
     assert (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_another_form_of_the_same_activation_is_seen() -> None:
+    model = FAMILIES["bart"].build().eval()
+    layers = (*model.model.encoder.layers, *model.model.decoder.layers)
+    for layer in layers:
+        layer.activation_fn = nn.GELU()
+    fastvlm.patch(model)
+    for layer in layers:
+        layer.activation_fn = nn.GELU("tanh")
+    inputs = FAMILIES["bart"].training(model)
+    with torch.no_grad():
+        ours = model(**inputs).logits
+        fastvlm.unpatch(model)
+        assert torch.allclose(ours, model(**inputs).logits, atol=1e-5)
