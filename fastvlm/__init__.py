@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvlm import nn, ops
+    from fastvlm.attention_interface.register import register_attention, unregister_attention
     from fastvlm.captioning.captioner import Captioner
     from fastvlm.checking.check import check
     from fastvlm.checking.result import Check
@@ -41,8 +42,10 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "register_attention",
     "save_published",
     "unpatch",
+    "unregister_attention",
     "use",
 ]
 
@@ -59,6 +62,9 @@ _HOME = {
     "use": "fastvlm.ops.dispatch",
     "log_prob_change": "fastvlm.patching.log_probs",
     **dict.fromkeys(("PatchError", "patch", "patched", "unpatch"), "fastvlm.patching.patch"),
+    **dict.fromkeys(
+        ("register_attention", "unregister_attention"), "fastvlm.attention_interface.register"
+    ),
 }
 
 

@@ -252,3 +252,54 @@ def test_the_place_of_an_attention_setting() -> None:
     own[key] = "sdpa"
     assert hf.attention_of(given) == "sdpa"
     assert hf.attention_settings(object.__new__(type("Empty", (), {}))) is None
+
+
+@on_transformers_5
+def test_attention_is_registered_under_a_name_and_taken_back() -> None:
+    none = {"attention": None, "mask": None}
+    assert hf.registered_attention("no-such-attention") == none
+    hf.register_attention("no-such-attention", print, hf.whole_mask)
+    found = hf.registered_attention("no-such-attention")
+    hf.unregister_attention("no-such-attention")
+    assert found == {"attention": print, "mask": hf.whole_mask}
+    assert hf.registered_attention("no-such-attention") == none
+
+
+@on_transformers_5
+def test_masks_of_attention_are_never_left_out_for_a_causal_one() -> None:
+    mask = hf.whole_mask(batch_size=2, q_length=3, kv_length=3, allow_is_causal_skip=True)
+    assert mask.shape == (2, 1, 3, 3)
+    assert torch.equal(mask[1, 0], torch.ones(3, 3, dtype=torch.bool).tril())
+
+
+@on_transformers_5
+def test_files_say_which_attention_they_have() -> None:
+    from transformers.models.bart import modeling_bart
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    with torch.device("meta"):
+        gemma = modeling_gemma2.Gemma2Attention(config(), 0)
+        bart = modeling_bart.BartAttention(8, 2)
+    assert hf.eager_attention(gemma) is modeling_gemma2.eager_attention_forward
+    assert hf.eager_attention(bart) is modeling_bart.eager_attention_forward
+    assert hf.eager_attention(nn.Linear(1, 1)) is None
+    assert hf.has_sdpa(bart)
+    assert hf.has_sdpa(nn.Linear(1, 1))
+    assert not hf.has_sdpa(object.__new__(modeling_gpt_oss.GptOssAttention))
+
+
+def test_caches_of_continuous_batching_are_told_by_name() -> None:
+    assert hf.is_paged(object.__new__(type("PagedAttentionCache", (), {})))
+    assert not hf.is_paged(None)
+    assert not hf.is_paged(cache_utils.DynamicCache())
+
+
+def test_notes_on_tensors_are_forgotten_with_them() -> None:
+    notes = pytorch.notes_on_tensors()
+    x, same = torch.zeros(2), torch.zeros(2)
+    notes[x] = "x"
+    assert notes.get(x) == "x"
+    assert notes.get(same) is None
+    del x
+    assert len(notes) == 0

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -275,3 +276,87 @@ def generate_output(encodes: bool, beams: bool) -> Any:
 def is_named(module: Any, part: str) -> bool:
     """Whether part stands in the name of a module's class, or of one that it derives from."""
     return any(part in cls.__name__ for cls in type(module).__mro__)
+
+
+def registered_attention(name: str) -> dict[str, Any]:
+    """What transformers has under a name: {"attention": function, "mask": function}, None each
+    where there is none."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    return {
+        "attention": AttentionInterface._global_mapping.get(name),
+        "mask": AttentionMaskInterface._global_mapping.get(name),
+    }
+
+
+def register_attention(name: str, attention: Any, mask: Any) -> None:
+    """Put an attention function and the maker of its masks under a name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def unregister_attention(name: str) -> None:
+    """Take both away again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def whole_mask(*args: Any, **kwargs: Any) -> Any:
+    """sdpa's mask, [B, 1, Q, K] and True where a key is seen; never left out for a causal one.
+
+    Whoever slices rows off afterwards, or adds a mask, would not know what None stands for; it is
+    left out only where all rows see all keys.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _file_of_attention(cls: Any) -> Any:
+    """The file of transformers, or of a hub's model, in which a class's attention is written."""
+    files = (sys.modules.get(each.__module__) for each in cls.__mro__)
+    return next((file for file in files if hasattr(file, "eager_attention_forward")), None)
+
+
+def _eager_attention(cls: Any) -> Any:
+    return getattr(_file_of_attention(cls), "eager_attention_forward", None)
+
+
+def _has_sdpa(cls: Any) -> bool:
+    from transformers import PreTrainedModel
+
+    file = _file_of_attention(cls)
+    models: list[Any] = [
+        each
+        for each in ([] if file is None else vars(file).values())
+        if isinstance(each, type) and issubclass(each, PreTrainedModel)
+        if each.__module__ == file.__name__
+    ]
+    return all(each._supports_sdpa for each in models)
+
+
+_kept_eager_attention: Callable[[Any], Any] = functools.lru_cache(maxsize=256)(_eager_attention)
+_kept_has_sdpa: Callable[[Any], bool] = functools.lru_cache(maxsize=256)(_has_sdpa)
+
+
+def eager_attention(module: Any) -> Any:
+    """The eager attention of the file that a module's class is written in; None without one."""
+    if torch.compiler.is_compiling():  # torch.compile warns of whatever keeps results
+        return _eager_attention(type(module))
+    return _kept_eager_attention(type(module))
+
+
+def has_sdpa(module: Any) -> bool:
+    """Whether the models of a module's file say that transformers' sdpa is right for them."""
+    if torch.compiler.is_compiling():
+        return _has_sdpa(type(module))
+    return _kept_has_sdpa(type(module))
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching, which attention fills by itself."""
+    return type(cache).__name__ == "PagedAttentionCache"

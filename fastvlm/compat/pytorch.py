@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every
 from torch.utils.module_tracker import ModuleTracker
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -86,3 +88,9 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread (2.10 to 2.14)."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def notes_on_tensors() -> MutableMapping[Tensor, Any]:
+    """A dict by tensors, told apart as objects, that forgets those nobody holds any more."""
+    notes: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
+    return notes

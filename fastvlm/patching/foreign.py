@@ -27,7 +27,7 @@ _HARMLESS_HOOKS = (
     ("transformers", "make_inputs_require_grads"),
     ("peft", "make_inputs_require_grad"),
 )
-_TRANSFORMERS_OWN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_KNOWN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "fastvlm")
 
 
 def is_of(home: str, where: str) -> bool:
@@ -107,15 +107,14 @@ def attention_of_others(configs: list[Any]) -> str | None:
             continue
         strange = f"its attention implementation {name!r} is not one of transformers' own"
         if torch.compiler.is_compiling():  # a graph goes by the name alone
-            if name not in _TRANSFORMERS_OWN:
+            if name not in _KNOWN:
                 return strange
             continue
         function = hf.attention_function(name)
         if function is None and name != "eager":
             return f"its attention implementation {name!r} is not registered"
-        if "paged" in name or (
-            function is not None and not is_of(_origin(function)[0], "transformers")
-        ):
+        home = "transformers" if function is None else _origin(function)[0]
+        if "paged" in name or not (is_of(home, "transformers") or is_of(home, "fastvlm")):
             return strange
     return None
 
