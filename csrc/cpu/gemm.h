@@ -190,8 +190,9 @@ inline void store_totals(const Vec (&sums)[M][N], float* out, int64_t out_stride
   }
 }
 
-// A part of k of the products of M rows of x and N rows of w: what `kept` holds of the parts before
-// (unless this is the first) goes on, and after the last part the totals go to out.
+// A part of k of the products of M rows of x and N rows of w: it is added to what `kept` holds of the
+// parts before (unless this is the first), and after the last part the totals go to out. Each part
+// begins at zero, so that a rounding is one of a short sum.
 template <class T, class X, int N, int M>
 inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
                      bool first, bool last, Vec* kept, float* out, int64_t out_stride) {
@@ -199,9 +200,14 @@ inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride,
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[m][n] = first ? Vec{} : kept[m * N + n];
+    for (int n = 0; n < N; ++n) sums[m][n] = Vec{};
   }
   dot_sums(w, w_stride, x, x_stride, k, sums);
+  if (!first) {
+    for (int m = 0; m < M; ++m) {
+      for (int n = 0; n < N; ++n) sums[m][n] += kept[m * N + n];
+    }
+  }
   if (last) return store_totals(sums, out, out_stride);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -227,17 +233,17 @@ inline void dot_rows(int m, const T* w, int64_t w_stride, const X* x, int64_t x_
 
 constexpr int64_t kMostRows = 64;  // of x in one call of products
 
-// Bytes of a weight row in one go where weight rows are used again: so many rows stay in the
-// first-level cache.
-constexpr int64_t kDotBytes = kRegisters == 32 ? 2048 : 4096;
+// Bytes of a row of x in one part of k: weight rows that are used again stay in the first-level
+// cache, and no lane adds up more than 128 products, or 64 where each is rounded twice.
+constexpr int64_t kDotBytes = kLanes == 4 ? 1024 : kRegisters == 32 ? 2048 : 4096;
 
 // out[m][n] = x[m] . w[n] for N rows of w. They come from memory once and from cache for the
-// further groups of x rows; k is cut so that they fit the first-level cache.
+// further groups of x rows, part by part of k.
 template <class T, class X, int N>
 void products_of_rows(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t m_rows,
                       int64_t k, float* out, int64_t out_stride) {
   const int64_t groups = divide_up(m_rows, 4);
-  const int64_t block = groups == 1 ? larger(k, 1) : kDotBytes / int64_t{sizeof(X)};
+  const int64_t block = kDotBytes / int64_t{sizeof(X)};
   Vec kept[kMostRows * N];
   for (int64_t begin = 0; begin < k || begin == 0; begin += block) {
     for (int64_t group = 0, m = 0; group < groups; ++group) {
