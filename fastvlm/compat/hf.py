@@ -59,6 +59,11 @@ def cache_argument() -> str:
     return _cache_argument
 
 
+def length_argument() -> str:
+    """What modules of positions call the tokens before theirs."""
+    return "cache_length" if cache_argument() == "cache" else "past_key_values_length"
+
+
 def cached(cache: Any) -> dict[str, Any]:
     """A cache as the keyword argument of a module, or as the field of an output."""
     return {cache_argument(): cache}

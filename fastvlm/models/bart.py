@@ -41,6 +41,7 @@ _PRE_NORM = {
     "BlenderbotSmall": False,
     "Blenderbot": True,
     "Marian": False,
+    "TrOCR": False,
     "Bart": False,
     "Florence2": False,
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastvlm.compat import hf
 from fastvlm.models import bart
 from fastvlm.models.spec import Embedding, Stack
 from fastvlm.models.structure import has, takes
@@ -27,7 +28,7 @@ _parts = has("layers", "embed_tokens", "embed_positions", "layer_norm")
 def is_stack(module: Any, decodes: bool) -> bool:
     if not _parts(module) or not bart.has_layers(module, decodes):
         return False
-    return takes(module.embed_positions, "input_ids", "inputs_embeds", "past_key_values_length")
+    return takes(module.embed_positions, "input_ids", "inputs_embeds", hf.length_argument())
 
 
 def read_stack(module: nn.Module, decodes: bool) -> Stack | str:

@@ -16,9 +16,11 @@ class Attention:
     """A module with q_proj, k_proj, v_proj and `out`, over heads of its head_dim.
 
     states: the argument with the encoder's states; None where rows only read themselves. cross:
-    whether they are always there; otherwise rows read themselves without them. rotary: whether
-    queries and keys are turned by their positions (RoPE). dropout, window, softcap: the attributes
-    with these numbers; None where the class has none.
+    whether they are always there; otherwise rows read themselves without them. causal: the
+    attribute that says whether rows see only those before them; None where they always do, and a
+    module does not tell which of the two it is for. rotary: whether queries and keys are turned by
+    their positions (RoPE). dropout, window, softcap: the attributes with these numbers; None where
+    the class has none.
     """
 
     out: str
@@ -26,6 +28,7 @@ class Attention:
     dropout: str
     states: str | None = None
     cross: bool = False
+    causal: str | None = "is_causal"
     rotary: bool = False
     window: str | None = None
     softcap: str | None = None
@@ -75,6 +78,8 @@ class Layer:
     gets the encoder's. hands: the arguments that all attentions get as well. named: whether they
     get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
     clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them.
+    handed: the argument that holds the layouts where its stack hands down no others (`Stack`).
+    in_tuple: whether the rows are the only part of a tuple.
     """
 
     residuals: tuple[Residual, ...]
@@ -85,6 +90,8 @@ class Layer:
     named: bool = False
     splits_cache: bool = True
     clamps: str | None = None
+    handed: str | None = None
+    in_tuple: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -124,7 +131,8 @@ class Stack:
     of masks that layers choose from; none where all get the same. trains_cached: whether a cache is
     made in training where none is asked for. reads: its first argument, "input_features" for frames
     of which none is padding; ignores_mask: it takes a mask of them and never looks at it.
-    drops_cache: whether layers get no cache where use_cache is False.
+    drops_cache: whether layers get no cache where use_cache is False. hands: the argument that
+    reaches its layers where those that it does not know do not; None where they do.
     """
 
     embedding: Embedding
@@ -139,6 +147,7 @@ class Stack:
     reads: str = "input_ids"
     ignores_mask: bool = False
     drops_cache: bool = False
+    hands: str | None = None
 
     @property
     def reads_encoder(self) -> bool:

@@ -34,10 +34,10 @@ from fastvlm.patching.interposed import (
 from fastvlm.run import static
 from fastvlm.run.build import run_step
 from fastvlm.run.layouts import (
-    KEYWORD,
     READERS,
     Layouts,
     grid_of,
+    hand,
     hides,
     is_2d,
     ones,
@@ -215,8 +215,9 @@ class DecoderStack(PatchedStack):
             "use_cache": use_cache,
             **kwargs,
         }
-        if fixed and self._static(call, arguments):
-            return self._settled(super().forward(**arguments), arguments[KEYWORD])
+        if fixed and (layouts := self._static(call, arguments)) is not None:
+            hand(arguments, layouts, self.spec.hands)
+            return self._settled(super().forward(**arguments), layouts)
         if layouts is None:
             dtype = self.embed_tokens.weight.dtype
             arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
@@ -241,7 +242,7 @@ class DecoderStack(PatchedStack):
             if output is not None:
                 return output
         self._pack_ids(arguments, layouts)
-        arguments[KEYWORD] = layouts
+        hand(arguments, layouts, self.spec.hands)
         return self._settled(super().forward(**arguments), layouts)
 
     def _fixed(self, past: Any) -> bool:
@@ -252,21 +253,19 @@ class DecoderStack(PatchedStack):
         begun = self.spec.reads_encoder and static.is_shared(past.cross_attention_cache)
         return begun or interposed_at_last(self).unfused is None
 
-    def _static(self, call: DecoderInputs, arguments: dict[str, Any]) -> bool:
-        """Fill in the arguments of a call with a static cache; False for transformers' own path."""
+    def _static(self, call: DecoderInputs, arguments: dict[str, Any]) -> Layouts | None:
+        """Fill in the arguments of a call with a static cache; None for transformers' own path."""
         arguments["attention_mask"] = call.attention_mask
         if not self.spec.reads_encoder:
-            arguments[KEYWORD] = Layouts(static=static.Static(None), marks=None)
-            return True
+            return Layouts(static=static.Static(None), marks=None)
         states, mask = call.encoder_states, call.encoder_mask
         batch = grid_of(call.input_ids, call.inputs_embeds)[0]
         if states is None or not is_2d(mask) or (call.readers is None and batch % len(states)):
-            return False
+            return None
         static.share(call.past, states.shape[1])
         arguments |= self._read(states, self._no_cross_mask())
         reads = static.readers(batch, states, mask, call.readers)
-        arguments[KEYWORD] = Layouts(static=static.Static(reads), marks=None)
-        return True
+        return Layouts(static=static.Static(reads), marks=None)
 
     def _compiled(self, call: DecoderInputs, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
         """The output of a decoding step that is written down; None where modules must be called."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvlm.models import bart, florenz, gemma2, m2m100, marian, t5gemma, whisper
+from fastvlm.models import bart, florenz, gemma2, m2m100, marian, t5gemma, trocr, whisper
 from fastvlm.models.spec import Attention, Layer, Mlp, Stack
 from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
@@ -16,7 +16,7 @@ from fastvlm.patching.decoder_stack import DecoderStack
 from fastvlm.patching.encoder_stack import EncoderStack, FrameEncoderStack
 from fastvlm.patching.norms import choose_norm, is_rms_norm
 from fastvlm.patching.rules import Rule, StackRule, Swap, mistaken
-from fastvlm.run.attention import PatchedAttention
+from fastvlm.run.attention import PatchedAttention, is_causal
 from fastvlm.run.packed import PatchedLayer
 
 Choose = Callable[[nn.Module], Swap | str]
@@ -37,10 +37,12 @@ def _choice(read: Callable[[Any], Any], swap: Callable[[Any, Any], Swap]) -> Cho
 
 def _attention(module: Any, spec: Attention) -> Swap:
     crosses = spec.cross or (spec.states is not None and module.is_decoder)
-    runs_on: tuple[str, ...] = ("cross_attention",)
-    if module.is_causal or not crosses:
-        cached = ("cached_attention",) if module.is_causal else ()
-        runs_on = (*(("rope",) if spec.rotary else ()), "self_attention", *cached)
+    causal = is_causal(module, spec)
+    runs_on: tuple[str, ...] = ("cross_attention",) if crosses else ()
+    if causal or not crosses:
+        both = runs_on if spec.causal is None else ()
+        cached = ("cached_attention",) if causal else ()
+        runs_on = (*(("rope",) if spec.rotary else ()), "self_attention", *both, *cached)
     return Swap(PatchedAttention, runs_on, (("spec", spec),))
 
 
@@ -84,6 +86,10 @@ _BART = (
     _attention_rule(bart.is_attention, bart.read_attention),
     _layer_rule(bart.is_layer, bart.read_layer, "mlp", "norm"),
 )
+_TROCR = (
+    _attention_rule(trocr.is_attention, trocr.read_attention),
+    _layer_rule(bart.is_layer, trocr.read_layer, "mlp", "norm"),
+)
 _GEMMA2 = (
     _attention_rule(gemma2.is_attention, gemma2.read_attention),
     Rule(("mlp",), gemma2.is_mlp, _mlp),
@@ -111,8 +117,9 @@ def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackR
 
 
 # T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more; Marian's
-# before BART's: BlenderbotSmall has all names of it
+# and TrOCR's before BART's: BlenderbotSmall and TrOCR have all names of it
 STACKS: tuple[StackRule, ...] = (
+    _stack_rule(trocr.is_stack, trocr.read_stack, _TROCR, trocr.KNOWN),
     *_two_stacks(marian, _BART),
     *_two_stacks(bart, _BART),
     *_two_stacks(m2m100, _BART),

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastvlm.compat import pytorch
+from fastvlm.models.spec import Stack
 from fastvlm.models.structure import hands_down
 from fastvlm.nn.linear import original
 from fastvlm.nn.wrapped import unwrapped
@@ -108,8 +109,9 @@ def runs_ours(module: Any) -> bool:
     return ours is not None and cls.forward is ours.forward
 
 
-def look(stack: Any, names: tuple[str, ...], is_ours: Callable[[Any], bool]) -> Interposed:
+def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
     """What stands in the way in a stack. is_ours: whether a module is patched, or is to be."""
+    names = spec.attentions
     attentions = parts_of(stack, names)
     if isinstance(attentions, str):
         return Interposed(attentions)
@@ -118,6 +120,10 @@ def look(stack: Any, names: tuple[str, ...], is_ours: Callable[[Any], bool]) -> 
             kind = type(module).__name__
             return Interposed(f"its {path} ({kind}) is no attention that fastvlm knows")
     layers = {unwrapped(layer, names[0]) for layer in stack.layers}
+    if spec.hands is not None and not all(map(is_ours, layers)):
+        return Interposed(
+            "it hands only to layers of fastvlm what attention reads instead of masks"
+        )
     padded = None
     for path, module in stack.named_modules():
         if module is stack:
@@ -190,7 +196,7 @@ class _Look:
 
     def __init__(self, stack: Any) -> None:
         self.stack = weakref.ref(stack)
-        self.found = look(stack, stack.spec.attentions, runs_ours)
+        self.found = look(stack, stack.spec, runs_ours)
         parts = parts_of(stack, stack.spec.attentions)
         self.attentions = [] if isinstance(parts, str) else parts
         self.layers = [unwrapped(layer, stack.spec.attentions[0]) for layer in stack.layers]

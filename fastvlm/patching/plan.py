@@ -138,9 +138,9 @@ def _plan_stack(
 
 def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
     """Why a stack stays with transformers though the rules would have it."""
-    names = spec_of(swap).attentions
-    reason = interposed.look(stack, names, patched.__contains__).unfused
-    return reason or foreign.attention_of_others(interposed.configs_of(stack, names))
+    spec = spec_of(swap)
+    reason = interposed.look(stack, spec, patched.__contains__).unfused
+    return reason or foreign.attention_of_others(interposed.configs_of(stack, spec.attentions))
 
 
 def _tried(

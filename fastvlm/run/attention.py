@@ -29,9 +29,14 @@ def softcap_of(module: Any, spec: Attention) -> float | None:
 def window_of(module: Any, spec: Attention) -> int | None:
     """The positions that a row sees, its own included; None: all."""
     window: int | None = None if spec.window is None else getattr(module, spec.window)
-    if window is not None and not module.is_causal:
+    if window is not None and not is_causal(module, spec):
         window += 1  # transformers' bidirectional window includes its far end
     return window
+
+
+def is_causal(module: Any, spec: Attention) -> bool:
+    """Whether rows that read themselves see only those before them."""
+    return spec.causal is None or bool(getattr(module, spec.causal))
 
 
 def _leaves_out_softcap(module: Any) -> bool:
@@ -120,7 +125,7 @@ class PatchedAttention(Mixin):
             layouts.pack(k),
             layouts.pack(v),
             rows,
-            causal=self.is_causal,
+            causal=is_causal(self, self.spec),
             window=window,
             scale=scale,
             softcap=softcap,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import only_counts, starts_of
 from fastvlm.models.embedding import factor_of
 from fastvlm.models.spec import Embedding
@@ -62,7 +63,7 @@ def embed_step(
     if spec.norm is not None and spec.norm_first:
         x = _normalized(x, getattr(stack, spec.norm))
     if spec.counts_tokens:
-        x = x + getattr(stack, str(spec.positions))(ids, None, filled)[:, 0]
+        x = x + getattr(stack, str(spec.positions))(ids, **{hf.length_argument(): filled})[:, 0]
     elif spec.positions is not None:
         table = getattr(stack, spec.positions)
         x = x + table.weight[_places(table, spec, x.shape[0], filled, position_ids, starts)]

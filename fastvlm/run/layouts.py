@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,29 @@ class Layouts:
         """The encoder's states as the layers get them -> [encoder tokens, d]."""
         assert self.cross is not None
         return encoder_states.flatten(0, 1) if self.packed else self.cross.pack_kv(encoder_states)
+
+
+class Handed(NamedTuple):
+    """Layouts in the place of an argument that a stack passes to its layers: for the stack, that
+    argument is False."""
+
+    layouts: Layouts
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def hand(arguments: dict[str, Any], layouts: Layouts, by: str | None) -> None:
+    """Put layouts among the arguments of a stack's own forward. by: `Stack.hands`."""
+    arguments[KEYWORD if by is None else by] = layouts if by is None else Handed(layouts)
+
+
+def received(given: dict[str, Any], by: str | None) -> dict[str, Any]:
+    """What a layer was given, its layouts under their own name. by: `Layer.handed`."""
+    handed = None if by is None else given.get(by)
+    if by is None or not isinstance(handed, Handed):
+        return given
+    return {**given, by: False, KEYWORD: handed.layouts}
 
 
 def taken(kwargs: dict[str, Any], attention: Any) -> Layouts | None:

@@ -20,7 +20,7 @@ from fastvlm.nn.linear import is_plain, is_watched
 from fastvlm.nn.mlp import gelu_mlp, is_known
 from fastvlm.nn.norm import is_plain_rms_norm
 from fastvlm.run.layer import run_layer
-from fastvlm.run.layouts import entered
+from fastvlm.run.layouts import entered, received
 from fastvlm.run.mixin import Mixin, by_name
 
 # what a cache is called: by this transformers, and in the specs
@@ -36,15 +36,16 @@ class PatchedLayer(Mixin):
     spec: Layer
     runs_packed = True
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layouts = entered(kwargs, self)
-        given = by_name(self.spec.arguments, args, kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = received(by_name(self.spec.arguments, args, kwargs), self.spec.handed)
+        layouts = entered(given, self)
         # a stack that adds positions by column leaves it to its first layer to pack
         h = hidden_states if layouts is None else layouts.enter(hidden_states)
         reads = given.get(_STATES) is not None
         residuals = [r for r in self.spec.residuals if reads or not r.optional]
         h, _ = run_layer(_Modules(self, given), self, residuals, h)
-        return h if self.spec.clamps is None else _finite(h, self.spec.clamps)
+        h = h if self.spec.clamps is None else _finite(h, self.spec.clamps)
+        return (h,) if self.spec.in_tuple else h
 
 
 def _finite(h: Tensor, when: str) -> Tensor:

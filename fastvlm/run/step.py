@@ -21,6 +21,7 @@ from fastvlm.nn.weight_mark import WrittenTo
 from fastvlm.ops.attention import arguments_of
 from fastvlm.reference.mlp import activated
 from fastvlm.run import graphs
+from fastvlm.run.layouts import wants_attentions, wants_hidden_states
 from fastvlm.run.program import Instruction, Program, has_no_hooks
 
 Registers = list[Any]  # the registers, each rows [R, n]
@@ -108,13 +109,9 @@ STEPS: WeakKeyDictionary[Any, dict[int, DecodeStep | None]] = WeakKeyDictionary(
 
 def is_plain_step(stack: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but the next states."""
-    asks = ("output_attentions", "output_hidden_states")
-    if any(kwargs.get(name) is not None for name in asks) or torch.compiler.is_compiling():
+    if wants_attentions(stack, kwargs) or wants_hidden_states(stack, kwargs):
         return False
-    if kwargs.get("return_dict") not in (None, True):
-        return False
-    config = stack.config
-    if config.output_attentions or config.output_hidden_states:
+    if kwargs.get("return_dict") not in (None, True) or torch.compiler.is_compiling():
         return False
     return not (stack.training or torch.is_grad_enabled()) and has_no_hooks(stack)
 

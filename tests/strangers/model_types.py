@@ -183,6 +183,13 @@ FORMULA = {
     "post_conv_out_channels": 32,
     "global_attn_indexes": [1],
 }
+# as its checkpoints for printed text have it
+TROCR_WAVES = {
+    "use_learned_position_embeddings": False,
+    "layernorm_embedding": False,
+    "scale_embedding": True,
+    "activation_function": "relu",
+}
 FULL = {"attention_type": "original_full"}
 MOE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 
@@ -194,6 +201,9 @@ def _bart(**settings: Any) -> Any:
 PAIRS = {
     "vit+trocr": _pair(
         "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.TrOCRConfig), image
+    ),
+    "vit+trocr of waves": _pair(
+        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.TrOCRConfig, **TROCR_WAVES), image
     ),
     "vit+bart": _pair("VisionEncoderDecoder", tf.ViTConfig, _bart(), image),
     "vit+mbart": _pair(
