@@ -53,6 +53,7 @@ class Call(NamedTuple):
     rows_by_image: Tensor | None
     max_readers: int
     dropout_p: float
+    position_bias: Tensor | None = None
 
 
 # a rule that does not hold says why flash-attn does not serve the call
@@ -62,6 +63,7 @@ RULES: list[tuple[Callable[[Call], bool], str]] = [
         "on ROCm it is another library, whose results are unknown",
     ),
     (lambda c: c.q.dtype in (torch.float16, torch.bfloat16), "it has float16 and bfloat16 only"),
+    (lambda c: c.position_bias is None, "it has no position_bias"),
     (lambda c: c.dropout_p == 0, "its dropout draws another mask than every other backend's"),
     (lambda c: c.rows_by_image is None, "readers of an image do not stand together"),
     (lambda c: c.v.shape[-1] == c.k.shape[-1], "the head dimension of v is not that of k"),
@@ -134,7 +136,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, image_of: Tensor,
     rows_by_image: Tensor | None, reader_offsets: Tensor, seed: Tensor | None, max_q: int,
     max_kv: int, max_readers: int, causal: bool, window: int, scale: float, softcap: float,
-    dropout_p: float,
+    dropout_p: float, position_bias: None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     settings = _settings(
         reader_offsets, kv_offsets, max_readers, max_kv, causal, window, scale, softcap
@@ -151,6 +153,7 @@ def _backward(
     q_offsets: Tensor, kv_offsets: Tensor, image_of: Tensor, rows_by_image: Tensor | None,
     reader_offsets: Tensor, seed: Tensor | None, max_q: int, max_kv: int, max_readers: int,
     causal: bool, window: int, scale: float, softcap: float, dropout_p: float, needs: list[bool],
+    position_bias: None = None, need_bias: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     settings = _settings(
         reader_offsets, kv_offsets, max_readers, max_kv, causal, window, scale, softcap
@@ -163,7 +166,8 @@ def _backward(
     _interface()._flash_attn_varlen_backward(
         grad_out, q, k, v, out, lse.t().contiguous(), *grads, **settings, deterministic=True
     )
-    return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs))
+    found = (g if need else g.new_empty(0) for g, need in zip(grads, needs))
+    return *found, q.new_empty(0)
 
 
 def _kernel(run: Callable[..., Any], first: int, where: int) -> Kernel:
@@ -172,7 +176,9 @@ def _kernel(run: Callable[..., Any], first: int, where: int) -> Kernel:
     def unsupported(*args: Any) -> str | None:
         q, k, v = args[first : first + 3]
         dropout_p = args[where + 10]
-        return _reason(Call(q, k, v, args[where], args[where + 5], dropout_p))
+        # the last argument but what is wanted of a backward; left out where there is none
+        bias = next((x for x in args[where + 11 :] if isinstance(x, Tensor)), None)
+        return _reason(Call(q, k, v, args[where], args[where + 5], dropout_p, bias))
 
     return Kernel("flash", run, unavailable, unsupported, calls="what fastvlm/flash.py lists")
 

@@ -26,8 +26,13 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One segment at a time: scores, cap, mask, softmax, weighted sum."""
+    """One segment at a time: scores, cap, bias, mask, softmax, weighted sum.
+
+    places: of the rows and the keys, where they are not counted from 0.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     images = list(zip(k.split(kv_lengths), v.split(kv_lengths)))
@@ -40,8 +45,12 @@ def attention(
         scores = torch.matmul(rows.transpose(0, 1), keys.permute(1, 2, 0)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        places = (torch.arange(x.shape[0], device=x.device) for x in (rows, keys))
-        distance = next(places)[:, None] - next(places)
+        of_row, of_key = places or (torch.arange(x.shape[0], device=x.device) for x in (rows, keys))
+        distance = of_row[:, None] - of_key
+        if position_bias is not None:
+            most = position_bias.shape[1] // 2
+            columns = (-distance).clamp(-most, most) + most
+            scores = scores + position_bias[:, columns].to(scores.dtype)
         if causal:
             scores = scores.masked_fill(distance < 0, float("-inf"))
         if window is not None:
@@ -59,6 +68,7 @@ def cached_attention(
     ancestry: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """One row at a time, the positions it sees gathered from the rows that hold them."""
     out = []
@@ -70,7 +80,9 @@ def cached_attention(
                 seen.append((row, t))
         keys = torch.stack([k_cache[s] for s in seen]) if seen else k_cache[0, :0]
         values = torch.stack([v_cache[s] for s in seen]) if seen else v_cache[0, :0]
-        out.append(attention(q[r : r + 1], keys, values, [1], [len(seen)], [0], softcap=softcap))
+        places = torch.tensor([lengths[r] - 1]), torch.tensor([t for _, t in seen])
+        settings = {"softcap": softcap, "position_bias": position_bias, "places": places}
+        out.append(attention(q[r : r + 1], keys, values, [1], [len(seen)], [0], **settings))
     return torch.cat(out)
 
 

@@ -51,6 +51,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     t = SEGMENTS.num_tokens
     rows = [randn(700, 100), randn(700, 100), randn(100), randn(100)]
     cache = torch.randn(6, 600, 2, 64)
+    cached_bias = torch.randn(4, 101)
     lengths = torch.tensor([600, 3, 77, 512, 0, 513])
     x, weight = randn(17, 300), randn(1001, 300)
     quantized = ops.quantize_rows(weight.detach())
@@ -60,11 +61,13 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
             [randn(n, 4, 96), randn(m, 2, 96), randn(m, 2, 96)],
         ),
         "self_attention": (
-            lambda q, k, v: ops.self_attention(q, k, v, SEGMENTS, window=40, **DROPOUT),
-            [randn(t, 2, 64), randn(t, 2, 64), randn(t, 2, 64)],
+            lambda q, k, v, b: ops.self_attention(
+                *(q, k, v, SEGMENTS), window=40, position_bias=b, **DROPOUT
+            ),
+            [randn(t, 2, 64), randn(t, 2, 64), randn(t, 2, 64), randn(2, 41)],
         ),
         "cached_attention": (
-            lambda q: ops.cached_attention(q, cache, cache, lengths),
+            lambda q: ops.cached_attention(q, cache, cache, lengths, position_bias=cached_bias),
             [torch.randn(6, 4, 64)],
         ),
         "rms_norm": (ops.rms_norm, [rows[0], rows[2]]),

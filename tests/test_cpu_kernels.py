@@ -182,8 +182,8 @@ def test_attention_over_images(
     scale = dim**-0.5
     where = offsets(q_lengths), offsets(kv_lengths), int32(image_of)
     arguments = (*where, None, scale, softcap, False, 0, 0.0)
-    ours, stats = raw().attention(q, k, v, *arguments)
-    again, stats_again = raw().attention(q, k, v, *arguments)
+    ours, stats = raw().attention(q, k, v, *arguments, None)
+    again, stats_again = raw().attention(q, k, v, *arguments, None)
     assert torch.equal(ours, again)
     assert torch.equal(stats, stats_again)
     largest, total = stats.double().unbind(-1)
@@ -218,7 +218,8 @@ def test_self_attention(causal: bool, window: int, dtype: torch.dtype, randn: Ca
     where = offsets(lengths), offsets(lengths), int32(segments)
     results = Results()
     results.add(
-        raw().attention(q, k, v, *where, None, 0.125, 0.0, causal, window, 0.0)[0], formula, q, k, v
+        raw().attention(q, k, v, *where, None, 0.125, 0.0, causal, window, 0.0, None)[0],
+        *(formula, q, k, v),
     )
     results.check("self attention")
 
@@ -267,7 +268,8 @@ def test_cached_attention(
     ]
     softcap = 30.0 if window else 0.0
     ours = raw().cached_attention(
-        q, k, v, int32(lengths), ancestry if with_ancestry else None, dim**-0.5, softcap, window
+        *(q, k, v, int32(lengths), ancestry if with_ancestry else None),
+        *(dim**-0.5, softcap, window, None),
     )
     results = Results()
     results.add(ours, lambda q, k, v: gathered(q, k, v, positions, softcap), q, k, v)
@@ -299,11 +301,15 @@ def test_memory_is_guarded() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             raw().attention(
-                q, q, q, int32(q_ends), int32(kv_ends), int32(image), None, 1.0, 0.0, False, 0, 0.0
+                *(q, q, q, int32(q_ends), int32(kv_ends), int32(image)),
+                *(None, 1.0, 0.0, False, 0, 0.0, None),
             )
     cache = torch.randn(2, 4, 1, 8)
     with pytest.raises(RuntimeError, match="lengths: 5"):
-        raw().cached_attention(q, cache, cache, int32([1, 5]), None, 1.0, 0.0, 0)
+        raw().cached_attention(q, cache, cache, int32([1, 5]), None, 1.0, 0.0, 0, None)
     ancestry = torch.full((2, 4), 2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="ancestry"):
-        raw().cached_attention(q, cache, cache, int32([1, 1]), ancestry, 1.0, 0.0, 0)
+        raw().cached_attention(q, cache, cache, int32([1, 1]), ancestry, 1.0, 0.0, 0, None)
+    for bias in (torch.randn(2, 5), torch.randn(1, 4), torch.randn(1, 5).half(), torch.randn(5)):
+        with pytest.raises(RuntimeError, match="position_bias"):
+            raw().cached_attention(q, cache, cache, int32([1, 1]), None, 1.0, 0.0, 0, bias)

@@ -9,7 +9,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
                              const Tensor& q_offsets, const Tensor& kv_offsets,
                              const Tensor& image_of, const std::optional<Tensor>& seed,
                              double scale, double softcap, bool causal, int64_t window,
-                             double dropout_p) {
+                             double dropout_p, const std::optional<Tensor>& position_bias) {
   AttentionArgs args{};
   args.dtype = dtype_of(q, "q");
   args.q = heads_of(q, "q", args.dtype);
@@ -22,6 +22,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
   args.causal = causal;
   args.window = bounded(window);
   args.dropout = dropout_of(seed, dropout_p);
+  args.bias = bias_of(position_bias, args.heads);
   return args;
 }
 
@@ -29,9 +30,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& q_offsets, const Tensor& kv_offsets,
                                      const Tensor& image_of, const std::optional<Tensor>& seed,
                                      double scale, double softcap, bool causal, int64_t window,
-                                     double dropout_p) {
+                                     double dropout_p,
+                                     const std::optional<Tensor>& position_bias) {
   AttentionArgs args = attention_args(q, k, v, q_offsets, kv_offsets, image_of, seed, scale,
-                                      softcap, causal, window, dropout_p);
+                                      softcap, causal, window, dropout_p, position_bias);
   Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});
   Tensor stats = torch::stable::new_empty(q, {args.rows, args.heads, 2}, ScalarType::Float);
   args.out = out.mutable_data_ptr();
@@ -40,14 +42,15 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& q_offsets, const Tensor& kv_offsets, const Tensor& image_of,
     const std::optional<Tensor>& seed, double scale, double softcap, bool causal, int64_t window,
-    double dropout_p, bool need_q, bool need_k, bool need_v) {
+    double dropout_p, const std::optional<Tensor>& position_bias, bool need_q, bool need_k,
+    bool need_v, bool need_bias) {
   AttentionBackwardArgs args{};
   args.forward = attention_args(q, k, v, q_offsets, kv_offsets, image_of, seed, scale, softcap,
-                                causal, window, dropout_p);
+                                causal, window, dropout_p, position_bias);
   AttentionArgs& a = args.forward;
   args.grad_out = heads_of(grad_out, "grad_out", a.dtype);
   for (int64_t d = 0; d < 3; ++d) {
@@ -63,13 +66,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   Tensor dq = gradient(q, need_q, &args.dq);
   Tensor dk = gradient(k, need_k, &args.dk);
   Tensor dv = gradient(v, need_v, &args.dv);
+  Tensor dbias = torch::stable::new_empty(position_bias.value_or(q), {0});
+  if (need_bias) {
+    STD_TORCH_CHECK(position_bias.has_value(), "need_bias: there is no position_bias");
+    const int64_t entries = position_bias->size(1);
+    dbias = torch::stable::new_empty(q, {a.heads, entries}, ScalarType::Float);
+    args.dbias = static_cast<float*>(dbias.mutable_data_ptr());
+    std::fill_n(args.dbias, a.heads * entries, 0.0f);
+  }
   if (a.kv_heads > 0 && a.dim > 0) FASTVLM_KERNEL(attention_backward)(args);
-  return {dq, dk, dv};
+  return {dq, dk, dv, dbias};
 }
 
 Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                         const Tensor& lengths, const std::optional<Tensor>& ancestry, double scale,
-                        double softcap, int64_t window) {
+                        double softcap, int64_t window,
+                        const std::optional<Tensor>& position_bias) {
   CachedAttentionArgs args{};
   args.dtype = dtype_of(q, "q");
   args.q = heads_of(q, "q", args.dtype);
@@ -80,6 +92,7 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
   args.window = bounded(window);
+  args.bias = bias_of(position_bias, args.heads);
   int bad_ancestor = 0;
   args.bad_ancestor = &bad_ancestor;
   Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});
@@ -96,15 +109,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor kv_offsets, "
       "Tensor image_of, Tensor? seed, float scale, float softcap, bool causal, int window, "
-      "float dropout_p) -> (Tensor, Tensor)");
+      "float dropout_p, Tensor? position_bias) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, "
       "Tensor q_offsets, Tensor kv_offsets, Tensor image_of, Tensor? seed, float scale, "
-      "float softcap, bool causal, int window, float dropout_p, bool need_q, bool need_k, "
-      "bool need_v) -> (Tensor, Tensor, Tensor)");
+      "float softcap, bool causal, int window, float dropout_p, Tensor? position_bias, "
+      "bool need_q, bool need_k, bool need_v, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-      "Tensor? ancestry, float scale, float softcap, int window) -> Tensor");
+      "Tensor? ancestry, float scale, float softcap, int window, Tensor? position_bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {

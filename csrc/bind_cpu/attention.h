@@ -20,6 +20,16 @@ inline void check_heads(int64_t heads, int64_t kv_heads, int64_t dim, int64_t kv
   STD_TORCH_CHECK(dim == kv_dim, "q has head dimension ", dim, ", k has ", kv_dim);
 }
 
+// entries of each head, for the distances from -reach to reach; null where there are none
+inline PositionBias bias_of(const std::optional<Tensor>& t, int64_t heads) {
+  if (!t.has_value()) return {};
+  check(*t, "position_bias", 2);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() &&
+                      t->size(0) == heads && t->size(1) % 2 == 1,
+                  "position_bias: expected contiguous float32 [", heads, ", an odd number]");
+  return {static_cast<const float*>(t->const_data_ptr()), t->size(1) / 2};
+}
+
 inline int64_t bounded(int64_t window) {
   return std::min(window, int64_t{1} << 40);  // sums with places must not overflow
 }

@@ -230,19 +230,25 @@ class Step {
   }
 
   // norm(x); with a residual residual + x, and the norm of that
-  void layer_norm() {
+  NormArgs norm_and_sum() {
     STD_TORCH_CHECK(out_.size == rows_of_.size, "code: a result more with a residual");
     NormArgs args = norm();
-    args.bias = vector_for(tensor(1), "bias", args.cols);
     if (out_.size > 1) {
       args.y = args.out;
       args.out = write(1, args.cols);
     }
+    return args;
+  }
+
+  void layer_norm() {
+    NormArgs args = norm_and_sum();
+    args.bias = vector_for(tensor(1), "bias", args.cols);
     FASTVLM_KERNEL(residual_layer_norm)(args);
   }
 
+  // as layer_norm
   void rms_norm() {
-    NormArgs args = norm();
+    NormArgs args = norm_and_sum();
     args.offset = static_cast<float>(number(1));
     FASTVLM_KERNEL(rms_norm)(args);
   }
@@ -321,6 +327,8 @@ class Step {
     args.window = bounded(integer(2));
     args.scale = static_cast<float>(number(3));
     args.softcap = static_cast<float>(number(4));
+    const std::optional<Tensor> bias = tensors_.size > 0 ? optional(0) : std::nullopt;
+    args.bias = bias_of(bias, args.heads);
     int bad_ancestor = 0;
     args.bad_ancestor = &bad_ancestor;
     args.out = write(0, q.cols);

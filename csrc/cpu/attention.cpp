@@ -4,6 +4,7 @@
 // that share them. An image with many rows is done in panels of one key head; with few rows, as in
 // decoding, the keys are cut into blocks that stream through all heads and are combined after.
 #include "panel.h"
+#include "position_bias.h"
 #include "random.h"
 #include "readers.h"
 #include "softmax.h"
@@ -90,7 +91,11 @@ template <class T>
 class Attention {
  public:
   explicit Attention(const AttentionArgs& args)
-      : a_(args), plan_(args), rule_{args.scale, args.softcap}, padded_(round_up(a_.dim, kLanes)) {}
+      : a_(args),
+        plan_(args),
+        rule_{args.scale, args.softcap},
+        bias_(args),
+        padded_(round_up(a_.dim, kLanes)) {}
 
   void run() {
     if (plan_.panel_tasks > 0) run_panels();
@@ -126,6 +131,7 @@ class Attention {
   const AttentionArgs& a_;
   Plan plan_;
   ScoreRule rule_;
+  BiasRows bias_;
   int64_t padded_;
 };
 
@@ -166,10 +172,10 @@ void Attention<T>::panel(const Image& image, int64_t kv_head, int64_t begin, int
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t index = image.first_row + (begin + r) / plan_.group;
+      const int64_t head = kv_head * plan_.group + (begin + r) % plan_.group;
       softmax_row(scores + r * kPanelKeys, n, plan_.readers.first_visible(index) - key,
                   plan_.readers.last_visible(index, image.keys) - key, rule_, running[r],
-                  sums + r * padded_, padded_);
-      const int64_t head = kv_head * plan_.group + (begin + r) % plan_.group;
+                  sums + r * padded_, padded_, bias_.row(head, plan_.readers.place(index), key));
       drop(scores + r * kPanelKeys, index, head, key, n);
     }
     panel_product({scores, kPanelKeys, 1}, rows, v, padded_, n, true, sums, padded_, padded_);
@@ -254,7 +260,8 @@ void Attention<T>::stream(const Image& image, int64_t block, float* scratch, flo
     Running& state = running[r * image.tasks + block];
     state = kNothingSeen;
     softmax_row(scores + r * kStreamKeys, n, plan_.readers.first_visible(index) - first,
-                plan_.readers.last_visible(index, image.keys) - first, rule_, state, nullptr, 0);
+                plan_.readers.last_visible(index, image.keys) - first, rule_, state, nullptr, 0,
+                bias_.row(head_of(r), plan_.readers.place(index), first));
     drop(scores + r * kStreamKeys, index, head_of(r), first, n);
   }
   for (int64_t j = 0; j < n; j += kNearKeys) {

@@ -12,6 +12,14 @@ struct Heads {
   int64_t head_stride;
 };
 
+// Added to the scores by the distance of a key from its query: of each head the entries for -reach
+// to reach, [heads, 2 * reach + 1] contiguous, the ends for all that is further. data: null for
+// none.
+struct PositionBias {
+  const float* data;
+  int64_t reach;
+};
+
 struct AttentionArgs {
   DType dtype;
   Heads q, k, v;
@@ -23,6 +31,7 @@ struct AttentionArgs {
   float scale, softcap;
   bool causal;
   int64_t window;
+  PositionBias bias;
   void* out;     // [rows, heads, dim]
   float* stats;  // [rows, heads, 2]: largest score times log2 e, sum of exp(score - largest)
   Dropout dropout;
@@ -34,6 +43,7 @@ struct AttentionBackwardArgs {
   Heads grad_out;
   int64_t keys;  // rows of k and v
   void *dq, *dk, *dv;
+  float* dbias;  // as the bias of forward
 };
 
 // A cache is [cache rows, positions, kv heads, dim].
@@ -54,6 +64,7 @@ struct CachedAttentionArgs {
   int64_t ancestry_row_stride, ancestry_position_stride;
   float scale, softcap;
   int64_t window;
+  PositionBias bias;  // a query stands at the last of its positions
   void* out;
   int* bad_ancestor;  // set to 1 where ancestry names a row the cache does not have
 };

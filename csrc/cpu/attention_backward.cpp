@@ -3,12 +3,13 @@
 // A panel of rows meets all keys of its image at once, so that the softmax and its gradient are
 // those of plain attention: with logsumexp and out in their place (FlashAttention-2, arXiv
 // 2307.08691) the rounding of both does not cancel where one key has nearly all of the weight.
-// A task is a chunk of the rows of one image and key head; it owns dQ of its rows and sums dK and
-// dV over them. How many chunks there are depends on the sizes alone, so that any number of threads
-// gives the same bits.
+// A task is a chunk of the rows of one image and key head; it owns dQ of its rows and sums dK, dV
+// and the gradient of a bias over them. How many chunks there are depends on the sizes alone, so
+// that any number of threads gives the same bits.
 #include <cmath>
 
 #include "panel.h"
+#include "position_bias.h"
 #include "random.h"
 #include "readers.h"
 
@@ -29,24 +30,30 @@ class AttentionBackward {
       : b_(args),
         a_(args.forward),
         readers_(a_),
+        bias_(a_),
         group_(a_.heads / a_.kv_heads),
         padded_(round_up(a_.dim, kLanes)),
         chunks_(count_chunks()),
-        parts_(chunks_ == 1 ? 0 : 2 * chunks_ * a_.kv_heads * b_.keys * padded_) {
+        parts_(chunks_ == 1 ? 0 : 2 * chunks_ * a_.kv_heads * b_.keys * padded_),
+        bias_parts_(b_.dbias == nullptr ? 0 : tasks() * group_ * bias_.entries()) {
     for (int64_t i = 0; i < a_.images; ++i) width_ = larger(width_, keys_of(i));
     width_ = round_up(width_, kKeys);
   }
 
   void run() {
     clear_unread();
-    const int64_t per_worker = width_ * (5 * padded_ + 2 * kRows + 2) + kRows * 3 * padded_;
-    const int64_t tasks = a_.images * a_.kv_heads * chunks_;
-    Scratch<float> scratch(smaller(workers(), tasks) * per_worker);
+    const int64_t per_worker =
+        width_ * (5 * padded_ + 2 * kRows + 2) + kRows * 3 * padded_ + bias_size();
+    Scratch<float> scratch(smaller(workers(), tasks()) * per_worker);
     auto chunk = [&](int64_t task, int64_t worker) {
       run_chunk(task / (a_.kv_heads * chunks_), task / chunks_ % a_.kv_heads, task % chunks_,
                 scratch.data() + worker * per_worker);
     };
-    for_each_task(tasks, chunk);
+    for_each_task(tasks(), chunk);
+    if (b_.dbias != nullptr) {
+      auto add = [&](int64_t head, int64_t) { add_bias(head); };
+      for_each_task(a_.heads, add);
+    }
     if (chunks_ == 1) return;
     auto finish = [&](int64_t task, int64_t) { add_parts(task / a_.kv_heads, task % a_.kv_heads); };
     for_each_task(a_.images * a_.kv_heads, finish);
@@ -60,7 +67,16 @@ class AttentionBackward {
     float *p, *ds;                       // [kRows][width]
     float *slope, *keep;                 // [width]
     float *q, *grad, *dq;                // [kRows][padded]
+    float* dbias;                        // [group][all distances]
   };
+
+  int64_t tasks() const { return a_.images * a_.kv_heads * chunks_; }
+  int64_t bias_size() const { return b_.dbias == nullptr ? 0 : group_ * bias_.width(); }
+  // What one task adds to the gradient of the bias of a head of its group.
+  float* bias_part(int64_t image, int64_t kv_head, int64_t chunk, int64_t in_group) const {
+    const int64_t task = (image * a_.kv_heads + kv_head) * chunks_ + chunk;
+    return bias_parts_.data() + (task * group_ + in_group) * bias_.entries();
+  }
 
   int64_t count_chunks() const {
     int64_t rows = 0;
@@ -94,12 +110,17 @@ class AttentionBackward {
   template <class Value>
   void write_keys(int64_t image, int64_t kv_head, void* to, Value value) const;
   void add_parts(int64_t image, int64_t kv_head);
+  int64_t clear_bias(int64_t image, int64_t begin, int64_t end, const Memory& m) const;
+  void fold_bias(int64_t image, int64_t kv_head, int64_t chunk, int64_t reach, const Memory& m);
+  void add_bias(int64_t head);
 
   const AttentionBackwardArgs& b_;
   const AttentionArgs& a_;
   Readers readers_;
+  BiasRows bias_;
   int64_t group_, padded_, chunks_, width_ = 0;
-  Scratch<float> parts_;  // [dK, dV][chunks][key heads][keys][padded]
+  Scratch<float> parts_;       // [dK, dV][chunks][key heads][keys][padded]
+  Scratch<float> bias_parts_;  // [tasks][group][entries]
 };
 
 template <class T>
@@ -111,7 +132,8 @@ typename AttentionBackward<T>::Memory AttentionBackward<T>::divide(float* scratc
   };
   const int64_t keys = width_ * padded_, scores = kRows * width_, rows = kRows * padded_;
   return {take(keys),   take(keys),   take(keys),   take(keys), take(keys), take(scores),
-          take(scores), take(width_), take(width_), take(rows), take(rows), take(rows)};
+          take(scores), take(width_), take(width_), take(rows), take(rows), take(rows),
+          take(bias_size())};
 }
 
 // Rows of k and v past the last image: no task is theirs.
@@ -134,8 +156,9 @@ void AttentionBackward<T>::run_chunk(int64_t image, int64_t kv_head, int64_t chu
   const int64_t keys = keys_of(image), all = readers_.count(image) * group_;
   const int64_t begin = chunk * chunk_rows(image);
   const int64_t end = smaller(begin + chunk_rows(image), all);
+  const int64_t reach = clear_bias(image, begin, end, m);
   if (chunks_ > 1) {
-    if (begin >= end) return;
+    if (begin >= end) return fold_bias(image, kv_head, chunk, reach, m);
     m.dk = part(0, chunk, image, kv_head);
     m.dv = part(1, chunk, image, kv_head);
   }
@@ -144,6 +167,7 @@ void AttentionBackward<T>::run_chunk(int64_t image, int64_t kv_head, int64_t chu
   for (int64_t r = begin; r < end; r += kRows) {
     run_panel(image, kv_head, r, smaller(kRows, end - r), m);
   }
+  fold_bias(image, kv_head, chunk, reach, m);
   if (chunks_ > 1) return;
   write_keys(image, kv_head, b_.dk, [&](int64_t i) { return load(m.dk + i); });
   write_keys(image, kv_head, b_.dv, [&](int64_t i) { return load(m.dv + i); });
@@ -224,6 +248,8 @@ void AttentionBackward<T>::score_gradients(int64_t index, int64_t head, int64_t 
                                            const Memory& m) const {
   const uint64_t counter = static_cast<uint64_t>(readers_.row(index) * a_.heads + head) << 32;
   const bool capped = a_.softcap > 0, dropped = a_.dropout.scale != 0;
+  const int64_t place = readers_.place(index);
+  const float* bias = bias_.row(head, place, begin);
   const Vec scale = broadcast(capped ? a_.scale / a_.softcap : a_.scale);
   const Vec softcap = broadcast(a_.softcap), one = broadcast(1.0f);
   const Vec from = broadcast(static_cast<float>(readers_.first_visible(index) - begin));
@@ -236,8 +262,9 @@ void AttentionBackward<T>::score_gradients(int64_t index, int64_t head, int64_t 
       s = t * softcap;
       slope *= one - t * t;
     }
-    const Vec place = lane_index() + broadcast(static_cast<float>(i - begin));
-    s = select((place >= from) & (place < to), s, broadcast(-INFINITY));
+    if (bias != nullptr) s += load(bias + i - begin);
+    const Vec key = lane_index() + broadcast(static_cast<float>(i - begin));
+    s = select((key >= from) & (key < to), s, broadcast(-INFINITY));
     largest = at_least(largest, s);
     store(p + i, s);
     store(m.slope + i, slope);
@@ -258,10 +285,15 @@ void AttentionBackward<T>::score_gradients(int64_t index, int64_t head, int64_t 
   }
   const float total = sum(totals);
   const Vec factor = broadcast(total == 0.0f ? 0.0f : 1.0f / total);
+  float* dbias = b_.dbias == nullptr
+                     ? nullptr
+                     : m.dbias + head % group_ * bias_.width() + bias_.begin(place, begin);
   const Vec delta = broadcast(sum(products)) * factor;
   for (int64_t i = begin; i < end; i += kLanes) {
     const Vec probability = load(p + i) * factor;
-    store(ds + i, probability * (load(ds + i) - delta) * load(m.slope + i));
+    const Vec gradient = probability * (load(ds + i) - delta);
+    if (dbias != nullptr) store(dbias + i - begin, load(dbias + i - begin) + gradient);
+    store(ds + i, gradient * load(m.slope + i));
     store(p + i, dropped ? probability * load(m.keep + i) : probability);
   }
 }
@@ -291,6 +323,44 @@ void AttentionBackward<T>::add_parts(int64_t image, int64_t kv_head) {
   };
   add(0, b_.dk);
   add(1, b_.dv);
+}
+
+// The sums of a task, zero for all distances that its rows have: the largest, either way.
+template <class T>
+int64_t AttentionBackward<T>::clear_bias(int64_t image, int64_t begin, int64_t end,
+                                         const Memory& m) const {
+  if (b_.dbias == nullptr) return 0;
+  int64_t reach = keys_of(image);
+  for (int64_t r = begin; r < end; ++r) {
+    reach = larger(reach, readers_.place(readers_.first(image) + r / group_));
+  }
+  for (int64_t g = 0; g < group_; ++g) {
+    float* sums = m.dbias + g * bias_.width() + bias_.begin(0, 0);
+    for (int64_t d = -reach; d <= reach; ++d) sums[d] = 0.0f;
+  }
+  return reach;
+}
+
+template <class T>
+void AttentionBackward<T>::fold_bias(int64_t image, int64_t kv_head, int64_t chunk, int64_t reach,
+                                     const Memory& m) {
+  if (b_.dbias == nullptr) return;
+  for (int64_t g = 0; g < group_; ++g) {
+    bias_.fold(m.dbias + g * bias_.width(), reach, bias_part(image, kv_head, chunk, g));
+  }
+}
+
+template <class T>
+void AttentionBackward<T>::add_bias(int64_t head) {
+  for (int64_t i = 0; i < bias_.entries(); ++i) {
+    double total = 0.0;
+    for (int64_t image = 0; image < a_.images; ++image) {
+      for (int64_t c = 0; c < chunks_; ++c) {
+        total += double{bias_part(image, head / group_, c, head % group_)[i]};
+      }
+    }
+    b_.dbias[head * bias_.entries() + i] = static_cast<float>(total);
+  }
 }
 
 }  // namespace

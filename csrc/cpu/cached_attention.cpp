@@ -18,7 +18,8 @@ class CachedAttention {
         padded_(round_up(args.dim, kLanes)) {}
 
   void run() {
-    const int64_t per_worker = group_ * (kPositions + padded_);
+    const int64_t bias = a_.bias.data == nullptr ? 0 : kPositions;
+    const int64_t per_worker = group_ * (kPositions + padded_) + bias;
     Scratch<float> scratch(workers() * per_worker);
     Scratch<float> parts(a_.rows * a_.heads * blocks_ * padded_);
     Scratch<Running> running(a_.rows * a_.heads * blocks_);
@@ -54,8 +55,9 @@ class CachedAttention {
     for (int64_t g = 0; g < group_; ++g) {
       gather_row(queries + (head + g) * a_.q.head_stride, a_.dim, q + g * padded_);
     }
-    int64_t k_offsets[kPositions], v_offsets[kPositions];
-    const int64_t n = visible(row, block, k_offsets, v_offsets);
+    float* bias = a_.bias.data == nullptr ? nullptr : scores + group_ * kPositions;
+    int64_t k_offsets[kPositions], v_offsets[kPositions], distances[kPositions];
+    const int64_t n = visible(row, block, k_offsets, v_offsets, distances);
     score_rows(q, padded_, group_,
                static_cast<const T*>(a_.k.data) + head / group_ * a_.k.head_stride, k_offsets, n,
                a_.dim, scores, kPositions);
@@ -63,16 +65,25 @@ class CachedAttention {
       float* sums = parts + g * blocks_ * padded_;
       for (int64_t d = 0; d < padded_; ++d) sums[d] = 0.0f;
       running[g * blocks_] = kNothingSeen;
+      if (bias != nullptr) gather_bias(head + g, n, distances, bias);
       softmax_row(scores + g * kPositions, n, 0, n, {a_.scale, a_.softcap}, running[g * blocks_],
-                  nullptr, 0);
+                  nullptr, 0, bias);
     }
     add_values(scores, kPositions, group_,
                static_cast<const T*>(a_.v.data) + head / group_ * a_.v.head_stride, v_offsets, n,
                a_.dim, parts, blocks_ * padded_);
   }
 
-  // Offsets of the visible positions of a block, in order; returns how many there are.
-  int64_t visible(int64_t row, int64_t block, int64_t* k_offsets, int64_t* v_offsets) const {
+  void gather_bias(int64_t head, int64_t n, const int64_t* distances, float* to) const {
+    const int64_t reach = a_.bias.reach;
+    const float* entries = a_.bias.data + head * (2 * reach + 1);
+    for (int64_t i = 0; i < n; ++i) to[i] = entries[reach + larger(-reach, distances[i])];
+  }
+
+  // Offsets of the visible positions of a block, in order, and how far behind the last of the row
+  // they lie; returns how many there are.
+  int64_t visible(int64_t row, int64_t block, int64_t* k_offsets, int64_t* v_offsets,
+                  int64_t* distances) const {
     const int64_t length = a_.lengths[row];
     const int64_t first = a_.window > 0 ? larger(0, length - a_.window) : 0;
     const int64_t end = smaller(length, (block + 1) * kPositions);
@@ -89,6 +100,7 @@ class CachedAttention {
       }
       k_offsets[n] = from * a_.k.row_stride + t * a_.k.position_stride;
       v_offsets[n] = from * a_.v.row_stride + t * a_.v.position_stride;
+      distances[n] = t - (length - 1);
       ++n;
     }
     return n;

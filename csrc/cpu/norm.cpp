@@ -12,7 +12,16 @@ void rms_norm(const NormArgs& args) {
     using T = decltype(type);
     Rows<T> rows(args, 1, 0);
     rows.run([&](int64_t r, float* scratch, float*, double&) {
-      const RmsRow<T> x(rows, rows.row(args.x, r), scratch);
+      const T* from = rows.row(args.x, r);
+      if (args.residual.data != nullptr) {
+        const T *residual = rows.row(args.residual, r), *branch = from;
+        T* sum = rows.result(args.y, r);
+        map_to(sum, args.cols, [&](int64_t i, int64_t n) {
+          return load_some(residual + i, n) + load_some(branch + i, n);
+        });
+        from = sum;  // as stored: rounded to its dtype
+      }
+      const RmsRow<T> x(rows, from, scratch);
       map_to(rows.result(args.out, r), args.cols,
              [&](int64_t i, int64_t) { return x.normed(i) * weight.at(i); });
     });

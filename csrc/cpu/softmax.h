@@ -122,9 +122,11 @@ void add_values(const float* p, int64_t p_stride, int64_t m_rows, const T* v,
 
 // Turns a row of n products into exp(score - largest), in place, and brings `running` and the sum
 // of values gathered under the former largest score up to date. Only keys from `first` up to
-// `last` are visible. Whole vectors are written: keys from n on get weight 0.
+// `last` are visible. Whole vectors are written: keys from n on get weight 0. bias: of each key, in
+// whole vectors, or null.
 inline void softmax_row(float* scores, int64_t n, int64_t first, int64_t last, ScoreRule rule,
-                        Running& running, float* sums, int64_t sums_size) {
+                        Running& running, float* sums, int64_t sums_size,
+                        const float* bias) {
   const Vec scale = broadcast(rule.softcap > 0 ? rule.scale / rule.softcap : rule.scale);
   const Vec softcap = broadcast(rule.softcap);
   const Vec hidden = broadcast(-INFINITY);
@@ -135,6 +137,7 @@ inline void softmax_row(float* scores, int64_t n, int64_t first, int64_t last, S
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec s = load(scores + i) * scale;
     if (rule.softcap > 0) s = tanh(s) * softcap;
+    if (bias != nullptr) s += load(bias + i);
     if (!all_visible) {
       const Vec index = lane_index() + broadcast(static_cast<float>(i));
       s = select((index >= from) & (index < to), s, hidden);

@@ -213,6 +213,29 @@ def mask_maker() -> Callable[..., Any] | None:
     return make
 
 
+# whether a class of attention is told the position of a query as a number; as a tensor to 5.22. No
+# functools.cache: torch.compile would look behind it
+_TOLD_NUMBERS: dict[type, bool] = {}
+
+
+def bias_of_distances(module: Any) -> torch.Tensor:
+    """What a T5 attention with a table adds to its scores, float32 [H, 2D + 1], for the distances
+    of a key from its query from -D to D, behind which it stays the same.
+    """
+    reach: int = module.relative_attention_max_distance
+    device = module.relative_attention_bias.weight.device
+    kind = type(module)
+    if kind not in _TOLD_NUMBERS:
+        told = inspect.signature(kind.compute_bias).parameters
+        _TOLD_NUMBERS[kind] = "past_seen_tokens" in told
+    if _TOLD_NUMBERS[kind]:
+        place: dict[str, Any] = {"past_seen_tokens": reach}
+    else:
+        place = {"cache_position": torch.tensor([reach], device=device)}
+    bias: torch.Tensor = module.compute_bias(1, 2 * reach + 1, device=device, **place)[0, :, 0]
+    return (bias if bias.dtype == torch.float64 else bias.float()).contiguous()
+
+
 LOOPS = ("_sample", "_beam_search")  # greedy decoding and sampling, beam search
 
 

@@ -12,6 +12,10 @@ from fastvlm.cpu.common import dense_last, unavailable, wrong_dtype
 from fastvlm.ops.dispatch import Kernel
 
 
+def _dense(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.contiguous()
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -30,11 +34,12 @@ def _attention(
     scale: float,
     softcap: float,
     dropout_p: float,
+    position_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     where = (q_offsets, kv_offsets, image_of)
     return torch.ops.fastvlm_cpu.attention(
-        q, k, v, *where, seed, scale, softcap, causal, window, dropout_p
+        q, k, v, *where, seed, scale, softcap, causal, window, dropout_p, _dense(position_bias)
     )
 
 
@@ -60,11 +65,14 @@ def _attention_backward(
     softcap: float,
     dropout_p: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    position_bias: Tensor | None = None,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (dense_last(x) for x in (grad_out, q, k, v))
     where = (q_offsets, kv_offsets, image_of)
     return torch.ops.fastvlm_cpu.attention_backward(
-        *rows, *where, seed, scale, softcap, causal, window, dropout_p, *needs
+        *(*rows, *where, seed, scale, softcap, causal, window, dropout_p, _dense(position_bias)),
+        *(*needs, need_bias),
     )
 
 
@@ -77,11 +85,12 @@ def _cached_attention(
     window: int,
     scale: float,
     softcap: float,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     q, k_cache, v_cache = dense_last(q), dense_last(k_cache), dense_last(v_cache)
     lengths = lengths.contiguous()
     return torch.ops.fastvlm_cpu.cached_attention(
-        q, k_cache, v_cache, lengths, ancestry, scale, softcap, window
+        *(q, k_cache, v_cache, lengths, ancestry, scale, softcap, window, _dense(position_bias))
     )
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.triton.common import Launcher, cdiv, dense_last, multiprocessors
+from fastvlm.triton.common import (
+    NO_BIAS,
+    Launcher,
+    cdiv,
+    dense_last,
+    has_bias,
+    multiprocessors,
+)
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
@@ -51,6 +58,7 @@ def _cross_attention(
     scale: float,
     softcap: float,
     dropout_p: float,
+    position_bias: None = None,
 ) -> tuple[Tensor, Tensor]:
     kv_heads, images = k.shape[1], kv_offsets.shape[0] - 1
     tiles = cdiv(max_readers * (q.shape[1] // kv_heads), TILE)
@@ -70,6 +78,7 @@ def _cached_attention(
     window: int,
     scale: float,
     softcap: float,
+    position_bias: None = None,
 ) -> Tensor:
     time, kv_heads = k_cache.shape[1], k_cache.shape[2]
     window = 0 if window >= time else window
@@ -106,12 +115,16 @@ def _unsupported_cross(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | Non
         return "a causal mask or window over the tokens of an image"
     if dropout_p > 0:
         return "dropout"
+    if has_bias(rest, 14):
+        return NO_BIAS
     if k.shape[1] and max_readers * (q.shape[1] // k.shape[1]) > TILE * MOST_TILES:
         return f"more than {TILE * MOST_TILES} query rows to a head of an image"
     return _misfit(k=k, v=v, q=q)
 
 
 def _unsupported_cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> str | None:
+    if has_bias(rest, 5):
+        return NO_BIAS
     return _misfit(k_cache=k_cache, v_cache=v_cache, q=q)
 
 

@@ -29,12 +29,21 @@ class Lean:
     """A loop's steps from the second on.
 
     layouts: of the step before. positions: int64 [1 or R, 1], of its tokens, for a rotary stack.
+    factor: what the head reads of the states.
     """
 
     def __init__(
-        self, stack: Any, step: DecodeStep, head: Head, cache: Any, layouts: Any, positions: Any
+        self,
+        stack: Any,
+        step: DecodeStep,
+        head: Head,
+        cache: Any,
+        layouts: Any,
+        positions: Any,
+        factor: float,
     ) -> None:
         self.stack, self.step, self.head, self.cache = stack, step, head, cache
+        self._factor = factor
         self._cross, self._seen, self._positions = layouts.cross, layouts.visible, positions
         self._kept = kept.rows_of(getattr(cache, "self_attention_cache", cache))
         assert self._kept.lengths is not None
@@ -58,7 +67,7 @@ class Lean:
         return filled
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [R] -> the last states, [R, d]."""
+        """tokens int64 [R] -> the last states, [R, d], as the head reads them."""
         if type(self.stack) is not self._class:
             raise RuntimeError(
                 "fastvlm: another thread called fastvlm.patch or unpatch(model) while its "
@@ -76,7 +85,8 @@ class Lean:
         x = embed_step(self.stack, tokens.unsqueeze(1), filled, None, self._starts)
         rotation = rotation_of(self.stack, x, self._positions, filled)
         layouts = Layouts(cross=self._cross, visible=self._seen, marks=None)
-        return self.step(x, layouts, rotation)
+        states = self.step(x, layouts, rotation)
+        return states if self._factor == 1 else states * self._factor
 
     def move(self, order: Sequence[int], sources: Sequence[int]) -> None:
         """The rows from which those of the next step go on, -1 for one that begins; sources: the

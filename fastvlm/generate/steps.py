@@ -152,10 +152,11 @@ class Steps:
             return None
         if stack.spec.embedding.given:
             return None  # how its positions are counted is the model's business
-        states = ran.out()
-        if states is None or last.states is None or states.shape != last.states.shape:
+        states = ran.out
+        if last.states is None or states.shape != last.states.shape:
             return None
-        if states.data_ptr() != last.states.data_ptr():
+        factor = _factor(self.model, states, last.states)
+        if factor is None:
             return None
         prefix = "decoder_" if self.model.config.is_encoder_decoder else ""
         positions = arguments.get(prefix + "position_ids")
@@ -169,4 +170,15 @@ class Steps:
                 again = rotation_of(stack, states, positions, filled)
                 if not all(map(torch.equal, again, ran.rotation)):
                     return None
-        return Lean(stack, step, last.head, cache, ran.layouts, positions)
+        return Lean(stack, step, last.head, cache, ran.layouts, positions, factor)
+
+
+def _factor(model: Any, states: Tensor, read: Tensor) -> float | None:
+    """What a model multiplies the states of its decoder with before its head reads them: 1, or as
+    T5 with a tied head; None where it does something else."""
+    if states.data_ptr() == read.data_ptr():
+        return 1.0
+    width = getattr(model, "model_dim", None)
+    if not isinstance(width, int) or not torch.equal(states * width**-0.5, read):
+        return None
+    return float(width**-0.5)

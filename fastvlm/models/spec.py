@@ -20,7 +20,9 @@ class Attention:
     attribute that says whether rows see only those before them; None where they always do, and a
     module does not tell which of the two it is for. rotary: whether queries and keys are turned by
     their positions (RoPE). dropout, window, softcap: the attributes with these numbers; None where
-    the class has none.
+    the class has none. mask: what it calls its mask. bias: the table of a bias of the scores by
+    distance; of a class that shares_bias the first of a stack has it, and hands what it read on to
+    the others. aliases: what is called so here, and what the class calls it.
     """
 
     out: str
@@ -32,6 +34,14 @@ class Attention:
     rotary: bool = False
     window: str | None = None
     softcap: str | None = None
+    mask: str = "attention_mask"
+    bias: str | None = None
+    shares_bias: bool = False
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def name(self, ours: str) -> str:
+        """What the class calls a part."""
+        return dict(self.aliases).get(ours, ours)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,8 @@ class Residual:
     reads: "self" for attention of rows to themselves, "cross" to the encoder's states, "mlp".
     branch: the module that computes it, or the Mlp whose parts are the layer's own. before, after,
     norm: norms of what the branch reads, of what it gives, of the sum; None where there is none.
-    optional: a cross-attention that is left out where there are no states to read.
+    optional: a cross-attention that is left out where there are no states to read. dropout: of what
+    the branch gives, where it has one of its own. Names lead to parts of parts: "layer.0.dropout".
     """
 
     reads: str
@@ -68,6 +79,7 @@ class Residual:
     norm: str | None = None
     gate: str | None = None
     optional: bool = False
+    dropout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,10 @@ class Layer:
     dropout: of what a branch gives, a number or a module. states: by what name cross-attention
     gets the encoder's. hands: the arguments that all attentions get as well. named: whether they
     get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
-    clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them.
+    clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them,
+    "infinite": behind each branch, only if something is. mask: what attentions call theirs.
+    shares_bias: it gets `position_bias` and gives (rows, that of its first attention, None).
+    bypasses: modules with forwards of their own stand between it and its branches.
     handed: the argument that holds the layouts where its stack hands down no others (`Stack`).
     in_tuple: whether the rows are the only part of a tuple.
     """
@@ -92,6 +107,9 @@ class Layer:
     clamps: str | None = None
     handed: str | None = None
     in_tuple: bool = False
+    mask: str = "attention_mask"
+    shares_bias: bool = False
+    bypasses: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -132,7 +150,8 @@ class Stack:
     made in training where none is asked for. reads: its first argument, "input_features" for frames
     of which none is padding; ignores_mask: it takes a mask of them and never looks at it.
     drops_cache: whether layers get no cache where use_cache is False. hands: the argument that
-    reaches its layers where those that it does not know do not; None where they do.
+    reaches its layers where those that it does not know do not; None where they do. aliases: as of
+    an `Attention`. has_bias: whether scores have a bias of the distance, in columns.
     """
 
     embedding: Embedding
@@ -148,6 +167,8 @@ class Stack:
     ignores_mask: bool = False
     drops_cache: bool = False
     hands: str | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    has_bias: bool = False
 
     @property
     def reads_encoder(self) -> bool:

@@ -18,8 +18,8 @@ def has(*names: str) -> Callable[[nn.Module], bool]:
 
 def first_layer(stack: Any, name: str) -> Any:
     """The first layer of a stack if it has, or wraps what has, a part of this name; else None."""
-    layers = stack._modules.get("layers")
-    return unwrapped(layers[0], name) if isinstance(layers, nn.ModuleList) and layers else None
+    layers = layers_of(stack)
+    return unwrapped(layers[0], name) if layers else None
 
 
 def hands_down(module: nn.Module) -> bool:
@@ -43,3 +43,34 @@ def extra_parts(module: nn.Module, *known: str) -> str | None:
     own += [name for name, _ in module.named_parameters(recurse=False)]
     extra = sorted(set(own) - set(known))
     return f"it has parts of its own: {', '.join(extra)}" if extra else None
+
+
+def layers_of(stack: Any) -> Any:
+    """The ModuleList of a stack's layers, by the names that families have for it; None without."""
+    found = stack._modules.get("layers", stack._modules.get("block"))
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def part_of(module: Any, path: str) -> Any:
+    """What an attribute, or a path of attributes, of a module leads to."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def layer_in(outer: Any, path: str) -> Any:
+    """The layer that owns what a path begins with, in wrappers of a single child; None without."""
+    return unwrapped(outer, path.partition(".")[0])
+
+
+def attention_in(outer: Any) -> Any:
+    """The attention in wrappers of a single child; None where there is none."""
+    found = unwrapped(outer, "q_proj")
+    return unwrapped(outer, "q") if found is None else found
+
+
+def submodule(module: Any, path: str) -> Any:
+    """The module to which a path of names leads; None where there is none."""
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module

@@ -20,8 +20,10 @@ _SHAPE = (
     "Tensor reader_offsets, Tensor? seed, SymInt max_q, SymInt max_kv, SymInt max_readers, "
     "bool causal, int window, float scale, float softcap, float dropout_p"
 )
+_BIAS = "Tensor? position_bias=None"
 
 _WHERE = 6  # of these, the tensors: where the rows are, and the seed
+_NEEDS = 16  # behind q, k and v of a backward: out, stats and these come before what is wanted
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -33,23 +35,23 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _fake_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    needs = rest[-1]
-    return tuple(
-        x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
-    )
+    needs, bias, need_bias = (*rest[_NEEDS:], None, False)[:3]
+    grads = [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)]
+    of_bias = q if bias is None else bias
+    return *grads, of_bias.new_empty(of_bias.shape if need_bias else 0)
 
 
 def _define(name: str) -> tuple[Any, Any]:
     forward = define(
         name,
-        f"(Tensor q, Tensor k, Tensor v, {_SHAPE}) -> (Tensor, Tensor)",
+        f"(Tensor q, Tensor k, Tensor v, {_SHAPE}, {_BIAS}) -> (Tensor, Tensor)",
         reference.attention,
         _fake,
     )
     backward = define(
         f"{name}_backward",
         f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_SHAPE}, "
-        "bool[3] needs) -> (Tensor, Tensor, Tensor)",
+        f"bool[3] needs, {_BIAS}, bool need_bias=False) -> (Tensor, Tensor, Tensor, Tensor)",
         reference.attention_backward,
         _fake_backward,
     )
@@ -61,7 +63,7 @@ _SELF = _define("self_attention")
 _CACHED = define(
     "cached_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? ancestry, int window, "
-    "float scale, float softcap) -> Tensor",
+    f"float scale, float softcap, {_BIAS}) -> Tensor",
     reference.cached_attention,
     lambda q, k_cache, v_cache, *rest: q.new_empty(*q.shape[:2], v_cache.shape[3]),
 )
@@ -70,18 +72,26 @@ _CACHED = define(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: tuple[Any, Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any
+        ctx: Any,
+        ops: tuple[Any, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_bias: Tensor | None,
+        *rest: Any,
     ) -> Tensor:
-        out, stats = ops[0](q, k, v, *rest)
-        ctx.save_for_backward(q, k, v, out, stats, *rest[:_WHERE])
+        out, stats = ops[0](q, k, v, *rest, position_bias)
+        ctx.save_for_backward(position_bias, q, k, v, out, stats, *rest[:_WHERE])
         ctx.backward_op, ctx.settings = ops[1], rest[_WHERE:]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        needs = list(ctx.needs_input_grad[1:4])
-        grads = ctx.backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, needs)
+        needs = list(ctx.needs_input_grad[1:5])
+        position_bias, *saved = ctx.saved_tensors
+        asked = needs[:3], position_bias, needs[3]
+        grads = ctx.backward_op(grad_out, *saved, *ctx.settings, *asked)
         return (None, *wanted(grads, needs), *[None] * (_WHERE + len(ctx.settings)))
 
 
@@ -96,15 +106,16 @@ def _run(
     scale: float,
     softcap: float,
     dropout_p: float,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     q, k, v = autocast(q, k, v)
     seed = seed_for(q, dropout_p)
     where = arguments_of(layout, seed)
     settings = (causal, window, scale, softcap, dropout_p)
-    if needs_grad(q, k, v):
-        out: Tensor = _Attention.apply(ops, q, k, v, *where, *settings)
+    if needs_grad(q, k, v, position_bias):
+        out: Tensor = _Attention.apply(ops, q, k, v, position_bias, *where, *settings)
         return out
-    return ops[0](q, k, v, *where, *settings)[0]
+    return ops[0](q, k, v, *where, *settings, position_bias)[0]
 
 
 def arguments_of(layout: Layout, seed: Tensor | None = None) -> tuple[Any, ...]:
@@ -152,6 +163,21 @@ def _check_window(op: str, window: int | None) -> int:
     return window
 
 
+def _check_bias(op: str, q: Tensor, position_bias: Tensor | None) -> Tensor | None:
+    if position_bias is None:
+        return None
+    checks.is_tensor(op, position_bias=position_bias)
+    if position_bias.dtype != reference.compute_dtype(q):
+        wanted = "float32 (float64 beside a float64 q)"
+        raise checks.fail(op, "position_bias", wanted, position_bias)
+    checks.same_device(op, "q", q, position_bias=position_bias)
+    checks.has_shape(op, "position_bias", position_bias, [q.shape[1], None])
+    if position_bias.shape[1] % 2 == 0:
+        wanted = "of an odd number of columns, one for each distance from -D to D"
+        raise checks.fail(op, "position_bias", wanted, position_bias)
+    return position_bias
+
+
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -196,6 +222,7 @@ def self_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention inside each packed segment; no row sees another segment.
@@ -204,8 +231,12 @@ def self_attention(
     layout: the segments; each must read itself (`Layout.from_padded(mask)`,
     `Layout.from_lengths(lengths)`).
     causal: row r sees keys 0..r of its segment. window w: only keys less than w away (sliding
-    window; with causal the last w keys, the row's own included). scale, softcap, dropout_p and
-    errors: as in `cross_attention`. A second derivative is refused (``once_differentiable``).
+    window; with causal the last w keys, the row's own included). position_bias: float32
+    [H, 2D + 1], added to the scores, cap included, by the distance of a key from its query within
+    the segment: column clamp(key - query, -D, D) + D (T5's relative positions, arXiv 1910.10683,
+    with their buckets looked up once for each distance). Its gradient is a sum over all pairs of a
+    distance, deterministic. scale, softcap, dropout_p and errors: as in `cross_attention`. A second
+    derivative is refused (``once_differentiable``).
 
     Returns [T, H, D] in q's dtype.
     """
@@ -216,7 +247,8 @@ def self_attention(
     dropout_p = checks.probability("self_attention", "dropout_p", dropout_p)
     w = _check_window("self_attention", window)
     factor = checks.scale_value("self_attention", scale, q.shape[-1])
-    return _run(_SELF, q, k, v, layout, bool(causal), w, factor, cap, dropout_p)
+    bias = _check_bias("self_attention", q, position_bias)
+    return _run(_SELF, q, k, v, layout, bool(causal), w, factor, cap, dropout_p, bias)
 
 
 def cached_attention(
@@ -229,6 +261,7 @@ def cached_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """One new token per row against a cache that is never reordered: a decoding step.
 
@@ -237,7 +270,8 @@ def cached_attention(
     new one included. ancestry: int32 [R, T], the cache row that holds each position of each row,
     so that a beam search copies no cache; a negative entry is a position that the row does not see
     (padding). Without it row r reads cache row r, and N must be R or more.
-    window w: only the last w positions. scale, softcap: as in `cross_attention`.
+    window w: only the last w positions. scale, softcap: as in `cross_attention`. position_bias: as
+    in `self_attention`, from a query that stands at the last of its positions.
 
     Returns [R, H, D] in q's dtype; zeros for a row with no visible position. Decoding only: with
     gradients on and an input that wants one, the differentiable reference serves.
@@ -252,6 +286,7 @@ def cached_attention(
     checks.same_kind(op, "q", q, k_cache=k_cache, v_cache=v_cache)
     if q.dim() != 3:
         raise checks.fail(op, "q", "of shape [rows, heads, head_dim]", q)
+    position_bias = _check_bias(op, q, position_bias)
     checks.has_shape(op, "k_cache", k_cache, [None, None, None, q.shape[2]])
     checks.has_shape(op, "v_cache", v_cache, [*k_cache.shape[:3], None])
     if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
@@ -276,7 +311,7 @@ def cached_attention(
         checks.scale_value(op, scale, q.shape[-1]),
         checks.softcap_value(op, softcap),
     )
-    arguments = (q, k_cache, v_cache, lengths.to(torch.int32), ancestry, *settings)
-    if needs_grad(q, k_cache, v_cache):
+    arguments = (q, k_cache, v_cache, lengths.to(torch.int32), ancestry, *settings, position_bias)
+    if needs_grad(q, k_cache, v_cache, position_bias):
         return reference.cached_attention(*arguments)
     return _CACHED(*arguments)

@@ -13,7 +13,7 @@ from torch import nn
 from fastvlm.nn.linear import original
 from fastvlm.patching.foreign import bound_forward
 from fastvlm.patching.interposed import forget, without_look
-from fastvlm.patching.rules import Swap
+from fastvlm.patching.rules import Alias, Swap
 from fastvlm.patching.weights import forget_copy
 
 
@@ -36,7 +36,7 @@ def swapped(base: Any, swap: Swap) -> Any:
             "qconfig": property(_no_qconfig, _refuse_quantizing),
             "_fastvlm_base": base,
             "_fastvlm_swap": swap,
-            **dict(swap.attributes),
+            **{n: v.descriptor() if isinstance(v, Alias) else v for n, v in swap.attributes},
         },
     )
     cls._fastvlm_class = cls  # what a subclass inherits, and is not

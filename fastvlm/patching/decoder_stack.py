@@ -40,12 +40,12 @@ from fastvlm.run.layouts import (
     hand,
     hides,
     is_2d,
+    needs_columns,
     ones,
     restarts,
     visible_positions,
     wants_attentions,
     warn_of_zeros,
-    window_needs_columns,
 )
 from fastvlm.run.mixin import by_name
 from fastvlm.run.step import STEPS, is_plain_step
@@ -126,7 +126,7 @@ class DecoderStack(PatchedStack):
             mask = self.default_mask(call.input_ids)
         if mask is not None and mask.shape != (batch, filled + length):
             return None
-        if filled == 0 and window_needs_columns(self, mask):
+        if filled == 0 and needs_columns(self, mask):
             return None
         request = loss_request()
         labelled = request is not None and request.decoder is self

@@ -23,11 +23,11 @@ from fastvlm.run.layouts import (
     grid_of,
     hides,
     is_2d,
+    needs_columns,
     ones,
     packed_positions,
     wants_attentions,
     wants_hidden_states,
-    window_needs_columns,
     zero_padding,
 )
 from fastvlm.run.mixin import Mixin, by_name
@@ -99,7 +99,7 @@ class EncoderStack(PatchedStack):
         mask = self.default_mask(input_ids) if attention_mask is None else attention_mask
         # who was given no mask, cross-attention too, reads the states of padding as well
         unhidden = attention_mask is None and hides(mask)
-        if unhidden or window_needs_columns(self, mask):
+        if unhidden or needs_columns(self, mask):
             return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         rows = Layout.from_padded(ones(batch, length, device) if mask is None else mask)
         layouts = Layouts(rows=rows, packed=self._runs_packed(rows, kwargs, found))

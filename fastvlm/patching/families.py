@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from fastvlm.models import bart, florenz, gemma2, m2m100, marian, t5gemma, trocr, whisper
+from fastvlm.models import bart, florenz, gemma2, m2m100, marian, t5, t5gemma, trocr, whisper
 from fastvlm.models.spec import Attention, Layer, Mlp, Stack
 from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
 from fastvlm.patching.decoder_stack import DecoderStack
 from fastvlm.patching.encoder_stack import EncoderStack, FrameEncoderStack
-from fastvlm.patching.norms import choose_norm, is_rms_norm
-from fastvlm.patching.rules import Rule, StackRule, Swap, mistaken
+from fastvlm.patching.norms import choose_norm, choose_t5_norm, is_rms_norm
+from fastvlm.patching.rules import Alias, Rule, StackRule, Swap, mistaken
 from fastvlm.run.attention import PatchedAttention, is_causal
+from fastvlm.run.mlp import PatchedMlp
 from fastvlm.run.packed import PatchedLayer
 
 Choose = Callable[[nn.Module], Swap | str]
@@ -35,6 +36,10 @@ def _choice(read: Callable[[Any], Any], swap: Callable[[Any, Any], Swap]) -> Cho
     return choose
 
 
+def _aliases(spec: Attention | Stack) -> tuple[tuple[str, Any], ...]:
+    return tuple((ours, Alias(theirs)) for ours, theirs in spec.aliases)
+
+
 def _attention(module: Any, spec: Attention) -> Swap:
     crosses = spec.cross or (spec.states is not None and module.is_decoder)
     causal = is_causal(module, spec)
@@ -43,7 +48,7 @@ def _attention(module: Any, spec: Attention) -> Swap:
         both = runs_on if spec.causal is None else ()
         cached = ("cached_attention",) if causal else ()
         runs_on = (*(("rope",) if spec.rotary else ()), "self_attention", *both, *cached)
-    return Swap(PatchedAttention, runs_on, (("spec", spec),))
+    return Swap(PatchedAttention, runs_on, (("spec", spec), *_aliases(spec)))
 
 
 def _layer(module: Any, spec: Layer) -> Swap:
@@ -52,7 +57,8 @@ def _layer(module: Any, spec: Layer) -> Swap:
         "residual_layer_norm": any(r.norm for r in spec.residuals),
         "residual_rms_norm": any(r.after for r in spec.residuals),
     }
-    return Swap(PatchedLayer, tuple(op for op, runs in ops.items() if runs), (("spec", spec),))
+    found = tuple(op for op, runs in ops.items() if runs) or ("Layout",)
+    return Swap(PatchedLayer, found, (("spec", spec),))
 
 
 def _mlp(module: Any) -> Swap | str:
@@ -63,9 +69,18 @@ def _mlp(module: Any) -> Swap | str:
     return Swap(GegluMLP, ("geglu_mlp",), attributes)
 
 
+def _t5_mlp(module: Any) -> Swap | str:
+    spec = t5.read_mlp(module)
+    if isinstance(spec, str):
+        return spec
+    op = "gelu_mlp" if spec.gate is None else "geglu_mlp"
+    return Swap(PatchedMlp, (op,), (("spec", spec),))
+
+
 def _stack(decodes: bool, module: Any, spec: Stack) -> Swap:
     encoder = EncoderStack if spec.reads == "input_ids" else FrameEncoderStack
-    return Swap(DecoderStack if decodes else encoder, ("Layout",), (("spec", spec),))
+    attributes = (("spec", spec), *_aliases(spec))
+    return Swap(DecoderStack if decodes else encoder, ("Layout",), attributes)
 
 
 def _attention_rule(matches: Any, read: Any) -> Rule:
@@ -103,6 +118,13 @@ _T5GEMMA = (
 )
 _FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA)
 
+_T5 = (
+    _attention_rule(t5.is_attention, t5.read_attention),
+    Rule(("mlp",), t5.is_mlp, _t5_mlp),
+    Rule(("norm",), t5.is_norm, choose_t5_norm),
+    _layer_rule(t5.is_layer, t5.read_layer, "mlp", "norm"),
+)
+
 
 def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackRule]:
     """The encoder and the decoder of a family that has both."""
@@ -124,6 +146,7 @@ STACKS: tuple[StackRule, ...] = (
     *_two_stacks(bart, _BART),
     *_two_stacks(m2m100, _BART),
     *_two_stacks(whisper, _BART),
+    *_two_stacks(t5, _T5),
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
     _stack_rule(gemma2.is_stack, lambda module: gemma2.STACK, _GEMMA2, gemma2.KNOWN),

@@ -19,9 +19,14 @@ from torch import nn
 
 from fastvlm.compat import pytorch
 from fastvlm.models.spec import Stack
-from fastvlm.models.structure import hands_down
+from fastvlm.models.structure import (
+    attention_in,
+    hands_down,
+    layer_in,
+    layers_of,
+    submodule,
+)
 from fastvlm.nn.linear import original
-from fastvlm.nn.wrapped import unwrapped
 from fastvlm.patching.foreign import (
     attention_of_others,
     foreign_hook,
@@ -46,7 +51,7 @@ _EMBEDDINGS = (
     "embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb", "conv1", "conv2",
 )  # fmt: skip
 # read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
-_ACTIVATIONS = ("activation_fn", "act_fn")
+_ACTIVATIONS = ("activation_fn", "act_fn", "act")
 
 
 class Interposed(NamedTuple):
@@ -68,13 +73,13 @@ def parts_of(stack: Any, names: tuple[str, ...]) -> list[tuple[str, Any]] | str:
     names: of the attentions in each layer. Sees through wrappers.
     """
     found = []
-    for index, outer in enumerate(stack.layers):
-        layer = unwrapped(outer, names[0])
+    for index, outer in enumerate(layers_of(stack)):
+        layer = layer_in(outer, names[0])
         if layer is None:
             return f"its layer {index} ({type(outer).__name__}) has no {names[0]}"
         for name in names:
-            part = layer._modules.get(name)
-            inner = None if part is None else unwrapped(part, "q_proj")
+            part = submodule(layer, name)
+            inner = None if part is None else attention_in(part)
             if inner is None:
                 return f"its layers.{index}.{name} is no attention that fastvlm knows"
             for wrapper in (*_around(outer, layer), *_around(part, inner)):
@@ -102,6 +107,14 @@ def configs_of(stack: Any, names: tuple[str, ...]) -> list[Any]:
     return list({id(config): config for config in configs if config is not None}.values())
 
 
+def without_kernel(stack: Any, spec: Any) -> str | None:
+    """Why the attention of a stack is faster as transformers computes it; None where it is not."""
+    device = stack.embed_tokens.weight.device.type if spec.has_bias else "cpu"
+    if device in ("cpu", "meta"):
+        return None
+    return f"its scores have a bias of the distance, for which there is no kernel on {device} yet"
+
+
 def runs_ours(module: Any) -> bool:
     """Whether a module is patched, and its class, or one made of it, still runs our forward."""
     cls = type(module)
@@ -119,11 +132,14 @@ def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
         if not is_ours(module):
             kind = type(module).__name__
             return Interposed(f"its {path} ({kind}) is no attention that fastvlm knows")
-    layers = {unwrapped(layer, names[0]) for layer in stack.layers}
+    layers = {layer_in(layer, names[0]) for layer in layers_of(stack)}
     if spec.hands is not None and not all(map(is_ours, layers)):
         return Interposed(
             "it hands only to layers of fastvlm what attention reads instead of masks"
         )
+    first, _, below = names[0].partition(".")
+    if below:  # its branches stand in modules that our layer does not call
+        layers |= {part for layer in layers for part in layer._modules[first]}
     padded = None
     for path, module in stack.named_modules():
         if module is stack:
@@ -199,7 +215,8 @@ class _Look:
         self.found = look(stack, stack.spec, runs_ours)
         parts = parts_of(stack, stack.spec.attentions)
         self.attentions = [] if isinstance(parts, str) else parts
-        self.layers = [unwrapped(layer, stack.spec.attentions[0]) for layer in stack.layers]
+        first = stack.spec.attentions[0]
+        self.layers = [layer_in(layer, first) for layer in layers_of(stack)]
         self.own = _State.of(stack)._replace(module=None)
         self.states = [_State.of(m) for m in stack.modules() if m is not stack]
         bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
@@ -260,7 +277,7 @@ def _looked_at(stack: Any) -> Interposed:
         known = vars(stack)[_LOOK] = _Look(stack)
     found: Interposed = known.found
     if found.unfused is None:
-        reason = attention_of_others(known.configs)
+        reason = attention_of_others(known.configs) or without_kernel(stack, stack.spec)
         if reason is None and pytorch.has_hooks_of_all():
             reason = "there is a hook of all modules"
         if reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvlm import ops
 from fastvlm.compat import hf
+from fastvlm.nn.linear import original
 from fastvlm.nn.norm import RMSNorm
 from fastvlm.nn.wrapped import owns
 from fastvlm.patching.rules import Swap
@@ -50,3 +52,18 @@ def _with_weight(module: Any, weight: Tensor) -> Any:
     twin = object.__new__(type(module))
     twin.__dict__.update(vars(module), _parameters={"weight": nn.Parameter(weight)})
     return functools.partial(type(module).forward, twin)
+
+
+class T5RMSNorm(VarianceEpsilonRMSNorm):
+    """T5's, which gives rows of its weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        y: Tensor = original(type(self)).forward(self, x)
+        return y
+
+
+def choose_t5_norm(module: Any) -> Swap | str:
+    swap = choose_norm(module)
+    return swap if isinstance(swap, str) else replace(swap, mixin=T5RMSNorm)

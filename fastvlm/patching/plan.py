@@ -140,6 +140,7 @@ def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
     """Why a stack stays with transformers though the rules would have it."""
     spec = spec_of(swap)
     reason = interposed.look(stack, spec, patched.__contains__).unfused
+    reason = reason or interposed.without_kernel(stack, spec)
     return reason or foreign.attention_of_others(interposed.configs_of(stack, spec.attentions))
 
 
@@ -223,7 +224,8 @@ def _projections_of_images(attention: Any, rule: Rule) -> list[nn.Module]:
     swap = rule.choose(attention) if not is_patched(attention) else type(attention)._fastvlm_swap
     if not isinstance(swap, Swap) or "cross_attention" not in swap.runs_on:
         return []
-    return [attention.k_proj, attention.v_proj]
+    spec = spec_of(swap)
+    return [getattr(attention, spec.name(part)) for part in ("k_proj", "v_proj")]
 
 
 def _missing(rule: Rule, wanted: frozenset[str]) -> str | None:

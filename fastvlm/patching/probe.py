@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.compat.versions import is_tested
-from fastvlm.models.structure import takes
+from fastvlm.models.spec import Layer
+from fastvlm.models.structure import layers_of, submodule, takes
 from fastvlm.ops import dispatch
 from fastvlm.patching.classes import become, swapped, unpatched_class
 from fastvlm.patching.replica import DTYPE, ROWS, Float64, Replica, signature, without_weights
@@ -31,7 +32,11 @@ SAME = 1e-6
 MOST_KINDS = 8  # of layers in a stack: each takes about a tenth of a second
 # where a linear layer sits: adapters and quantized ones are called, so they need not be known
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
-_SLOTS = frozenset((*_PROJECTIONS, "fc1", "fc2", "gate_proj", "up_proj", "down_proj"))
+_MLP = ("fc1", "fc2", "gate_proj", "up_proj", "down_proj", "wi", "wi_0", "wi_1", "wo")
+_SLOTS = frozenset((*_PROJECTIONS, "q", "k", "v", "o", *_MLP))
+# where the attentions of a layer stand
+_OWN = ("self_attn", "layer.0.SelfAttention")
+_CROSS = ("encoder_attn", "cross_attn", "layer.1.EncDecAttention")
 # what is called, whatever it computes, or has nothing to compute
 _HARMLESS_HOMES = (
     "torch",
@@ -103,13 +108,13 @@ def try_stack(
         return trial.refused
     parts = PartTrials()
     for module, swap in swaps.items():
-        if "self_attn" not in module._modules:
+        if not _is_layer(swap):
             difference = parts.difference(module, swap)
             if difference is not None:
                 trial.refuse([module], f"{why}, and {difference}")
-    layers = {m for m in trial.swaps if "self_attn" in m._modules}
+    layers = {m for m, swap in trial.swaps.items() if _is_layer(swap)}
     kinds: dict[Any, int] = {}
-    for index, layer in enumerate(stack.layers):
+    for index, layer in enumerate(layers_of(stack)):
         kinds.setdefault(signature(layer), index)
     if len(kinds) > MOST_KINDS:
         reason = f"{why}, and its layers are of {len(kinds)} kinds: too many to try"
@@ -118,6 +123,10 @@ def try_stack(
     for index in kinds.values():
         _try_layer(stack, index, trial, together, layers, why)
     return trial.refused
+
+
+def _is_layer(swap: Swap) -> bool:
+    return isinstance(dict(swap.attributes).get("spec"), Layer)
 
 
 def _try_layer(
@@ -132,7 +141,7 @@ def _try_layer(
     if not trial.swaps.keys() & (together | layers):
         return
     replica = Replica(index)
-    copied = replica.of(stack, stack.layers)
+    copied = replica.of(stack, layers_of(stack))
     base, failed = _run(lambda: _answers(copied))
     if base is None:
         trial.refuse([*together, *layers], f"{why}, and it could not be tried: {failed}")
@@ -291,7 +300,7 @@ def _given(module: Any, replica: Replica) -> tuple[Any, ...] | None:
         if side is not None:  # more than one window, and padding in some
             size = (side + 1, side + 2)
             shape = (1, *size) if takes(module, "hidden_states") else (1, size[0] * size[1])
-    elif (first := module._modules.get("gate_proj", module._modules.get("fc1"))) is not None:
+    elif (first := _first_linear(module)) is not None:
         width = first.in_features
     else:
         weight = module._parameters.get("weight")
@@ -302,6 +311,11 @@ def _given(module: Any, replica: Replica) -> tuple[Any, ...] | None:
     return (x, size) if takes(module, "size") else (x,)
 
 
+def _first_linear(mlp: Any) -> Any:
+    names = ("gate_proj", "fc1", "wi_0", "wi")
+    return next((mlp._modules[name] for name in names if name in mlp._modules), None)
+
+
 def _random(replica: Replica, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=DTYPE).normal_(generator=replica.random)
 
@@ -310,7 +324,8 @@ def _answers(stack: Any) -> list[Tensor]:
     """What a stack of one layer gives: trained on a padded batch; if it decodes, by steps too."""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(4, ROWS - 2, (2, 9), generator=random)
-    width = _reads(stack.layers[0])
+    own, cross = (_attention(layers_of(stack)[0], paths) for paths in (_OWN, _CROSS))
+    width = None if cross is None else int((cross._modules.get("k_proj") or cross.k).in_features)
     states: dict[str, Any] = {}
     if width is not None:
         states["encoder_hidden_states"] = torch.empty(2, 5, width, dtype=DTYPE).normal_(
@@ -318,7 +333,7 @@ def _answers(stack: Any) -> list[Tensor]:
         )
         if takes(stack, "encoder_attention_mask"):
             states["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
-    decodes = width is not None or getattr(stack.layers[0].self_attn, "is_causal", False)
+    decodes = width is not None or getattr(own, "is_causal", False)
     found = []
     for padded in (True, False):  # which run by ways of their own, in theirs and in ours
         found += _trained(stack, ids, states, padded)
@@ -326,13 +341,9 @@ def _answers(stack: Any) -> list[Tensor]:
     return found
 
 
-def _reads(layer: Any) -> int | None:
-    """The width of the encoder's states that a layer reads, or None."""
-    for name in ("encoder_attn", "cross_attn"):
-        part = layer._modules.get(name)
-        if part is not None:
-            return int(part.k_proj.in_features)
-    return None
+def _attention(layer: Any, paths: tuple[str, ...]) -> Any:
+    found = (submodule(layer, path) for path in paths)
+    return next((part for part in found if part is not None), None)
 
 
 def _trained(stack: Any, ids: Tensor, states: dict[str, Any], padded: bool) -> list[Tensor]:

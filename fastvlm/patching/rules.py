@@ -16,8 +16,21 @@ FLOORS = ("attention", "mlp", "norm", "linear", "loss")
 
 
 @dataclass(frozen=True)
+class Alias:
+    """In place of an attribute of a class: it gives another of its instances'."""
+
+    name: str
+
+    def descriptor(self) -> property:
+        return property(lambda module: getattr(module, self.name))
+
+
+@dataclass(frozen=True)
 class Swap:
-    """The class whose forward takes over, what that runs on, and class attributes it needs."""
+    """The class whose forward takes over, what that runs on, and class attributes it needs.
+
+    An `Alias` among these becomes a property: pickle keeps a swap, and no property.
+    """
 
     mixin: type[nn.Module]
     runs_on: tuple[str, ...]

@@ -1,8 +1,9 @@
 """Attention over packed rows, in plain PyTorch.
 
 Scores are ``s = scale * q.k``, then ``softcap * tanh(s / softcap)`` where a cap is given (Gemma-2,
-arXiv 2408.00118), then softmax over the visible keys. Computed in float32 (float64 for float64
-inputs), one image at a time, so K/V of an image are touched once for all its readers.
+arXiv 2408.00118), plus the bias of the distance from query to key where there is one (T5, arXiv
+1910.10683), then softmax over the visible keys. Computed in float32 (float64 for float64 inputs),
+one image at a time, so K/V of an image are touched once for all its readers.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class _Block:
         window: int,
         scale: float,
         softcap: float,
+        position_bias: Tensor | None,
     ):
         dtype = compute_dtype(q)
         heads, kv_heads = q.shape[1], k.shape[1]
@@ -47,6 +49,11 @@ class _Block:
             t = torch.tanh(raw / softcap)
             self.cap_slope = 1 - t * t
             raw = softcap * t
+        self.entries: Tensor | None = None
+        if position_bias is not None and positions is not None:
+            self.entries = _entries(positions[rows], self.k.shape[0], position_bias)
+            bias = position_bias.to(dtype)[:, self.entries]  # [H, R, K]
+            raw = raw + bias.unflatten(0, (kv_heads, heads // kv_heads))
         if positions is not None and (causal or window > 0):
             distance = positions[rows].unsqueeze(1) - torch.arange(self.k.shape[0], device=q.device)
             hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
@@ -71,6 +78,22 @@ class _Block:
         return keep_scale(seed, counter, dropout_p, self.scores.dtype)
 
 
+def _entries(places: Tensor, keys: int, position_bias: Tensor) -> Tensor:
+    """The column [R, K] of position_bias [H, 2D + 1] for each row and key."""
+    reach = position_bias.shape[1] // 2
+    distance = torch.arange(keys, device=places.device) - places.unsqueeze(1)
+    return distance.clamp(-reach, reach) + reach
+
+
+def _add_at(sums: Tensor, entries: Tensor, values: Tensor) -> None:
+    """Add values [H, N] to sums [H, E] at entries [N], in one order."""
+    if sums.is_cuda:  # unlike scatter_add_ there
+        heads = torch.arange(sums.shape[0], device=sums.device).unsqueeze(1)
+        sums.index_put_((heads, entries), values, accumulate=True)
+    else:
+        sums.scatter_add_(1, entries.expand(sums.shape[0], -1), values)
+
+
 def _blocks(
     q: Tensor,
     k: Tensor,
@@ -81,6 +104,7 @@ def _blocks(
     window: int,
     scale: float,
     softcap: float,
+    position_bias: Tensor | None,
 ) -> Iterator[_Block]:
     starts, ends = q_offsets[:-1].tolist(), q_offsets[1:].tolist()
     bounds, images = kv_offsets.tolist(), image_of.tolist()
@@ -95,7 +119,7 @@ def _blocks(
         keys = slice(bounds[image], bounds[image + 1])
         if keys.stop > keys.start:
             rows = torch.cat(segments)
-            yield _Block(q, k, rows, keys, positions, causal, window, scale, softcap)
+            yield _Block(q, k, rows, keys, positions, causal, window, scale, softcap, position_bias)
 
 
 def attention(
@@ -116,6 +140,7 @@ def attention(
     scale: float,
     softcap: float,
     dropout_p: float,
+    position_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward of cross_attention and self_attention: out [Tq, H, D] and stats [Tq, H, 2].
 
@@ -127,7 +152,9 @@ def attention(
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     stats = q.new_zeros(*q.shape[:2], 2, dtype=dtype)
     stats[..., 0] = float("-inf")
-    for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
+    for block in _blocks(
+        q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap, position_bias
+    ):
         largest = block.scores.amax(-1)  # [Hkv, G, R]
         base = largest.masked_fill(largest.isneginf(), 0)
         total = torch.exp(block.scores - base.unsqueeze(-1)).sum(-1)
@@ -164,8 +191,11 @@ def attention_backward(
     softcap: float,
     dropout_p: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV, those that needs[i] asks for; the probabilities are recomputed.
+    position_bias: Tensor | None = None,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, those that needs[i] asks for, and with need_bias the gradient of position_bias;
+    the probabilities are recomputed.
 
     out and stats are there for kernels, which get by with them instead of whole rows. dK and dV
     of an image are sums over all its readers, in one product: deterministic.
@@ -174,8 +204,13 @@ def attention_backward(
     dq, dk, dv = (
         x.new_zeros(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs)
     )
+    dbias = q.new_empty(0) if position_bias is None else position_bias.new_empty(0)
+    if need_bias and position_bias is not None:
+        dbias = torch.zeros_like(position_bias, dtype=dtype)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    for block in _blocks(q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap):
+    for block in _blocks(
+        q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap, position_bias
+    ):
         rows, keys = block.rows, block.keys
         p = block.probabilities()
         g = grad_out[rows].to(dtype).unflatten(1, (kv_heads, group))  # [R, Hkv, G, D]
@@ -183,12 +218,14 @@ def attention_backward(
         if needs[2]:
             dropped = p if keep is None else p * keep
             dv[keys] = torch.einsum("hgrk,rhgd->khd", dropped, g).to(v.dtype)
-        if not (needs[0] or needs[1]):
+        if not (needs[0] or needs[1] or need_bias):
             continue
         dp = torch.einsum("rhgd,khd->hgrk", g, v[keys].to(dtype))
         if keep is not None:
             dp = dp * keep
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if need_bias and block.entries is not None:
+            _add_at(dbias, block.entries.flatten(), ds.flatten(0, 1).flatten(1))
         if block.cap_slope is not None:
             ds = ds * block.cap_slope
         ds = ds * scale
@@ -196,7 +233,7 @@ def attention_backward(
             dq[rows] = torch.einsum("hgrk,khd->rhgd", ds, block.k).flatten(1, 2).to(q.dtype)
         if needs[1]:
             dk[keys] = torch.einsum("hgrk,rhgd->khd", ds, block.q).to(k.dtype)
-    return dq, dk, dv
+    return dq, dk, dv, dbias
 
 
 def cached_attention(
@@ -208,11 +245,13 @@ def cached_attention(
     window: int,
     scale: float,
     softcap: float,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """One new token per row: q [R, H, D] against caches [N, T, Hkv, D] -> [R, H, D].
 
     Position t of row r is read from cache row ancestry[r, t] (row r itself without ancestry); a
     negative entry is not visible. Only 0 <= t < lengths[r], and with a window t >= lengths[r] - w.
+    position_bias is read at the distance of t from the last of them, lengths[r] - 1.
     """
     dtype = compute_dtype(q)
     kv_heads, time = k_cache.shape[2], k_cache.shape[1]
@@ -233,6 +272,10 @@ def cached_attention(
     scores = torch.einsum("rhgd,rthd->rhgt", grouped, keys) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        entries = _entries(lengths.long() - 1, time, position_bias)
+        bias = position_bias.to(dtype)[:, entries].transpose(0, 1)  # [R, H, T]
+        scores = scores + bias.unflatten(1, (kv_heads, -1))
     mask = visible.view(visible.shape[0], 1, 1, time)
     scores = scores.masked_fill(~mask, float("-inf"))
     any_visible = visible.any(1).view(-1, 1, 1, 1)

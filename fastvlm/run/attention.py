@@ -13,6 +13,7 @@ from fastvlm.compat import hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.models.spec import Attention
+from fastvlm.nn.wrapped import owns
 from fastvlm.run import static
 from fastvlm.run.layouts import Layouts, taken
 from fastvlm.run.mixin import Mixin, by_name
@@ -59,26 +60,36 @@ class PatchedAttention(Mixin):
 
     spec: Attention
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         spec, layouts = self.spec, taken(kwargs, self)
         given = by_name(spec.arguments, args, kwargs)
         states = None if spec.states is None else given.get(spec.states)
-        mask, cache = given.get("attention_mask"), hf.cache_in(given)
+        mask, cache = given.get(spec.mask), hf.cache_in(given)
         fuses = layouts is not None
         if layouts is not None and states is None:
             fuses = not spec.cross and layouts.fuses(mask, hidden_states)
         if layouts is None or not fuses:
-            out: tuple[Tensor, None] = super().forward(hidden_states, *args, **kwargs)
+            out: tuple[Any, ...] = super().forward(hidden_states, *args, **kwargs)
             return out
-        q = self._heads(self.q_proj(hidden_states))
+        q, bias = self._heads(self.q_proj(hidden_states)), None
         if states is not None:
             y = self._cross(q, states, layouts, cache)
         else:
             k, v = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
             if spec.rotary:
                 q, k = _rotated(q, k, *given["position_embeddings"])
-            y = self._self(q, k, v, layouts, cache, mask)
-        return getattr(self, spec.out)(y), None
+            bias = self._position_bias(given)
+            y = self._self(q, k, v, layouts, cache, mask, bias)
+        y = getattr(self, spec.out)(y)
+        return (y, bias, None) if spec.shares_bias else (y, None)
+
+    def _position_bias(self, given: dict[str, Any]) -> Tensor | None:
+        """[H, 2D + 1], as `fastvlm.ops.self_attention` takes it: another's, or our own."""
+        shared: Tensor | None = given.get("position_bias")
+        table = self.spec.bias
+        if table is None or shared is not None or not owns(self, table):
+            return shared
+        return hf.bias_of_distances(self)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -88,7 +99,14 @@ class PatchedAttention(Mixin):
         return p
 
     def _self(
-        self, q: Tensor, k: Tensor, v: Tensor, layouts: Layouts, cache: Any, mask: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layouts: Layouts,
+        cache: Any,
+        mask: Any,
+        bias: Tensor | None,
     ) -> Tensor:
         """q [B, L, H, D], k, v [B, L, Hkv, D] -> [B, L, H * D]; appends to a cache.
 
@@ -99,7 +117,9 @@ class PatchedAttention(Mixin):
         scale, softcap = self.scaling, softcap_of(self, self.spec)
         if layouts.static is not None:
             index = self.layer_idx
-            return static.self_attend(q, k, v, mask, cache, index, scale=scale, softcap=softcap)
+            return static.self_attend(
+                *(q, k, v, mask, cache, index), scale=scale, softcap=softcap, position_bias=bias
+            )
         window = window_of(self, self.spec)
         if cache is not None:
             layer = beam_cache.layer_of(cache, self.layer_idx)
@@ -116,6 +136,7 @@ class PatchedAttention(Mixin):
                     window=window,
                     scale=scale,
                     softcap=softcap,
+                    position_bias=bias,
                 )
                 return out.flatten(1).unsqueeze(1)
         rows = layouts.rows
@@ -129,6 +150,7 @@ class PatchedAttention(Mixin):
             window=window,
             scale=scale,
             softcap=softcap,
+            position_bias=bias,
             dropout_p=self._dropout(),
         )
         return layouts.unpack(out.flatten(1))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
+from fastvlm.compat import hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.models.spec import Attention, Layer, Mlp, Residual, Stack
+from fastvlm.models.structure import layers_of, part_of
 from fastvlm.nn.norm import is_plain_rms_norm
+from fastvlm.nn.wrapped import owns
 from fastvlm.run.attention import softcap_of, window_of
 from fastvlm.run.embedded import embeds_alike
 from fastvlm.run.embedding import check_embedding, embed_step, rotation_of
@@ -64,15 +68,16 @@ def _write(stack: Any, past: Any) -> Program:
     spec: Stack = stack.spec
     check_embedding(stack)
     ensure(spec.rotary is None or has_no_hooks(getattr(stack, spec.rotary)))
-    layers = [(layer, _spec_of(layer, Layer)) for layer in stack.layers]
+    layers = [(layer, _spec_of(layer, Layer)) for layer in layers_of(stack)]
     firsts = [each.residuals[0].before for _, each in layers]
-    following = [None if n is None else getattr(m, n) for (m, _), n in zip(layers, firsts)][1:]
+    following = [None if n is None else part_of(m, n) for (m, _), n in zip(layers, firsts)][1:]
     following.append(None if spec.norm is None else getattr(stack, spec.norm))
     program = Program(getattr(stack, spec.embedding.tokens).weight.shape[1])
-    h, normed = 0, None
+    h, normed, bias = 0, None, None
     for index, (layer, each) in enumerate(layers):
-        writer = _Writer(program, layer, each, past, index)
+        writer = _Writer(program, layer, each, past, index, bias)
         h, normed = run_layer(writer, layer, each.residuals, h, normed, following[index])
+        bias = writer.position_bias
     return program
 
 
@@ -86,24 +91,41 @@ def _spec_of(module: Any, kind: Any) -> Any:
 class _Writer:
     """A `fastvlm.run.layer.Runner` that writes instructions: rows are numbers of registers."""
 
-    def __init__(self, program: Program, layer: Any, spec: Layer, past: Any, index: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        layer: Any,
+        spec: Layer,
+        past: Any,
+        index: int,
+        position_bias: Tensor | None,
+    ) -> None:
         self.program, self.layer, self.index = program, layer, index
+        self.position_bias = position_bias
         self.own, self.cross = past, None
         if isinstance(past, EncoderDecoderCache):
             self.own, self.cross = past.self_attention_cache, past.cross_attention_cache
-        dropout = None if spec.dropout is None else getattr(layer, spec.dropout)
-        ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
+        paths = {spec.dropout, *(residual.dropout for residual in spec.residuals)}
+        for dropout in (part_of(layer, path) for path in paths if path is not None):
+            ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
+        # there modules look behind each branch for what is infinite
+        half = any(p.dtype == torch.float16 for p in layer.parameters())
+        ensure(spec.clamps != "infinite" or not half)
 
     def norm(self, x: int, norm: Any) -> int:
+        return self._norm(x, norm)[0]
+
+    def _norm(self, x: int, norm: Any, residual: int | None = None) -> list[int]:
+        """norm(x); with residual residual + x, and the norm of that."""
         if isinstance(norm, nn.LayerNorm):
-            return self.program.layer_norm(x, norm)[0]
+            return self.program.layer_norm(x, norm, residual)
         ensure(is_plain_rms_norm(norm))
-        return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset)
+        return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset, residual)
 
     def branch(self, x: int, residual: Residual) -> int:
         if isinstance(residual.branch, Mlp):
             return self.program.mlp(x, self.layer, residual.branch)
-        part = getattr(self.layer, residual.branch)
+        part = part_of(self.layer, residual.branch)
         if residual.reads == "mlp":
             return self.program.mlp(x, part, _spec_of(part, Mlp))
         spec = _spec_of(part, Attention)
@@ -116,7 +138,22 @@ class _Writer:
             q, k = self.program.rope(q, k, part.head_dim)
         cache = beam_cache.layer_of(self.own, self.index)
         window, softcap = window_of(part, spec), softcap_of(part, spec)
-        return self.program.self_attention(q, k, v, part, cache, window, softcap)
+        bias = self._bias_of(part, spec)
+        return self.program.self_attention(q, k, v, part, cache, window, softcap, bias)
+
+    def _bias_of(self, part: Any, spec: Attention) -> Tensor | None:
+        """A copy: what is written into its table makes the program stale."""
+        if spec.bias is None or not owns(part, spec.bias):
+            return self.position_bias
+        table = getattr(part, spec.bias)
+        ensure(has_no_hooks(table) and type(table.weight) is nn.Parameter)
+        ensure(not (table.weight.is_meta or table.weight.is_inference()))
+        self.program.copied.append(table.weight)
+        with torch.no_grad():
+            bias = hf.bias_of_distances(part)
+        if spec.shares_bias:
+            self.position_bias = bias
+        return bias
 
     def _cross_attention(self, x: int, part: Any, spec: Attention) -> int:
         ensure(self.cross is not None)
@@ -131,7 +168,7 @@ class _Writer:
             return self.program.residual_layer_norm(x, h, norm), None
         if residual.after is None:  # a sum is an instruction with the norm of it
             ensure(following is not None and residual.gate is None)
-            h, normed = self.program.layer_norm(x, following, h)
+            h, normed = self._norm(x, following, h)
             return h, normed
         after = getattr(self.layer, residual.after)
         norms = [after] if following is None else [after, following]

@@ -13,11 +13,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastvlm.models.structure import layers_of
 from fastvlm.nn.linear import DENSE, original
 
 _TOLERANCE = 1e-2  # of the largest value: kernels round differently, another embedding is far off
 # of each stack: what it was asked for, and the answer
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+
+
+class _Reached(Exception):
+    """The first layer is called: the rest of the stack has nothing to add."""
 
 
 class _First(nn.Module):
@@ -36,7 +41,7 @@ class _First(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.given = hidden_states
-        return hidden_states
+        raise _Reached
 
 
 def embeds_alike(stack: Any, arguments: dict[str, Any], x: Tensor) -> bool:
@@ -59,12 +64,16 @@ def embeds_alike(stack: Any, arguments: dict[str, Any], x: Tensor) -> bool:
 
 def _first_given(stack: Any, arguments: dict[str, Any]) -> Tensor | None:
     cls = original(type(stack))
-    bare, first = cls.__new__(cls), _First(stack.layers[0])
-    modules = {**stack._modules, "layers": nn.ModuleList([first])}
+    layers = layers_of(stack)
+    bare, first = cls.__new__(cls), _First(layers[0])
+    name = next(name for name, part in stack._modules.items() if part is layers)
+    modules = {**stack._modules, name: nn.ModuleList([first])}
     bare.__dict__.update({**stack.__dict__, "_modules": modules})
     try:
         with torch.no_grad():
             cls.forward(bare, **arguments)
+    except _Reached:
+        return first.given
     except Exception:  # a stack that cannot do without its layers: each of them is called
         return None
     return first.given

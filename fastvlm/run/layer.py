@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastvlm.models.spec import Residual
+from fastvlm.models.structure import part_of
 
 Rows = TypeVar("Rows")
 
@@ -41,10 +42,10 @@ def run_layer(
     for residual, then in zip(residuals, (*residuals[1:], None)):
         if normed is None:
             before = residual.before
-            normed = h if before is None else runner.norm(h, getattr(layer, before))
+            normed = h if before is None else runner.norm(h, part_of(layer, before))
         x = runner.branch(normed, residual)
         behind = following
         if then is not None:
-            behind = None if then.before is None else getattr(layer, then.before)
+            behind = None if then.before is None else part_of(layer, then.before)
         h, normed = runner.join(x, h, residual, behind)
     return h, normed

@@ -219,14 +219,16 @@ def warn_of_zeros(states: Tensor) -> None:
         )
 
 
-def window_needs_columns(module: Any, mask: Tensor | None) -> bool:
-    """Whether a sliding window counts padded columns that packing would take out.
+def needs_columns(stack: Any, mask: Tensor | None) -> bool:
+    """Whether distances count padded columns that packing would take out.
 
     Padding at either end shifts all distances alike; padding between tokens does not, and matters
-    where the window is shorter than the text.
+    to a bias of the distance, and where a sliding window is shorter than the text.
     """
-    window = getattr(module.config, "sliding_window", None)
-    if mask is None or window is None or window >= mask.shape[1]:
+    window = getattr(stack.config, "sliding_window", None)
+    if mask is None:
+        return False
+    if not stack.spec.has_bias and (window is None or window >= mask.shape[1]):
         return False
     tokens = mask != 0
     starts = tokens[:, 0].long() + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)

@@ -16,6 +16,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from fastvlm import ops
 from fastvlm.compat import hf
 from fastvlm.models.spec import Layer, Mlp, Residual
+from fastvlm.models.structure import part_of
 from fastvlm.nn.linear import is_plain, is_watched
 from fastvlm.nn.mlp import gelu_mlp, is_known
 from fastvlm.nn.norm import is_plain_rms_norm
@@ -26,8 +27,9 @@ from fastvlm.run.mixin import Mixin, by_name
 # what a cache is called: by this transformers, and in the specs
 _CACHES = (hf.cache_argument(), "past_key_values")
 _STATES, _STATES_MASK = "encoder_hidden_states", "encoder_attention_mask"
+_BIAS = "position_bias"
 # what the attention of a layer's own rows gets besides; the rest goes to each of its attentions
-_OF_ROWS = ("position_embeddings", "position_ids")
+_OF_ROWS = ("position_embeddings", "position_ids", _BIAS)
 
 
 class PatchedLayer(Mixin):
@@ -37,15 +39,22 @@ class PatchedLayer(Mixin):
     runs_packed = True
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given = received(by_name(self.spec.arguments, args, kwargs), self.spec.handed)
+        spec = self.spec
+        given = received(by_name(spec.arguments, args, kwargs), spec.handed)
         layouts = entered(given, self)
+        if layouts is None and spec.bypasses:  # somebody may look at what is not called here
+            return super().forward(hidden_states, *args, **kwargs)
         # a stack that adds positions by column leaves it to its first layer to pack
         h = hidden_states if layouts is None else layouts.enter(hidden_states)
         reads = given.get(_STATES) is not None
-        residuals = [r for r in self.spec.residuals if reads or not r.optional]
-        h, _ = run_layer(_Modules(self, given), self, residuals, h)
-        h = h if self.spec.clamps is None else _finite(h, self.spec.clamps)
-        return (h,) if self.spec.in_tuple else h
+        residuals = [r for r in spec.residuals if reads or not r.optional]
+        modules = _Modules(self, given)
+        h, _ = run_layer(modules, self, residuals, h)
+        if spec.clamps in ("always", "overflow"):
+            h = _finite(h, spec.clamps)
+        if spec.shares_bias:
+            return h, modules.position_bias, None
+        return (h,) if spec.in_tuple else h
 
 
 def _finite(h: Tensor, when: str) -> Tensor:
@@ -54,7 +63,10 @@ def _finite(h: Tensor, when: str) -> Tensor:
         return h
     limit = torch.finfo(torch.float16).max - 1000
     clamped = h.clamp(-limit, limit)
-    return clamped if when == "always" else torch.where(torch.isfinite(h).all(), h, clamped)
+    if when == "always":
+        return clamped
+    left = ~torch.isfinite(h) if when == "overflow" else torch.isinf(h)
+    return torch.where(left.any(), clamped, h)
 
 
 class _Modules:
@@ -64,6 +76,7 @@ class _Modules:
         spec: Layer = layer.spec
         self.layer, self.given, self.spec = layer, given, spec
         self.cache = hf.cache_in(given)
+        self.position_bias = given.get(_BIAS)
         self.shared = {
             name: value
             for name, value in given.items()
@@ -78,13 +91,15 @@ class _Modules:
         layer = self.layer
         if isinstance(residual.branch, Mlp):
             return _mlp(x, layer, residual.branch)
-        part = getattr(layer, residual.branch)
+        part = part_of(layer, residual.branch)
         if residual.reads == "mlp":
             y: Tensor = part(x)
             return y
         arguments = self._arguments(residual)
         out = part(hidden_states=x, **arguments) if self.spec.named else part(x, **arguments)
         attended: Tensor = out[0]
+        if residual.reads == "self" and self.spec.shares_bias:
+            self.position_bias = out[1]
         return attended
 
     def _arguments(self, residual: Residual) -> dict[str, Any]:
@@ -93,10 +108,10 @@ class _Modules:
         arguments = dict(self.shared)
         if residual.reads == "cross":
             arguments[spec.states] = given.get(_STATES)
-            arguments["attention_mask"] = given.get(_STATES_MASK)
+            arguments[spec.mask] = given.get(_STATES_MASK)
             arguments[_CACHES[0]] = cache
             return arguments
-        arguments["attention_mask"] = given.get("attention_mask")
+        arguments[spec.mask] = given.get("attention_mask")
         for name in _OF_ROWS:
             if name in spec.arguments:
                 arguments[name] = given.get(name)
@@ -113,7 +128,8 @@ class _Modules:
         after: Any = None if residual.after is None else getattr(layer, residual.after)
         norm: Any = None if residual.norm is None else getattr(layer, residual.norm)
         gate = None if residual.gate is None else getattr(layer, residual.gate)
-        dropout = None if self.spec.dropout is None else getattr(layer, self.spec.dropout)
+        path = residual.dropout or self.spec.dropout
+        dropout = None if path is None else part_of(layer, path)
         watched, p = False, dropout
         if isinstance(dropout, nn.Module):
             watched, p = is_watched(dropout), dropout.p
@@ -140,6 +156,8 @@ class _Modules:
         elif p > 0:
             x = F.dropout(x, p)
         h = h + x
+        if self.spec.clamps == "infinite":
+            h = _finite(h, "infinite")
         return (h if norm is None else norm(h)), None
 
 

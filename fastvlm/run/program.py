@@ -120,8 +120,13 @@ class Program:
         widths = [self.widths[x]] * len(rows)
         return self._add("layer_norm", widths, rows, (norm.weight, norm.bias), (norm.eps,))
 
-    def rms_norm(self, x: int, weight: Tensor, eps: float, offset: float) -> int:
-        return self._add("rms_norm", [self.widths[x]], (x,), (weight,), (eps, offset))[0]
+    def rms_norm(
+        self, x: int, weight: Tensor, eps: float, offset: float, residual: int | None = None
+    ) -> list[int]:
+        """As `layer_norm`."""
+        rows = (x,) if residual is None else (x, residual)
+        widths = [self.widths[x]] * len(rows)
+        return self._add("rms_norm", widths, rows, (weight,), (eps, offset))
 
     def residual_rms_norm(
         self,
@@ -151,8 +156,12 @@ class Program:
         layer: Any,
         window: int | None = None,
         softcap: float | None = None,
+        position_bias: Tensor | None = None,
     ) -> int:
-        """The new token of each row against the cache `layer`, to which it is appended."""
+        """The new token of each row against the cache `layer`, to which it is appended.
+
+        position_bias: as `fastvlm.ops.cached_attention` takes it.
+        """
         # in the schemas 0 stands for no window and for no cap
         settings = (window or 0, attention.scaling, softcap or 0.0)
         number = len(self.layers)
@@ -161,7 +170,7 @@ class Program:
             "self_attention",
             [self.widths[q]],
             (q, k, v),
-            (),
+            (position_bias,),
             (attention.head_dim, number, *settings),
         )[0]
 

@@ -117,10 +117,12 @@ def self_attend(
     *,
     scale: float,
     softcap: float | None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """q [B, 1, H, D], k, v [B, 1, Hkv, D], mask bool [B or 1, 1, 1, T] -> [B, 1, H * D].
 
-    k and v go into the cache. A window needs no mention: the mask leaves out what is before it.
+    k and v go into the cache, where the new token is the last that its row sees. A window needs no
+    mention: the mask leaves out what is before it.
     """
     keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
     batch, time = q.shape[0], keys.shape[2]
@@ -135,6 +137,7 @@ def self_attend(
         ancestry=torch.where(visible, rows, -1),
         scale=scale,
         softcap=softcap,
+        position_bias=position_bias,
     )
     return out.flatten(1).unsqueeze(1)
 

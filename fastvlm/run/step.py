@@ -48,9 +48,9 @@ OpCall = Callable[[Registers, StepInputs], Any]
 
 
 class Ran(NamedTuple):
-    """A step that has run: what it gave, [R, d], if anybody still has it, and what it was given."""
+    """A step that has run: what it gave, [R, d], and what it was given."""
 
-    out: weakref.ref[Tensor]
+    out: Tensor
     layouts: Any
     rotation: Any
 
@@ -74,7 +74,7 @@ class DecodeStep:
     def __call__(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
         """x [R, d], the embedded tokens -> [R, d], the stack's last states."""
         out = self._run(x, layouts, rotation)
-        self.last = Ran(weakref.ref(out), layouts, rotation)
+        self.last = Ran(out, layouts, rotation)
         return out
 
     def _run(self, x: Tensor, layouts: Any, rotation: Any) -> Tensor:
@@ -175,8 +175,7 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
         case "layer_norm":
             return _layer_norm(instruction)
         case "rms_norm":
-            rms = _OPS.rms_norm.default
-            return lambda r, at: [rms(r[first], *tensors, *settings)]
+            return _rms_norm(instruction)
         case "residual_rms_norm":
             tail = _OPS.residual_rms_norm.default
             return lambda r, at: tail(r[first], r[last], *tensors, *settings)
@@ -212,6 +211,19 @@ def _layer_norm(instruction: Instruction) -> OpCall:
     return run
 
 
+def _rms_norm(instruction: Instruction) -> OpCall:
+    first, *residual = instruction.rows
+    norm, (weight,), settings = _OPS.rms_norm.default, instruction.tensors, instruction.settings
+
+    def run(r: Registers, at: StepInputs) -> list[Tensor]:
+        if not residual:
+            return [norm(r[first], weight, *settings)]
+        h = r[residual[0]] + r[first]
+        return [h, norm(h, weight, *settings)]
+
+    return run
+
+
 def _product(weight: Any, scale: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Any]:
     linear, narrow = _OPS.linear.default, _OPS.low_precision_linear.default
 
@@ -227,10 +239,11 @@ def _self_attention(instruction: Instruction, layers: list[Any]) -> OpCall:
     (q, k, v), (dim, number, window, scale, softcap) = instruction.rows, instruction.settings
     layer, shape = layers[int(number)], (-1, int(dim))
     attend, settings = _OPS.cached_attention.default, (int(window), scale, softcap)
+    bias = instruction.tensors
 
     def run(r: Registers, at: StepInputs) -> list[Tensor]:
         keys, values = layer.write(at.start, *(r[i].unflatten(1, shape) for i in (k, v)))
         query = r[q].unflatten(1, shape)
-        return [attend(query, keys, values, at.lengths, at.ancestry, *settings).flatten(1)]
+        return [attend(query, keys, values, at.lengths, at.ancestry, *settings, *bias).flatten(1)]
 
     return run

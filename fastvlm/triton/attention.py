@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fastvlm.triton import configs
 from fastvlm.triton.common import (
+    NO_BIAS,
     Launcher,
     cdiv,
     dense_last,
     device_of,
+    has_bias,
     keep_threshold,
     multiprocessors,
     next_power_of_2,
@@ -125,6 +127,7 @@ def _attention(
     scale: float,
     softcap: float,
     dropout_p: float,
+    position_bias: None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     rows, heads, _ = q.shape
@@ -181,7 +184,9 @@ def _attention_backward(
     softcap: float,
     dropout_p: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    position_bias: None = None,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_out, q, k, v = (dense_last(x) for x in (grad_out, q, k, v))
     out, stats = out.contiguous(), stats.contiguous()
     dq, dk, dv = (
@@ -223,7 +228,7 @@ def _attention_backward(
             configs.launch("attention_backward_q", q, run_q, **key)
         if k.numel() and (needs[1] or needs[2]):
             configs.launch("attention_backward_kv", q, run_kv, **key)
-    return dq, dk, dv
+    return dq, dk, dv, q.new_empty(0)
 
 
 def _cached_attention(
@@ -235,6 +240,7 @@ def _cached_attention(
     window: int,
     scale: float,
     softcap: float,
+    position_bias: None = None,
 ) -> Tensor:
     q, k_cache, v_cache = dense_last(q), dense_last(k_cache), dense_last(v_cache)
     lengths = lengths.contiguous()
@@ -278,12 +284,15 @@ def _head_dim(k: Tensor, v: Tensor) -> str | None:
 
 
 def _packed(run: Callable[..., Any], first: int, masks: int, of_itself: bool) -> Launcher:
-    """first, masks: the places of q (k and v follow) and causal (window follows) in the schema."""
+    """first, masks: the places of q (k and v follow) and causal (window follows, and behind the
+    numbers, and what is wanted of a backward, the bias) in the schema."""
 
     def unsupported(*args: Any) -> str | None:
         causal, window = args[masks : masks + 2]
         if not of_itself and (causal or window):
             return "a causal mask or window over the tokens of an image"
+        if has_bias(args, masks + 5 + first):
+            return NO_BIAS
         return _head_dim(args[first + 1], args[first + 2])
 
     return Launcher(run, unsupported)
@@ -295,6 +304,9 @@ LAUNCHERS = {
     "self_attention": _packed(_attention, 0, 12, True),
     "self_attention_backward": _packed(_attention_backward, 1, 15, True),
     "cached_attention": Launcher(
-        _cached_attention, lambda q, k_cache, v_cache, *rest: _head_dim(k_cache, v_cache)
+        _cached_attention,
+        lambda q, k_cache, v_cache, *rest: (
+            NO_BIAS if has_bias(rest, 5) else _head_dim(k_cache, v_cache)
+        ),
     ),
 }

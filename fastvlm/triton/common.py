@@ -41,6 +41,14 @@ def not_gelu(activation: int) -> str | None:
     return None if name in ("gelu", "gelu_tanh") else f"{name} (it has gelu and gelu_tanh)"
 
 
+NO_BIAS = "position_bias"
+
+
+def has_bias(args: tuple[Any, ...], place: int) -> bool:
+    """Whether a call has a position_bias, which may be left out at the end of the arguments."""
+    return len(args) > place and args[place] is not None
+
+
 @dataclass(frozen=True)
 class Launcher:
     """run has the signature of the schema; unsupported(*args) says why a call cannot be served."""

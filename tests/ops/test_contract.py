@@ -43,6 +43,11 @@ CASES = {
         [(7, 2, 4), (7, 1, 4), (7, 1, 4)],
         lambda q, k, v, **p: ops.self_attention(q, k, v, SEGMENTS, window=3, **p),
     ),
+    "position_bias": Case(
+        lambda q, k, v, b: ops.self_attention(q, k, v, SEGMENTS, position_bias=b, softcap=5.0),
+        [(7, 2, 4), (7, 1, 4), (7, 1, 4), (2, 5)],
+        lambda q, k, v, b, **p: ops.self_attention(q, k, v, SEGMENTS, position_bias=b, **p),
+    ),
     "cached_attention": Case(
         lambda q, k, v: ops.cached_attention(q, k, v, FILLED, ancestry=ANCESTRY, softcap=5.0),
         [(3, 2, 4), (3, 4, 1, 4), (3, 4, 1, 4)],

@@ -31,6 +31,10 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         lambda q, k, v: ops.self_attention(q, k, v, SEGMENTS, window=20, **P),
         [(72, 2, 32), (72, 1, 32), (72, 1, 32)],
     ),
+    "position_bias": (
+        lambda q, k, v, b: ops.self_attention(q, k, v, SEGMENTS, softcap=4.0, position_bias=b, **P),
+        [(72, 4, 32), (72, 2, 32), (72, 2, 32), (4, 25)],
+    ),
     "gelu_mlp": (
         lambda *x: ops.gelu_mlp(*x, **P),
         [(7, 17), (63, 17), (63,), (5, 63), (5,)],

@@ -46,7 +46,7 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "cross_attention": (*read, *where, *settings),
         "cross_attention_backward": (*back, *where, *settings, some),
-        "self_attention": (*packed, *own, *own_settings),
+        "self_attention": (*packed, *own, *own_settings, t(4, 5)),
         "self_attention_backward": (*own_back, *own, *own_settings, some),
         "cached_attention": (
             *(t(3, 4, 8), t(3, 6, 2, 8), t(3, 6, 2, 8)),

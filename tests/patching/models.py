@@ -70,6 +70,42 @@ def marian(**settings: Any) -> nn.Module:
     return model
 
 
+def _t5_sizes() -> dict[str, Any]:
+    """Distances end within a short text: at nine, in the last of eight buckets."""
+    return {
+        **{n: v for n, v in _text().items() if n in ("vocab_size", "d_model") or "_token_id" in n},
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 9,
+    }
+
+
+def _t5(kind: str, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config_class, model_class = (
+        getattr(tf, f"{kind}{end}") for end in ("Config", "ForConditionalGeneration")
+    )
+    return _spread(model_class(config_class(**{**_t5_sizes(), **settings})), 0.15)
+
+
+def t5(**settings: Any) -> nn.Module:
+    return _t5("T5", **settings)
+
+
+def flan_t5(**settings: Any) -> nn.Module:
+    """As mT5 and T5 1.1: a gate, and a head of its own."""
+    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return _t5("T5", **gated, **settings)
+
+
+def umt5(**settings: Any) -> nn.Module:
+    return _t5("UMT5", **settings)
+
+
 def whisper(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
     config = tf.WhisperConfig(**{**_sound(), **settings})
@@ -302,11 +338,14 @@ FAMILIES = {
     "t5gemma": _seq2seq(t5gemma),
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),
 }
-# relatives of BART and mBART, which differ in embeddings, activations and the order of norms
+# relatives of BART and mBART, which differ in embeddings, activations and the order of norms; T5
 RELATIVES = {
     "m2m_100": _seq2seq(m2m100),
     "marian": _seq2seq(marian),
     "pegasus": _seq2seq(partial(_translator, "Pegasus", activation_function="relu")),
     "blenderbot": _seq2seq(partial(_translator, "Blenderbot")),
     "blenderbot_small": _seq2seq(partial(_translator, "BlenderbotSmall")),
+    "t5": _seq2seq(t5),
+    "flan_t5": _seq2seq(flan_t5),
+    "umt5": _seq2seq(umt5),
 }

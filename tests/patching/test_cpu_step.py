@@ -19,7 +19,7 @@ from fastvlm.run.program import Program
 
 PLANNED = [
     *("bart", "florence2", "gemma2", "florenz", "t5gemma", "mbart", "whisper"),
-    *("m2m_100", "marian"),
+    *("m2m_100", "marian", "t5", "flan_t5", "umt5"),
 ]
 MODELS = {**FAMILIES, **RELATIVES}
 
@@ -65,10 +65,12 @@ def test_the_bits_of_the_ops(
 ) -> None:
     model, inputs = patched(name, dtype)
     ours = generate(model, inputs, **SCORED)
-    assert len(served) == 11  # of twelve new tokens the prefill gives the first
+    # of twelve new tokens the prefill gives the first; in float16 modules look for the infinite
+    assert len(served) == (0 if "t5" in name[-5:] and dtype == torch.float16 else 11)
+    count = len(served)
     monkeypatch.setattr(CpuStep, "serves", lambda self, x: False)
     theirs = generate(model, inputs, **SCORED)
-    assert len(served) == 11
+    assert len(served) == count
     assert torch.equal(ours.sequences, theirs.sequences)
     for a, b in zip(ours.scores, theirs.scores):
         assert torch.equal(a, b)

@@ -92,6 +92,20 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "one position further": ("forward(position_ids)", "forward(position_ids + 1)"),
     },
+    "t5": {
+        "bias doubled": (
+            "attn_weights = attn_weights + position_bias",
+            "attn_weights = attn_weights + 2 * position_bias",
+        ),
+        "residual": (
+            "hidden_states = hidden_states + self.dropout(forwarded_states)",
+            "hidden_states = 0.9 * hidden_states + self.dropout(forwarded_states)",
+        ),
+        "norm left out": (
+            "forwarded_states = self.layer_norm(hidden_states)",
+            "forwarded_states = hidden_states + 0 * self.layer_norm(hidden_states)",
+        ),
+    },
     "t5gemma": {
         "embeddings scaled": (
             "self.config.hidden_size**0.5",
@@ -162,7 +176,7 @@ def test_other_heads_and_losses_give_their_own_numbers(plant: str, training: boo
 
 
 @pytest.mark.parametrize(
-    "family", ["bart", "mbart", "whisper", "m2m_100", "marian", "gemma2", "t5gemma"]
+    "family", ["bart", "mbart", "whisper", "m2m_100", "marian", "gemma2", "t5gemma", "t5"]
 )
 def test_a_trainers_copy_is_patched_as_the_family_is(family: str) -> None:
     ours, theirs = trainer_copy.build(family), FAMILIES[family].build()

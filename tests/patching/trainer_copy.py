@@ -10,7 +10,7 @@ from typing import Any
 
 import models
 import torch
-from models import _gemma, _sound, _text
+from models import _gemma, _sound, _t5_sizes, _text
 from torch import nn
 
 HOMES = {
@@ -21,6 +21,7 @@ HOMES = {
     "marian": ("marian", "MarianMTModel"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "t5gemma": ("t5gemma", "T5GemmaForConditionalGeneration"),
+    "t5": ("t5", "T5ForConditionalGeneration"),
 }
 _made = 0
 
@@ -55,7 +56,7 @@ def build(name: str, *edits: tuple[str, str], **settings: Any) -> nn.Module:
         calm = {"dropout_rate": 0.0, "attention_dropout": 0.0}
         config = config_class(encoder=dict(module), decoder=dict(module), **calm, **ends)
     else:
-        sizes = {"gemma2": _gemma, "whisper": _sound}.get(name, _text)()
+        sizes = {"gemma2": _gemma, "whisper": _sound, "t5": _t5_sizes}.get(name, _text)()
         config = config_class(**{**sizes, **settings})
     torch.manual_seed(0)
     return models._spread(model_class(config), 0.2 if "gemma" in name else 0.15)

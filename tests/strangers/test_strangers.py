@@ -26,6 +26,8 @@ _SEQ2SEQ = {"self_attention", "cross_attention", "cached_attention", "gelu_mlp"}
 WHOLE = {
     **dict.fromkeys(("bart", "mbart", "plbart", "whisper", "m2m_100", "marian"), _SEQ2SEQ),
     **dict.fromkeys(("pegasus", "blenderbot", "blenderbot-small"), _SEQ2SEQ),
+    "t5": {*_SEQ2SEQ, "rms_norm"},
+    **dict.fromkeys(("mt5", "umt5"), {*_SEQ2SEQ, "rms_norm"} - {"gelu_mlp"} | {"geglu_mlp"}),
     "gemma2": {"self_attention", "cached_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "t5gemma": {"self_attention", "cross_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     **dict.fromkeys(("vit+trocr", "vit+trocr of waves"), _SEQ2SEQ | {"residual_layer_norm"}),

@@ -1,0 +1,41 @@
+"""One MLP by its spec; its module's own forward where something in it must be called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvlm import ops
+from fastvlm.models.spec import Mlp
+from fastvlm.nn.linear import is_plain, is_watched
+from fastvlm.nn.mlp import gelu_mlp, is_known, multiplies_int8
+from fastvlm.run.mixin import Mixin
+
+
+class PatchedMlp(Mixin):
+    """An MLP that is one op, if nobody looks into it and all of it has the dtype of its rows."""
+
+    spec: Mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        spec = self.spec
+        names = (spec.up, spec.down) if spec.gate is None else (spec.gate, spec.up, spec.down)
+        parts = [getattr(self, name) for name in names]
+        dropout: Any = None if spec.dropout is None else getattr(self, spec.dropout)
+        p = dropout.p if dropout is not None and self.training else 0.0
+        fuses = all(map(is_plain, parts)) and is_known(getattr(self, spec.act), spec.evaluated)
+        fuses = fuses and (dropout is None or not is_watched(dropout))
+        fuses = fuses and len({part.weight.dtype for part in parts}) == 1
+        if fuses and spec.gate is None:
+            up, down = parts
+            return gelu_mlp(hidden_states, up, down, spec.activation, p)
+        if fuses and p == 0 and _has_no_bias(parts) and not multiplies_int8(parts, hidden_states):
+            weights = [part.weight for part in parts]
+            return ops.geglu_mlp(hidden_states, *weights, activation=spec.activation)
+        out: Tensor = super().forward(hidden_states)
+        return out
+
+
+def _has_no_bias(parts: list[nn.Linear]) -> bool:
+    return all(part.bias is None for part in parts)
