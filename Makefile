@@ -68,7 +68,7 @@ lint: $(VENV)/.dev
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	@if command -v clang-format >/dev/null; then \
-	  find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	  find csrc tests/cuda/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	    | xargs clang-format --dry-run --Werror; \
 	else echo "clang-format is not installed: csrc is not checked"; fi
 

@@ -38,8 +38,8 @@ from fastvlm import env
 from fastvlm.captioning import models
 from fastvlm.cpu.step import timed
 from fastvlm.decoding.languages import LANGUAGES
-from fastvlm.demo.workload import load_photo
 from fastvlm.florenz import FlorenzConfig, FlorenzForConditionalGeneration
+from fastvlm.loading.random_florence2 import load_photo
 from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decoding-cpu.json"

@@ -1,8 +1,8 @@
 """Florence-2-base captions a photo, greedy and with beams, through transformers and patched, with
 the model's own weights and with weights in fewer bits.
 
-The demo's own mechanism (`fastvlm.demo.compare`): true shapes, random weights, interleaved runs in
-one process, tokens compared. ``python -m benchmarks.end_to_end --help``.
+The demo's own mechanism (`benchmarks.demo.compare`): true shapes, random weights, interleaved runs
+in one process, tokens compared. ``python -m benchmarks.end_to_end --help``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
+from benchmarks.demo.compare import SIDES, compare
+from benchmarks.demo.workload import random_workload
 from fastvlm import env
-from fastvlm.demo.compare import SIDES, compare
-from fastvlm.demo.workload import load_photo, random_workload
+from fastvlm.loading.random_florence2 import load_photo
 from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parent / "results"

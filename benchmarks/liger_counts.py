@@ -28,7 +28,7 @@ from benchmarks.traffic import jobs, liger, no_device
 from fastvlm import env
 from fastvlm import triton as backend
 from fastvlm.tables import markdown_table
-from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from tools.compiling.architectures import ARCHITECTURES
 
 M, N, F = 4096, GEMMA_2B.width, GEMMA_2B.hidden
 HEADS = (GEMMA_2B.heads, GEMMA_2B.kv_heads, GEMMA_2B.head_dim)
@@ -173,7 +173,7 @@ def _tile(job: Any) -> int:
 def _lines(
     name: str, side: str, elements: int, launches: Sequence[Any], fused: str = ""
 ) -> list[list[str]]:
-    from fastvlm.triton.compiling import work
+    from tools.compiling import work
 
     if fused:
         launches = [job for job in launches if job.kernel == fused]
@@ -208,7 +208,7 @@ def _lines(
 
 def kernel_rows(arch: str) -> list[list[str]]:
     """A line for each kernel of both sides."""
-    from fastvlm.triton.compiling.driver import recording, run
+    from tools.compiling.driver import recording, run
 
     lines = []
     with backend.on_cpu_tensors(), fastvlm.use("triton"):

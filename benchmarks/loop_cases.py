@@ -28,10 +28,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 from benchmarks import steps
+from benchmarks.demo.workload import random_workload
 from fastvlm.cpu.step import timed
-from fastvlm.demo.workload import load_photo, random_workload
 from fastvlm.generate.head import Head
 from fastvlm.generate.steps import Steps
+from fastvlm.loading.random_florence2 import load_photo
 from fastvlm.patching.generation import OwnLoop
 
 OURS, STAY, THEIRS = "fastvlm", "fastvlm, all rows stay", "transformers"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from benchmarks.demo.workload import random_workload
 from fastvlm.decoding.prefixes import decoder_stack
-from fastvlm.demo.workload import load_photo, random_workload
+from fastvlm.loading.random_florence2 import load_photo
 
 SHORT, LONG, BEAMS = 8, 64, 3
 

@@ -30,6 +30,7 @@ class Command:
     run: Callable[[argparse.Namespace], int]
     add: Callable[[argparse.ArgumentParser], None] | None = None
     description: str | None = None
+    in_checkout: bool = False  # it is no part of the installed package
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -71,13 +72,6 @@ def _build_cuda() -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    if not (SOURCE / "benchmarks" / "cases.py").is_file():
-        print(
-            "fastvlm bench: the benchmarks are part of the source checkout, not of the installed "
-            "package: clone the repository and run `python -m fastvlm bench` in it",
-            file=sys.stderr,
-        )
-        return 2
     command = [sys.executable, "-m", "pytest", "benchmarks/micro", "--benchmark-enable", "-q"]
     # the garbage collector would run inside somebody's round
     command += ["--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"]
@@ -89,9 +83,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     if args.cuda:
-        compiling = importlib.import_module("fastvlm.cuda.compiling")
+        compiling = importlib.import_module("tools.compiling.cuda")
         return int(compiling.run(args.only, args.out, args.check))
-    return int(importlib.import_module("fastvlm.triton.compiling.command").run(args))
+    return int(importlib.import_module("tools.compiling.command").run(args))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -99,7 +93,23 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    return int(importlib.import_module("fastvlm.demo").run(args))
+    return _with_extra("benchmarks.demo.show", "demo", args)
+
+
+def _caption(args: argparse.Namespace) -> int:
+    return _with_extra("fastvlm.captioning.command", "caption", args)
+
+
+def _with_extra(module: str, extra: str, args: argparse.Namespace) -> int:
+    """Run a command whose packages an extra of pip brings."""
+    from fastvlm.usage import UsageError
+
+    try:
+        command = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        wanted = f"what pip install 'fastvlm[{extra}]' brings"
+        raise UsageError("this command", wanted, f"no module {error.name}") from None
+    return int(command.run(args))
 
 
 def _arguments_of(module: str) -> Callable[[argparse.ArgumentParser], None]:
@@ -173,15 +183,16 @@ COMMANDS = {
     "env": Command("versions, hardware, and which backend each op uses here", _env),
     "build": Command("compile the extension (CPU kernels) now, not at first use", _build),
     "demo": Command(
-        "caption a photo with and without fastvlm, and compare",
+        "caption a photo with and without fastvlm, and compare (from a checkout)",
         _demo,
-        _arguments_of("fastvlm.demo.arguments"),
+        _arguments_of("benchmarks.demo.arguments"),
         "Caption a photo with Florence-2-base through transformers and patched by fastvlm, in one "
         "process: tokens, times and memory of both. Exit code 1 if tokens differ.",
+        in_checkout=True,
     ),
     "caption": Command(
         "describe photos, folders and shards of them, in several languages at once",
-        _demo,
+        _caption,
         _arguments_of("fastvlm.captioning.arguments"),
         "Describe photos in several languages with a patched model: each photo is encoded once, "
         "and all languages and beams decode together. Each caption begins with the first words of "
@@ -208,17 +219,28 @@ COMMANDS = {
         _bench,
         _bench_arguments,
         "Run the kernel benchmarks against PyTorch, interleaved, with their floors.",
+        in_checkout=True,
     ),
     "compile": Command(
-        "compile every Triton kernel for several GPUs, without one, and count what came of it",
+        "compile every kernel for several GPUs, without one, and count (from a checkout)",
         _compile,
-        _arguments_of("fastvlm.triton.compiling.command"),
+        _arguments_of("tools.compiling.command"),
         "Compile every Triton kernel in every configuration, as the launchers ask for it, for "
         "several GPUs and without one. Prints registers, spills, shared memory, occupancy, widths "
         "of loads and tensor core instructions. Exit code 1 if something does not compile, does "
         "not fit, spills, loads narrowly or leaves the tensor cores out.",
+        in_checkout=True,
     ),
 }
+
+
+def _is_checkout() -> bool:
+    """Whether the package lies in one; then its other folders can be imported, too."""
+    if not (SOURCE / "benchmarks" / "cases.py").is_file():
+        return False
+    if str(SOURCE) not in sys.path:
+        sys.path.insert(0, str(SOURCE))
+    return True
 
 
 def _parser(wanted: str | None) -> argparse.ArgumentParser:
@@ -236,10 +258,17 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from fastvlm.demo.arguments import UsageError
+    from fastvlm.usage import UsageError
 
     given = sys.argv[1:] if argv is None else list(argv)
     wanted = next((word for word in given if not word.startswith("-")), None)
+    if wanted in COMMANDS and COMMANDS[wanted].in_checkout and not _is_checkout():
+        print(
+            f"fastvlm {wanted}: this is part of the source checkout, not of the installed package: "
+            f"clone the repository and run `python -m fastvlm {wanted}` in it",
+            file=sys.stderr,
+        )
+        return 2
     try:
         args = _parser(wanted).parse_args(given)
         return COMMANDS[args.command].run(args)

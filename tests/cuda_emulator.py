@@ -1,4 +1,4 @@
-"""The CUDA kernels executed without a GPU: compiled by g++ onto csrc/cuda/emulator, on CPU tensors.
+"""The CUDA kernels without a GPU: compiled by g++ onto tests/cuda/emulator, on CPU tensors.
 
 The same bindings and launchers as on a GPU call them. A fault that the emulator finds (an access
 outside of what the launch was given, a race, threads that part at a barrier) is a RuntimeError.
@@ -25,10 +25,12 @@ import fastvlm
 from fastvlm import builder
 from fastvlm import cuda as backend
 
+# where kernels and bindings find emulator/
+HERE = Path(__file__).resolve().parent / "cuda"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
          "-Wno-unused-parameter", "-fno-strict-aliasing"]  # fmt: skip
-# its calls are answered by csrc/cuda/emulator/memory.cpp, not by the sanitizer's own library
+# its calls are answered by tests/cuda/emulator/memory.cpp, not by the sanitizer's own library
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 # instead, in a process that runs under these sanitizers: local arrays, shifts, overflows, which the
 # emulator does not judge
@@ -72,7 +74,9 @@ def sanitized() -> bool:
 def compile_watched(source: Path, to: Path, engine: Path, *options: str) -> None:
     """A file of kernels as a library, every access to memory of which is judged."""
     kind = SANITIZERS if sanitized() else WATCHED
-    _compile([CXX, *FLAGS, *kind, *options, "-x", "c++", "-c", str(source), "-o", f"{to}.o"])
+    _compile(
+        [CXX, *FLAGS, f"-I{HERE}", *kind, *options, "-x", "c++", "-c", str(source), "-o", f"{to}.o"]
+    )
     # without WATCHED: the sanitizer's own library must not be linked
     _compile([CXX, "-shared", f"{to}.o", str(engine), "-o", str(to)])
 
@@ -85,16 +89,18 @@ def _key() -> str:
     how = FLAGS, SANITIZERS if sanitized() else WATCHED, BINDING, CXX, torch.__version__
     digest = hashlib.sha256(repr(how).encode())
     csrc = sources()
-    for file in sorted([*csrc.glob("bind_cuda*"), *csrc.glob("*cuda/**/*")]):
-        if file.is_file():
-            digest.update(str(file.relative_to(csrc)).encode() + file.read_bytes())
+    kernels = [*csrc.glob("bind_cuda*"), *csrc.glob("*cuda/**/*")]
+    for root, files in ((csrc, kernels), (HERE, (HERE / "emulator").glob("*"))):
+        for file in sorted(filter(Path.is_file, files)):
+            digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _build(folder: Path) -> None:
     csrc, engine = sources(), folder / "libengine.so"
-    parts = [str(file) for file in sorted((csrc / "cuda" / "emulator").glob("*.cpp"))]
-    _compile([CXX, *FLAGS, "-shared", *parts, "-o", str(engine), "-ldl"])
+    parts = [str(file) for file in sorted((HERE / "emulator").glob("*.cpp"))]
+    finds = [f"-I{csrc}", f"-I{HERE}"]
+    _compile([CXX, *FLAGS, *finds, "-shared", *parts, "-o", str(engine), "-ldl"])
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     files = [csrc / "bind_cuda.cpp", *sorted((csrc / "bind_cuda").glob("*.cpp"))]
     objects = [folder / f"{file.parent.name}.{file.stem}.o" for file in files]
@@ -102,7 +108,7 @@ def _build(folder: Path) -> None:
         jobs = [
             pool.submit(
                 _compile,
-                [CXX, *FLAGS, *BINDING, *includes, "-c", str(file), "-o", str(to)],
+                [CXX, *FLAGS, *BINDING, f"-I{HERE}", *includes, "-c", str(file), "-o", str(to)],
             )
             for file, to in zip(files, objects)
         ]

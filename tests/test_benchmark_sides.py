@@ -143,7 +143,7 @@ def test_tiny_loss_agrees_and_its_memory_is_measured() -> None:
 
 
 def test_tiny_vision_tower_agrees() -> None:
-    from fastvlm.demo.workload import small
+    from fastvlm.loading.random_florence2 import small
 
     pixels = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():

@@ -14,7 +14,8 @@ import torch
 
 from fastvlm import Layout, ops
 from fastvlm.__main__ import main
-from fastvlm.cuda import compiling, kept
+from tools.compiling import cuda as compiling
+from tools.compiling import cuda_kept as kept
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda-compiled.json"
 Row = dict[str, Any]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastvlm import builder, cuda
-from fastvlm.cuda import choice, compiling, library
+from fastvlm.cuda import choice, library
 from fastvlm.ops import dispatch
+from tools.compiling import cuda as compiling
 
 
 @pytest.fixture

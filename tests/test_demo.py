@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.demo import compare as comparing
+from benchmarks.demo import timing, workload
 from fastvlm.__main__ import main
 from fastvlm.checking import meters
-from fastvlm.demo import compare as comparing
-from fastvlm.demo import timing, workload
+from fastvlm.loading import random_florence2 as florence2
 
 
 def test_writes_table_chart_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +106,7 @@ def test_different_tokens_fail_and_say_where(
 
 
 def _tokens(pixels: torch.Tensor | None = None) -> torch.Tensor:
-    photo, _ = workload.load_photo(None)
+    photo, _ = florence2.load_photo(None)
     work = workload.random_workload(photo, beams=3, new_tokens=12, tiny=True)
     if pixels is not None:
         work.inputs["pixel_values"] = pixels
@@ -126,7 +127,7 @@ def test_florence2_base_has_its_true_size() -> None:
     from transformers import Florence2ForConditionalGeneration
 
     with torch.device("meta"):
-        model = Florence2ForConditionalGeneration(workload.florence2_base())
+        model = Florence2ForConditionalGeneration(florence2.florence2_base())
     assert sum(p.numel() for p in model.parameters()) == 231_414_016
     assert model.lm_head.weight.shape == (51289, 768)
 
@@ -136,16 +137,16 @@ def test_pixels_are_florence2s(tmp_path: Path) -> None:
 
     path = tmp_path / "gray.png"
     Image.new("L", (40, 30), 255).save(path)
-    photo, name = workload.load_photo(str(path))
-    pixels = workload.to_pixels(photo, 64)
+    photo, name = florence2.load_photo(str(path))
+    pixels = florence2.to_pixels(photo, 64)
     assert name == "gray.png"
     assert pixels.shape == (1, 3, 64, 64)
-    white = [(1 - m) / s for m, s in zip(workload.IMAGE_MEAN, workload.IMAGE_STD)]
+    white = [(1 - m) / s for m, s in zip(florence2.IMAGE_MEAN, florence2.IMAGE_STD)]
     torch.testing.assert_close(pixels[0, :, 5, 7], torch.tensor(white))
 
 
 def test_hooks_are_gone_and_phases_add_up() -> None:
-    photo, _ = workload.load_photo(None)
+    photo, _ = florence2.load_photo(None)
     work = workload.random_workload(photo, beams=2, new_tokens=5, tiny=True)
     run = timing.timed_run(work)
     assert min(run.vision, run.prefill, run.decoding) > 0
@@ -155,7 +156,7 @@ def test_hooks_are_gone_and_phases_add_up() -> None:
 
 def test_memory_without_a_resettable_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meters.HighWaterMeter, "permitted", staticmethod(lambda: False))
-    photo, _ = workload.load_photo(None)
+    photo, _ = florence2.load_photo(None)
     work = workload.random_workload(photo, beams=2, new_tokens=4, tiny=True)
     mib, method = timing.peak_memory(work)
     assert mib >= 0

@@ -72,7 +72,7 @@ def test_rows_of_width_0_have_gradients_too() -> None:
 
 def test_rows_that_would_spill_are_refused_with_the_reason() -> None:
     from fastvlm.triton import norm
-    from fastvlm.triton.calls import shapes
+    from tools.calls import shapes
 
     widest = {
         "rms_norm": shapes.WIDE_RMS,

@@ -17,9 +17,9 @@ from torch._subclasses import FakeTensorMode
 from fastvlm import triton as backend
 from fastvlm.__main__ import main
 from fastvlm.triton import configs
-from fastvlm.triton.compiling import work
-from fastvlm.triton.compiling.architectures import DEFAULT
-from fastvlm.triton.compiling.verdicts import Excepted, judge
+from tools.compiling import work
+from tools.compiling.architectures import DEFAULT
+from tools.compiling.verdicts import Excepted, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,13 +37,13 @@ def test_exit_codes_and_words_of_wrong_usage(
 
 
 def test_every_op_with_a_launcher_has_calls() -> None:
-    from fastvlm.triton.calls import CALLS
+    from tools.calls import CALLS
 
     assert [op for names in backend.FLOORS.values() for op in names if op not in CALLS] == []
 
 
 def test_calls_fit_the_schemas_of_their_ops() -> None:
-    from fastvlm.triton.calls import CALLS
+    from tools.calls import CALLS
 
     for op, calls in CALLS.items():
         for _, build in calls:
@@ -55,7 +55,7 @@ def test_every_config_that_a_table_may_choose_is_reached_by_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton")
-    from fastvlm.triton.compiling import jobs
+    from tools.compiling import jobs
 
     keys, launch = [], configs.launch
 
@@ -104,7 +104,7 @@ def test_what_is_kept_spills_nowhere_and_is_small() -> None:
     path = ROOT / "benchmarks/results/triton-compiled.json"
     assert path.stat().st_size < 300_000
     pytest.importorskip("triton")
-    from fastvlm.triton.compiling import summary
+    from tools.compiling import summary
 
     version, entries = summary.load(path)
     assert version.startswith("3.")
@@ -136,7 +136,7 @@ def _planted(name: str) -> Any:
 
 def _launched(arch: str, launch: Callable[[Any], None], name: str) -> Any:
     kernel = _planted(name)
-    from fastvlm.triton.compiling.driver import recording
+    from tools.compiling.driver import recording
 
     with recording(arch) as launches:
         launch(kernel)
@@ -245,7 +245,7 @@ def test_too_much_shared_memory_is_found(compiled: dict[str, work.Result]) -> No
 
 def test_an_exception_keeps_its_reason(compiled: dict[str, work.Result]) -> None:
     pytest.importorskip("triton")
-    from fastvlm.triton.compiling import report
+    from tools.compiling import report
 
     excepted = Excepted("wide loads", "narrow", "sm_*", "planted so")
     found = judge([compiled["narrow"]], [excepted])
@@ -271,7 +271,7 @@ def test_the_driver_leaves_pytorch_and_triton_as_they_were() -> None:
 
 def test_a_launcher_that_asks_for_a_value_is_at_fault() -> None:
     _planted("copy")
-    from fastvlm.triton.compiling.driver import Fault, recording
+    from tools.compiling.driver import Fault, recording
 
     with recording("sm_90"), pytest.raises(Fault, match="asks for a value"):
         torch.empty(4).sum().item()
@@ -284,7 +284,7 @@ def test_each_option_of_a_table_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     """A launcher that takes its config from a table is recorded with each of them, once."""
     kernel = _planted("copy")
     from fastvlm.ops import dispatch
-    from fastvlm.triton.compiling import jobs
+    from tools.compiling import jobs
 
     def run(x: torch.Tensor, *rest: Any) -> torch.Tensor:
         configs.launch("planted", x, lambda c: kernel[(1,)](x, x, 64, **c.arguments))
@@ -309,8 +309,8 @@ def test_a_digest_is_of_code_alone() -> None:
     _planted("copy")
     from triton.runtime.jit import JITFunction
 
-    from fastvlm.triton.compiling.sources import digest
     from fastvlm.triton.kernels import mlp
+    from tools.compiling.sources import digest
 
     def changed(old: str, new: str) -> str:
         """Of a caller whose callee has another line."""
@@ -329,7 +329,7 @@ def test_a_digest_is_of_code_alone() -> None:
 
 def test_a_summary_tells_what_differs() -> None:
     pytest.importorskip("triton")
-    from fastvlm.triton.compiling import summary
+    from tools.compiling import summary
 
     def row(number: int, **changed: Any) -> dict[str, Any]:
         made = {"kernel": "k", "arch": "sm_90", "dtype": "bf16", "config": f"BLOCK={number}",
@@ -367,7 +367,7 @@ def test_a_changed_number_is_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _planted("copy")
-    from fastvlm.triton.compiling import jobs
+    from tools.compiling import jobs
 
     monkeypatch.setattr(backend, "FLOORS", {"norm": ("rms_norm",)})
     monkeypatch.setattr(jobs, "CALLS", {"rms_norm": jobs.CALLS["rms_norm"][:1]})
@@ -381,7 +381,7 @@ def test_a_changed_number_is_a_difference(
     assert main([*command, "--check", str(kept)]) == 0
 
     # a summary of it: nothing is compiled again
-    from fastvlm.triton.compiling import summary
+    from tools.compiling import summary
 
     brief = tmp_path / "summary.json"
     summary.save(brief, *summary.load(kept))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastvlm.triton.compiling import amd, code, nvidia, work
-from fastvlm.triton.compiling.architectures import ARCHITECTURES
+from tools.compiling import amd, code, nvidia, work
+from tools.compiling.architectures import ARCHITECTURES
 
 SASS = """
 .text.kernel:

@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 import fastvlm
+from benchmarks.demo import workload
+from benchmarks.demo.timing import Run, peak_memory, timed_run
 from fastvlm import env
-from fastvlm.demo import workload
-from fastvlm.demo.timing import Run, peak_memory, timed_run
+from fastvlm.loading.random_florence2 import load_photo
 from fastvlm.run import graphs
 
 SIDES = ("transformers", "fastvlm", "fastvlm, CUDA graphs")
@@ -36,7 +37,7 @@ LEAST = 6.0
 
 def photo() -> Image.Image:
     with contextlib.suppress(ImportError):
-        return workload.load_photo(None)[0]
+        return load_photo(None)[0]
     noise = torch.randint(256, (512, 512, 3), dtype=torch.uint8)
     return Image.fromarray(noise.numpy())
 

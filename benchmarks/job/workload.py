@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.demo import workload
+from benchmarks.demo.workload import PROMPT_TOKENS
+from fastvlm.loading import random_florence2 as florence2
 
-PROMPT = workload.PROMPT_TOKENS
+PROMPT = PROMPT_TOKENS
 
 
 @dataclass(frozen=True)
 class Sizes:
     """pixels: of captioning and of the long step; short: of the step with small images."""
 
-    pixels: int = workload.IMAGE_SIZE
+    pixels: int = florence2.IMAGE_SIZE
     short: int = 224
     photos: int = 4
     short_batch: int = 8
@@ -31,14 +32,14 @@ TINY = Sizes(96, 64, 2, 2, 6, (3, 9), (2, 5))
 
 
 def build(tiny: bool) -> Any:
-    return workload.random_model(workload.small() if tiny else workload.florence2_base())
+    return florence2.random_model(florence2.small() if tiny else florence2.florence2_base())
 
 
 def captioning(model: Any, sizes: Sizes, photos: int) -> dict[str, Tensor]:
     """What generate() takes: so many photos (one, turned and shifted) and a prompt for each."""
-    photo, _ = workload.load_photo(None)
+    photo, _ = florence2.load_photo(None)
     pixels = torch.cat(
-        [workload.to_pixels(photo.rotate(15 * i), sizes.pixels) for i in range(photos)]
+        [florence2.to_pixels(photo.rotate(15 * i), sizes.pixels) for i in range(photos)]
     )
     ids = _with_image(model, torch.Generator().manual_seed(1), sizes.pixels, [PROMPT] * photos)
     return {**ids, "pixel_values": pixels}

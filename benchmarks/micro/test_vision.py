@@ -15,7 +15,7 @@ from benchmarks.cases import VISION
 from benchmarks.kinds import VisionCase
 from benchmarks.measure import Operands
 from benchmarks.micro import each
-from fastvlm.demo.workload import SEED, florence2_base
+from fastvlm.loading.random_florence2 import SEED, florence2_base
 
 
 def model(config: Any | None = None) -> Any:

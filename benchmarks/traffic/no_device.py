@@ -94,7 +94,7 @@ def h100() -> Iterator[None]:
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
     from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 
-    from fastvlm.triton.compiling.driver import driver
+    from tools.compiling.driver import driver
 
     # dynamo keeps a table by function, which must be that of PyTorch's own functions
     TorchInGraphFunctionVariable._get_handlers()

@@ -20,7 +20,7 @@
 #include "../cuda/kernels.h"
 
 #if defined(FASTVLM_EMULATOR)
-#include "../cuda/emulator/emulator.h"
+#include "emulator/emulator.h"
 #define FASTVLM_DEVICE CPU
 // Of the library that was loaded last: tests load kernels with planted faults over the true ones.
 #define FASTVLM_CUDA_KERNEL(name) \

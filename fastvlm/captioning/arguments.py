@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastvlm.demo.arguments import MOST_TOKENS, UsageError, whole_number
+from fastvlm.usage import MOST_TOKENS, UsageError, whole_number
 
 if TYPE_CHECKING:
     from fastvlm.captioning.models import Loaded

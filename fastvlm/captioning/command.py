@@ -26,7 +26,7 @@ from fastvlm.captioning.sources import Source
 from fastvlm.captioning.tasks import Question, questions, split
 from fastvlm.captioning.texts import Texts
 from fastvlm.decoding.languages import LANGUAGES
-from fastvlm.demo.arguments import UsageError
+from fastvlm.usage import UsageError
 
 _ONLY_WITH_OUT = ("resume", "retry", "txt", "draw", "webdataset", "report", "batch_size", "quiet")
 

@@ -18,7 +18,7 @@ from fastvlm.captioning.processes import Processes
 from fastvlm.captioning.progress import Progress
 from fastvlm.captioning.sources import Item, Source
 from fastvlm.captioning.tasks import Question
-from fastvlm.demo.arguments import UsageError
+from fastvlm.usage import UsageError
 
 # as many failures of the model, and nothing that went well: it is not the pictures
 _HOPELESS = 3

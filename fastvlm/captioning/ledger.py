@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvlm.demo.arguments import UsageError
+from fastvlm.usage import UsageError
 
 try:
     import fcntl

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fastvlm.demo import workload
-from fastvlm.demo.arguments import UsageError
+from fastvlm.loading import random_florence2 as florence2
 from fastvlm.loading.errors import LoadError, first_line
 from fastvlm.loading.load import load
 from fastvlm.loading.processors import square
+from fastvlm.usage import UsageError
 
 RANDOM = "The weights are random, so the text means nothing. With --model real weights write it."
 
@@ -72,14 +72,14 @@ def pretrained(
 
 def random(small: bool, device: str, dtype: torch.dtype = torch.float32) -> Loaded:
     """Florence-2-base's shapes, or a tiny model's; the words for its tokens are made up."""
-    config = workload.small() if small else workload.florence2_base()
-    model = workload.random_model(config).to(device, dtype)
+    config = florence2.small() if small else florence2.florence2_base()
+    model = florence2.random_model(config).to(device, dtype)
     # the image's placeholder comes behind all words, as in the model
     placeholder = {"image_token": "<image>"}
     words = invented_tokenizer(model.config.image_token_id, extra_special_tokens=placeholder)
-    processor = square(words, 96 if small else workload.IMAGE_SIZE)
+    processor = square(words, 96 if small else florence2.IMAGE_SIZE)
     name = "a tiny Florence-2" if small else "Florence-2-base"
-    return Loaded(model, processor, None, name, False, f"{name}, random", f"seed {workload.SEED}")
+    return Loaded(model, processor, None, name, False, f"{name}, random", f"seed {florence2.SEED}")
 
 
 def invented_tokenizer(size: int, **more: Any) -> Any:

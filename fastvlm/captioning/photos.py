@@ -12,9 +12,9 @@ import fastvlm
 from fastvlm.captioning import arguments
 from fastvlm.captioning.models import RANDOM, Loaded
 from fastvlm.captioning.tasks import CAPTIONS, split
-from fastvlm.demo.arguments import UsageError
-from fastvlm.demo.workload import load_photo
+from fastvlm.loading.random_florence2 import load_photo
 from fastvlm.tables import text_table
+from fastvlm.usage import UsageError
 
 
 def prompt_of(args: argparse.Namespace) -> str:

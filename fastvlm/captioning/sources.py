@@ -10,7 +10,7 @@ from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 
-from fastvlm.demo.arguments import UsageError
+from fastvlm.usage import UsageError
 
 Warn = Callable[[str], None]
 

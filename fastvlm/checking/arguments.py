@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastvlm.demo.arguments import MOST_TOKENS, whole_number
+from fastvlm.usage import MOST_TOKENS, whole_number
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastvlm
-from fastvlm.demo.arguments import UsageError
 from fastvlm.loading.errors import LoadError, first_line
 from fastvlm.loading.load import load
+from fastvlm.usage import UsageError
 
 TASKS = ("<CAPTION>", "<MORE_DETAILED_CAPTION>")  # Florence-2's processor spells them out
 TEXTS = ("What does the image show?", "Describe it.")
@@ -52,18 +52,18 @@ def _placed(value: Tensor, device: str, dtype: torch.dtype) -> Tensor:
 
 def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
     """Florence-2-base's shapes, or a tiny model's; two prompts, one of them padded."""
-    from fastvlm.demo import workload
+    from fastvlm.loading import random_florence2 as florence2
 
-    photo, _ = workload.load_photo(args.image)
-    model = workload.random_model(workload.small() if args.small else workload.florence2_base())
-    size = 96 if args.small else workload.IMAGE_SIZE
+    photo, _ = florence2.load_photo(args.image)
+    model = florence2.random_model(florence2.small() if args.small else florence2.florence2_base())
+    size = 96 if args.small else florence2.IMAGE_SIZE
     image_token = model.config.image_token_id
     ids, mask = _random_ids(4, image_token, model.config.text_config.pad_token_id)
     image = torch.full((len(ids), 1 + (size // 32) ** 2), image_token)
     return model, {
         "input_ids": torch.cat([image, ids], 1),
         "attention_mask": torch.cat([torch.ones_like(image), mask], 1),
-        "pixel_values": workload.to_pixels(photo, size).expand(len(ids), -1, -1, -1).contiguous(),
+        "pixel_values": florence2.to_pixels(photo, size).expand(len(ids), -1, -1, -1).contiguous(),
     }
 
 
@@ -107,7 +107,7 @@ def _pretrained(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _of_image(args: argparse.Namespace, processor: Any) -> dict[str, Tensor]:
-    from fastvlm.demo.workload import load_photo
+    from fastvlm.loading.random_florence2 import load_photo
 
     photo, _ = load_photo(args.image)
     florence = "florence" in type(processor).__name__.lower()

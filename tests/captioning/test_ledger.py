@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastvlm.captioning.ledger import Done, Ledger, LedgerError, encode, read_lines, rewrite
-from fastvlm.demo.arguments import UsageError
+from fastvlm.usage import UsageError
 
 
 def line(path: str, **more: Any) -> dict[str, Any]:

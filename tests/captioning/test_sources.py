@@ -8,7 +8,7 @@ import pytest
 from folders import encoded, fill, noise, shard
 
 from fastvlm.captioning.sources import Source
-from fastvlm.demo.arguments import UsageError
+from fastvlm.usage import UsageError
 
 
 def paths(source: Source, rank: int = 0, world: int = 1) -> list[str]:

@@ -128,7 +128,7 @@ def test_answers_are_in_pixels_of_the_picture(task: str, words: str, found: Any)
 def test_random_weights_see_the_pixels_of_the_demo() -> None:
     from folders import noise
 
-    from fastvlm.demo.workload import to_pixels
+    from fastvlm.loading.random_florence2 import to_pixels
 
     processor = models.random(True, "cpu").processor
     got = processor.image_processor(images=[noise(3)], return_tensors="pt")["pixel_values"]

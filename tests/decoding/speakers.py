@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, Florence2Processor, PreTrainedTokenizerFast
 
 from fastvlm.decoding.languages import LANGUAGES, TASKS
-from fastvlm.demo import workload
+from fastvlm.loading import random_florence2 as florence2
 
 BART = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 GEMMA = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
@@ -58,7 +58,7 @@ def image_processor() -> CLIPImageProcessor:
 
 def florence2_processor() -> Florence2Processor:
     """transformers' own, whose placeholder is the tiny model's."""
-    vocabulary = workload.small().image_token_id
+    vocabulary = florence2.small().image_token_id
     words = tokenizer(vocabulary, BART, image_token="<image>")
     return Florence2Processor(image_processor(), words)
 
@@ -114,7 +114,7 @@ def speaker(kind: str) -> Speaker:
     """ "florence2", or "florenz-bart" or "florenz-gemma", tiny, in eval mode."""
     if kind == "florence2":
         # the demo's: its tokens vary, and depend on the image and on positions
-        model = workload.random_model(workload.small())
+        model = florence2.random_model(florence2.small())
         words = tokenizer(model.config.image_token_id, BART)
         processor = SimpleNamespace(image_processor=image_processor(), tokenizer=words)
         return Speaker(model, processor, None)

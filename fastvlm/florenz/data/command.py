@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvlm.demo.arguments import UsageError, whole_number
 from fastvlm.florenz.data.annotations import Annotation, annotations_of
 from fastvlm.florenz.data.shards import DataError, ShardSamples, write_shards
 from fastvlm.tables import text_table
+from fastvlm.usage import UsageError, whole_number
 
 # of a fault each that is printed; the rest are counted
 _SHOWN = 20

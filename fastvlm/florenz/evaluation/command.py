@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.decoding.languages import LANGUAGES
-from fastvlm.demo.arguments import MOST_TOKENS, UsageError, whole_number
 from fastvlm.florenz.data.public import READERS, SPLITS, read_set
 from fastvlm.florenz.data.sets import NAMES, EvaluationSet, chosen
 from fastvlm.florenz.data.shards import DataError
@@ -20,6 +19,7 @@ from fastvlm.florenz.evaluation.report import ANSWERS, RESULTS, measured, save, 
 from fastvlm.florenz.evaluation.tokens import TOKENIZERS, Missing
 from fastvlm.florenz.training.settings import world_size_of
 from fastvlm.florenz.training.sizes import SIZES
+from fastvlm.usage import MOST_TOKENS, UsageError, whole_number
 
 _WORDS = {"world": "words", "xm3600": "stanza"}  # else as COCO's evaluation
 _SCENES = 100

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from fastvlm.demo.arguments import UsageError
 from fastvlm.tables import text_table
+from fastvlm.usage import UsageError
 
 
 def add(parser: argparse.ArgumentParser) -> None:

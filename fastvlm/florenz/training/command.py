@@ -10,9 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fastvlm.demo.arguments import UsageError, whole_number
 from fastvlm.florenz.training.settings import PROMPTS
 from fastvlm.florenz.training.sizes import DECODERS, MULTILINGUALITY, SIZES
+from fastvlm.usage import UsageError, whole_number
 
 _WANTED = "what pip install 'fastvlm[florenz]' brings"
 

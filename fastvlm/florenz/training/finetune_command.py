@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastvlm.demo.arguments import UsageError, whole_number
 from fastvlm.florenz.data.public import READERS, SPLITS, read_set
 from fastvlm.florenz.data.shards import DataError
 from fastvlm.florenz.training.command import rate, say, trainers
 from fastvlm.florenz.training.sizes import SIZES
+from fastvlm.usage import UsageError, whole_number
 
 # of a step of all processes, as published: 8 processes with 32 images each
 GLOBAL_BATCH = 256

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastvlm.demo.arguments import UsageError
 from fastvlm.loading.processors import DECODER_FOLDER
+from fastvlm.usage import UsageError
 
 _PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 

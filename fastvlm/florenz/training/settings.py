@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastvlm.demo.arguments import UsageError
 from fastvlm.florenz.training.sizes import SIZES
+from fastvlm.usage import UsageError
 
 SETTINGS, CHECKPOINTS = "settings.json", "checkpoints"
 PROMPTS = ("named", "bare")

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 import fastvlm
-from fastvlm.demo.arguments import UsageError
 from fastvlm.florenz.training.batches import Sentences, Words, sentence_batch
 from fastvlm.florenz.training.settings import CHECKPOINTS, Settings
 from fastvlm.florenz.training.sizes import MULTILINGUALITY, SIZES
 from fastvlm.florenz.training.trainer import WARM_UP, Lines
 from fastvlm.florenz.training.vision import FIRST, Namer, Pictures, picture_batch
+from fastvlm.usage import UsageError
 
 LANGUAGE_MODEL, TOWER = "language_model", "vision_tower"
 _WEIGHTS = "model.safetensors"

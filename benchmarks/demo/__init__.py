@@ -1,0 +1,1 @@
+"""The demo: one photo captioned with and without fastvlm (``make demo``)."""
