@@ -248,6 +248,8 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm",
         description="Fused kernels that make encoder-decoder vision-language models fast.",
+        epilog="Exit codes: 0 done; 1 done, and what it found is not as it should be; 2 it could "
+        "not be done as asked, with one line that says why.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

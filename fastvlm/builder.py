@@ -55,7 +55,9 @@ def build_once(library: Path, key: str, compile_into: Callable[[Path], None]) ->
         target.mkdir(parents=True, exist_ok=True)
         lock = (target / ".lock").open("w")
     except OSError as error:
-        raise BuildError(f"cannot write to {target}: {error}") from error
+        raise BuildError(
+            f"cannot write to {target}: {error} (FASTVLM_CACHE_DIR names another folder)"
+        ) from error
     with lock, locked(lock):
         if is_intact(library, key):
             return library

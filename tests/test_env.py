@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import env
+from fastvlm import env, extension
 from fastvlm.__main__ import main
 from fastvlm.tables import markdown_table, text_table
 
 ROOT = Path(__file__).parents[1]
+CACHES = ("XDG_CACHE_HOME", "FASTVLM_CACHE_DIR", "FASTVLM_CPU")
 
 
 def _stub(**functions: object) -> types.ModuleType:
@@ -74,6 +76,29 @@ def test_env_with_a_torch_that_does_not_import(broken: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "libcudart.so.13" in done.stdout or "No module named 'nowhere'" in done.stdout
     assert not done.stderr
+
+
+@pytest.mark.turns(3)
+def test_env_in_a_home_that_cannot_be_written() -> None:
+    """No kernel can be compiled there: the answer says so, and that plain PyTorch serves."""
+    if (ROOT / "fastvlm" / extension.LIBRARY).exists():
+        pytest.skip("the package holds a library, so none is looked for in the cache")
+    environment = {k: v for k, v in os.environ.items() if k not in CACHES}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvlm", "env"], capture_output=True, text=True, cwd=ROOT,
+        env={**environment, "HOME": "/proc"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "not loaded: BuildError: cannot write to /proc/.cache/fastvlm" in done.stdout
+    assert re.search(r"cross_attention +reference +cpu: BuildError: cannot write", done.stdout)
+    assert "FASTVLM_CACHE_DIR names another folder" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_exit_codes_stand_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Exit codes: 0 done; 1 done" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_needs_no_torch() -> None:
