@@ -213,8 +213,8 @@ def mask_maker() -> Callable[..., Any] | None:
     return make
 
 
-# whether a class of attention is told the position of a query as a number; as a tensor to 5.22. No
-# functools.cache: torch.compile would look behind it
+# whether a class of attention is told the position of a query as a number; older ones as a tensor.
+# No functools.cache: torch.compile would look behind it
 _TOLD_NUMBERS: dict[type, bool] = {}
 
 

@@ -75,6 +75,9 @@ def is_layer(module: Any) -> bool:
 def read_attention(module: Any) -> Attention | str:
     if extra := extra_parts(module, *_PROJECTIONS, _BIAS):
         return extra
+    # UMT5's of transformers 5.17, which its sdpa lets see what comes where there is no mask
+    if owns(module, _BIAS) and module.is_decoder and not module.is_causal:
+        return "it decodes, and does not say that its rows see only those before them"
     return _ATTENTION if takes(module, "position_bias") else _UNSHARED
 
 

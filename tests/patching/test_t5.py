@@ -219,3 +219,15 @@ def test_without_a_kernel_its_attention_is_left_alone(monkeypatch: pytest.Monkey
         report = fastvlm.patch(later)
         assert {entry.reason for entry in report.skipped} >= {reason}
         assert torch.equal(generate(later, inputs, num_beams=2), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_that_does_not_say_it_is_causal(name: str) -> None:
+    """As UMT5's of transformers 5.17: it is left alone, whatever its sdpa makes of that."""
+    model: Any = RELATIVES[name].build()
+    for block in model.decoder.block:
+        block.layer[0].SelfAttention.is_causal = False
+    want = numbers(model, training())
+    report = fastvlm.patch(model)
+    assert any("does not say" in str(entry.reason) for entry in report.skipped)
+    assert_the_same(numbers(model, training()), want)
