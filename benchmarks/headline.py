@@ -43,7 +43,7 @@ TARGETS = "the same with six targets to an image, by samples a second"
 QUICK = "one caption, `weights` and `compute` int8"
 STEP = "a decoding step of Florence-2-base, 3 beams"
 STORED = {None: STEP, "bf16": 'the same, `weights="bf16"`', "int8": 'the same, `weights="int8"`'}
-ROWS = (WHOLE, QUICK, BATCH, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS, *STORED.values())
+ROWS = (WHOLE, BATCH, QUICK, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS, *STORED.values())
 _JOBS = {"one photo": WHOLE, "photos": BATCH, "step": LONG, "step, small images": SHORT}
 
 
