@@ -128,6 +128,7 @@ def test_compiler_that_fails(tmp_path: Path) -> None:
     assert "the last line of a compiler" in out
 
 
+@pytest.mark.turns(3)
 def test_cached_library_needs_no_compiler(built: Path, tmp_path: Path) -> None:
     library = put(built, tmp_path)
     out, err = finish(start(tmp_path, CXX="no-such-compiler"))

@@ -173,6 +173,7 @@ def test_one_layer_of_another_kind_leaves_its_stack_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 def test_a_patched_original_and_its_copy_go_their_own_ways() -> None:
     """Layers that two models share: in every order each of them computes what it did."""
     from accelerate.utils import compile_regions
