@@ -148,6 +148,37 @@ def _pair(kind: str, encoder: Any, decoder: Any, batches: Batches, size: Any = N
     return ModelType(f"{kind}Model", batches, build=build)
 
 
+def _music(kind: str) -> ModelType:
+    """T5 reads the text; nothing else is known."""
+
+    def build() -> nn.Module:
+        parts = {
+            "text_encoder": small(tf.T5Config),
+            "audio_encoder": tf.EncodecConfig(**ENCODEC),
+            "decoder": small(getattr(tf, f"{kind}DecoderConfig"), num_codebooks=2),
+        }
+        config = getattr(tf, f"{kind}Config")(**{n: c.to_dict() for n, c in parts.items()})
+        for each in (config, config.decoder):
+            each.decoder_start_token_id, each.pad_token_id = EOS, PAD
+        return getattr(tf, f"{kind}ForConditionalGeneration")(config)
+
+    return ModelType(f"{kind}ForConditionalGeneration", sung, build=build)
+
+
+def sung() -> tuple[Batch, Batch]:
+    """Labels of two codebooks; what generate() gives is sound, and no tokens."""
+    codes = torch.randint(3, 60, (3, 6, 2), generator=torch.Generator().manual_seed(3))
+    return {}, {**text()[0], "labels": codes}
+
+
+ENCODEC = {
+    "num_filters": 4,
+    "hidden_size": 16,
+    "codebook_size": 64,
+    "codebook_dim": 16,
+    "num_lstm_layers": 1,
+    "upsampling_ratios": [2, 2],
+}
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
 WAVES = {
     "conv_dim": (16, 16),
@@ -306,9 +337,7 @@ TYPES: dict[str, ModelType] = {
         "instructblipvideo=InstructBlipVideoForConditionalGeneration "
         "evolla=EvollaForProteinText2Text kosmos-2=Kosmos2ForConditionalGeneration "
         "kosmos-2.5=Kosmos2_5ForConditionalGeneration blt=BltForCausalLM git=GitForCausalLM "
-        "musicgen=MusicgenForConditionalGeneration musicgen-decoder=MusicgenForCausalLM "
-        "musicgen_melody=MusicgenMelodyForConditionalGeneration "
-        "musicgen_melody-decoder=MusicgenMelodyForCausalLM "
+        "musicgen-decoder=MusicgenForCausalLM musicgen_melody-decoder=MusicgenMelodyForCausalLM "
         "seamless_m4t-speech=SeamlessM4TForSpeechToText "
         "seamless_m4t_v2-speech=SeamlessM4Tv2ForSpeechToText "
         "audioflamingo3=AudioFlamingo3ForConditionalGeneration "
@@ -318,6 +347,8 @@ TYPES: dict[str, ModelType] = {
     ),
     **_of("pop2piano=Pop2PianoForConditionalGeneration", spectrogram, decoder_start_token_id=EOS),
     **_of("moonshine_streaming=MoonshineStreamingForConditionalGeneration", num_key_value_heads=2),
+    "musicgen": _music("Musicgen"),
+    "musicgen_melody": _music("MusicgenMelody"),
     **_of("t5gemma2=T5Gemma2ForConditionalGeneration", text, encoder={"vision_config": SIGLIP}),
     **_of("gemma3=Gemma3ForConditionalGeneration", typed, vision_config=SIGLIP),
     **_of("pp_formulanet=PPFormulaNetForConditionalGeneration", formula, vision_config=FORMULA),
