@@ -30,8 +30,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& q_offsets, const Tensor& kv_offsets,
                                      const Tensor& image_of, const std::optional<Tensor>& seed,
                                      double scale, double softcap, bool causal, int64_t window,
-                                     double dropout_p,
-                                     const std::optional<Tensor>& position_bias) {
+                                     double dropout_p, const std::optional<Tensor>& position_bias) {
   AttentionArgs args = attention_args(q, k, v, q_offsets, kv_offsets, image_of, seed, scale,
                                       softcap, causal, window, dropout_p, position_bias);
   Tensor out = torch::stable::new_empty(q, {args.rows, args.heads, args.dim});

@@ -131,9 +131,9 @@ typename AttentionBackward<T>::Memory AttentionBackward<T>::divide(float* scratc
     return from;
   };
   const int64_t keys = width_ * padded_, scores = kRows * width_, rows = kRows * padded_;
-  return {take(keys),   take(keys),   take(keys),   take(keys), take(keys), take(scores),
-          take(scores), take(width_), take(width_), take(rows), take(rows), take(rows),
-          take(bias_size())};
+  return {take(keys),   take(keys),   take(keys),       take(keys),   take(keys),
+          take(scores), take(scores), take(width_),     take(width_), take(rows),
+          take(rows),   take(rows),   take(bias_size())};
 }
 
 // Rows of k and v past the last image: no task is theirs.

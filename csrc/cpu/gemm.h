@@ -190,9 +190,9 @@ inline void store_totals(const Vec (&sums)[M][N], float* out, int64_t out_stride
   }
 }
 
-// A part of k of the products of M rows of x and N rows of w: it is added to what `kept` holds of the
-// parts before (unless this is the first), and after the last part the totals go to out. Each part
-// begins at zero, so that a rounding is one of a short sum.
+// A part of k of the products of M rows of x and N rows of w: it is added to what `kept` holds of
+// the parts before (unless this is the first), and after the last part the totals go to out. Each
+// part begins at zero, so that a rounding is one of a short sum.
 template <class T, class X, int N, int M>
 inline void dot_tile(const T* w, int64_t w_stride, const X* x, int64_t x_stride, int64_t k,
                      bool first, bool last, Vec* kept, float* out, int64_t out_stride) {

@@ -125,8 +125,7 @@ void add_values(const float* p, int64_t p_stride, int64_t m_rows, const T* v,
 // `last` are visible. Whole vectors are written: keys from n on get weight 0. bias: of each key, in
 // whole vectors, or null.
 inline void softmax_row(float* scores, int64_t n, int64_t first, int64_t last, ScoreRule rule,
-                        Running& running, float* sums, int64_t sums_size,
-                        const float* bias) {
+                        Running& running, float* sums, int64_t sums_size, const float* bias) {
   const Vec scale = broadcast(rule.softcap > 0 ? rule.scale / rule.softcap : rule.scale);
   const Vec softcap = broadcast(rule.softcap);
   const Vec hidden = broadcast(-INFINITY);
