@@ -112,7 +112,7 @@ def _plan_stack(
         inner = next((r for r in rule.rules if module is not stack and r.matches(module)), None)
         if inner is not None:
             found.append((name, module, inner, _choose(module, inner, wanted)))
-            per_image.update(_projections_of_images(module, inner))
+            per_image.update(_projections_of_images(name, module, inner))
         elif _is_linear(module) or (numbers != (None, None) and isinstance(module, nn.Linear)):
             storage = None if module in kept | per_image else weights
             arithmetic = None if module in kept else compute
@@ -217,12 +217,17 @@ def _choose_linear(
     return missing or choose_linear(module, storage, compute)
 
 
-def _projections_of_images(attention: Any, rule: Rule) -> list[nn.Module]:
-    """The key and value projections of a cross-attention: they run once for an image."""
+def _projections_of_images(name: str, attention: Any, rule: Rule) -> list[nn.Module]:
+    """The key and value projections of a cross-attention: they run once for an image.
+
+    One that may be either, by what it says of itself, is told by its name.
+    """
     if rule.floors != ("attention",):
         return []
     swap = rule.choose(attention) if not is_patched(attention) else type(attention)._fastvlm_swap
     if not isinstance(swap, Swap) or "cross_attention" not in swap.runs_on:
+        return []
+    if "self_attention" in swap.runs_on and name.endswith("self_attn"):
         return []
     spec = spec_of(swap)
     return [getattr(attention, spec.name(part)) for part in ("k_proj", "v_proj")]

@@ -17,7 +17,6 @@ import fastvlm
 from fastvlm import ops
 from fastvlm.cpu.int8 import unavailable
 from fastvlm.decoding.prefixes import left_padded, row_positions
-from fastvlm.run import build
 
 NAMES = list(RELATIVES)
 CASES: dict[str, dict[str, Any]] = {
@@ -26,15 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
     "forced": {"num_beams": 2, "forced_bos_token_id": 7, "forced_eos_token_id": 2},
     "static": {"cache_implementation": "static", "num_beams": 2, "disable_compile": True},
 }
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was made of each stack: a step that is written down, or None."""
-    made: list[Any] = []
-    run = build.build_step
-    monkeypatch.setattr(build, "build_step", lambda *args: made.append(run(*args)) or made[-1])
-    return made
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,7 +23,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers.models.trocr.modeling_trocr import TrOCRDecoderLayer
 
 import fastvlm
-from fastvlm.run import build
 
 KINDS = {"learned": "vit+trocr", "waves": "vit+trocr of waves"}
 CASES: dict[str, dict[str, Any]] = {
@@ -49,15 +48,6 @@ def wrapped(model: Any, kind: CheckpointImpl) -> None:
         lambda layer: checkpoint_wrapper(layer, checkpoint_impl=kind),
         lambda module: isinstance(module, TrOCRDecoderLayer),
     )
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was made of each stack: a step that is written down, or None."""
-    made: list[Any] = []
-    run = build.build_step
-    monkeypatch.setattr(build, "build_step", lambda *args: made.append(run(*args)) or made[-1])
-    return made
 
 
 def test_the_same_tokens_by_a_step_that_is_written_down(model: Any, steps: list[Any]) -> None:
@@ -102,6 +92,15 @@ def test_training_runs_on_the_tokens_alone(model: Any, monkeypatch: pytest.Monke
     calls = Calls(monkeypatch, "gelu_mlp")
     assert_the_same(numbers(model, batch), want)
     assert set(calls.rows["gelu_mlp"]) == {int(batch["decoder_attention_mask"].sum())}
+
+
+def test_only_keys_of_images_keep_their_weights(model: Any) -> None:
+    report = fastvlm.patch(model, weights="int8")
+    layer = "decoder.model.decoder.layers.0."
+    of = {e.module: e.ops for e in report.entries if e.module.startswith(layer)}
+    for part, op in (("self_attn", "low_precision_linear"), ("encoder_attn", "linear")):
+        assert of[f"{layer}{part}.k_proj"] == of[f"{layer}{part}.v_proj"] == (op,)
+    assert of[f"{layer}encoder_attn.q_proj"] == ("low_precision_linear",)
 
 
 def test_left_alone_with_the_reason_where_its_layers_are(model: Any) -> None:
