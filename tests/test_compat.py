@@ -303,3 +303,25 @@ def test_notes_on_tensors_are_forgotten_with_them() -> None:
     assert notes.get(same) is None
     del x
     assert len(notes) == 0
+
+
+@on_transformers_5
+@pytest.mark.parametrize("kind", ["EncoderDecoder", "VisionEncoderDecoder"])
+def test_who_hides_the_pads_that_it_makes_of_labels(kind: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    encoder = tf.BertConfig(**sizes) if kind == "EncoderDecoder" else tf.ViTConfig(**sizes)
+    decoder = tf.BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    whole = getattr(tf, f"{kind}Config").from_encoder_decoder_configs(encoder, decoder)
+    whole.pad_token_id, whole.decoder_start_token_id = 1, 2
+    model = getattr(tf, f"{kind}Model")(config=whole)
+    masks = []
+    model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    given = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
+    if kind != "EncoderDecoder":
+        given = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    model(**given, labels=torch.tensor([[5, 1, -100, 6]]))
+    assert hf.hides_pads_of_labels(model) == (masks[0] is not None)
+    assert masks[0] is None or masks[0].tolist() == [[1, 1, 0, 0]]

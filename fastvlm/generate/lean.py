@@ -15,6 +15,7 @@ from fastvlm.generate.feed import CannotJoin
 from fastvlm.generate.head import Head
 from fastvlm.generate.slots import Slots
 from fastvlm.layout import Layout
+from fastvlm.models.structure import part_of
 from fastvlm.run import graphs
 from fastvlm.run.build import build_step
 from fastvlm.run.embedding import embed_step, rotation_of
@@ -50,7 +51,7 @@ class Lean:
         self._device, rows = self._kept.lengths.device, self._kept.lengths.shape[0]
         self._images = None if self._cross is None else list(self._cross.images)
         table = stack.spec.embedding.positions
-        self._starts = None if table is None else starts_of(getattr(stack, table), rows)
+        self._starts = None if table is None else starts_of(part_of(stack, table), rows)
         self._in_order = list(range(rows))
         self._class = type(stack)
         self._slots: Slots | None = None

@@ -15,19 +15,22 @@ from dataclasses import dataclass
 class Attention:
     """A module with q_proj, k_proj, v_proj and `out`, over heads of its head_dim.
 
+    out: None where the layer has it (`Residual.project`). scale: the attribute with what scores are
+    multiplied with; None for the root of 1 / head_dim. dropout: an attribute, a number or a module.
     states: the argument with the encoder's states; None where rows only read themselves. cross:
     whether they are always there; otherwise rows read themselves without them. causal: the
     attribute that says whether rows see only those before them; None where they always do, and a
     module does not tell which of the two it is for. rotary: whether queries and keys are turned by
-    their positions (RoPE). dropout, window, softcap: the attributes with these numbers; None where
-    the class has none. mask: what it calls its mask. bias: the table of a bias of the scores by
+    their positions (RoPE). window, softcap: the attributes with these numbers; None where the
+    class has none. mask: what it calls its mask. bias: the table of a bias of the scores by
     distance; of a class that shares_bias the first of a stack has it, and hands what it read on to
     the others. aliases: what is called so here, and what the class calls it.
     """
 
-    out: str
+    out: str | None
     arguments: tuple[str, ...]
     dropout: str
+    scale: str | None = "scaling"
     states: str | None = None
     cross: bool = False
     causal: str | None = "is_causal"
@@ -50,6 +53,7 @@ class Mlp:
 
     activation: its name in the ops. evaluated: the kind of the module that was found to compute it
     (`fastvlm.nn.mlp.kind_of`). dropout: of what `down` reads, a number or a module.
+    Names lead to parts of parts: "output.dense".
     """
 
     up: str
@@ -69,7 +73,8 @@ class Residual:
     branch: the module that computes it, or the Mlp whose parts are the layer's own. before, after,
     norm: norms of what the branch reads, of what it gives, of the sum; None where there is none.
     optional: a cross-attention that is left out where there are no states to read. dropout: of what
-    the branch gives, where it has one of its own. Names lead to parts of parts: "layer.0.dropout".
+    the branch gives, where it has one of its own. project: the linear layer behind an attention
+    that has none. Names lead to parts of parts: "layer.0.dropout".
     """
 
     reads: str
@@ -80,6 +85,7 @@ class Residual:
     gate: str | None = None
     optional: bool = False
     dropout: str | None = None
+    project: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,10 @@ class Embedding:
     given: whether position_ids name the rows of positions; otherwise columns do. offset: the
     attribute of the table with the row of the first column; None for its first row. counts_tokens:
     whether the module of positions counts them itself in the token ids it is called with, padding
-    left out. norm_first: whether positions are added behind the norm.
+    left out. norm_first: whether positions are added behind the norm. skips: the attribute with a
+    pad id, where tokens that are given no position are counted from behind it, and pads are not.
+    types: a table whose first row is added to tokens, unless the arguments `told` say which; with
+    one of those modules are called. holder: the module that does all this, where it is one.
     """
 
     tokens: str = "embed_tokens"
@@ -138,6 +147,10 @@ class Embedding:
     counts_tokens: bool = False
     norm: str | None = None
     norm_first: bool = False
+    skips: str | None = None
+    types: str | None = None
+    told: tuple[str, ...] = ()
+    holder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,12 @@ class Stack:
     of which none is padding; ignores_mask: it takes a mask of them and never looks at it.
     drops_cache: whether layers get no cache where use_cache is False. hands: the argument that
     reaches its layers where those that it does not know do not; None where they do. aliases: as of
-    an `Attention`. has_bias: whether scores have a bias of the distance, in columns.
+    an `Attention`. has_bias: whether scores have a bias of the distance, in columns. causal: where
+    a call says whether rows see only those before them, an argument or "config." and its name; None
+    where they always do. holders: modules of a layer whose parts our layer reads, and which it does
+    not call. by_layers: whether its layers as they are hand nothing on to their attentions.
+    ignores_cross_mask: the mask of the encoder's states is never looked at. wraps_cache: whether it
+    takes a cache of its own rows alone, and makes one for the encoder's beside it.
     """
 
     embedding: Embedding
@@ -169,6 +187,11 @@ class Stack:
     hands: str | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     has_bias: bool = False
+    causal: str | None = None
+    holders: tuple[str, ...] = ()
+    by_layers: bool = False
+    ignores_cross_mask: bool = False
+    wraps_cache: bool = False
 
     @property
     def reads_encoder(self) -> bool:

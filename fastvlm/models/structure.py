@@ -45,10 +45,22 @@ def extra_parts(module: nn.Module, *known: str) -> str | None:
     return f"it has parts of its own: {', '.join(extra)}" if extra else None
 
 
+def layers_and_owner(stack: Any) -> tuple[Any, Any]:
+    """The ModuleList of a stack's layers, by the names that families have for it, and the module
+    that holds it: the stack, or its encoder (BERT); None and None without."""
+    owners = [(stack, "layers"), (stack, "block")]
+    inner = stack._modules.get("encoder")
+    owners.append((None if inner is None else unwrapped(inner, "layer"), "layer"))
+    for owner, name in owners:
+        found = None if owner is None else owner._modules.get(name)
+        if isinstance(found, nn.ModuleList):
+            return found, owner
+    return None, None
+
+
 def layers_of(stack: Any) -> Any:
-    """The ModuleList of a stack's layers, by the names that families have for it; None without."""
-    found = stack._modules.get("layers", stack._modules.get("block"))
-    return found if isinstance(found, nn.ModuleList) else None
+    """The ModuleList of a stack's layers; None without."""
+    return layers_and_owner(stack)[0]
 
 
 def part_of(module: Any, path: str) -> Any:
@@ -65,8 +77,8 @@ def layer_in(outer: Any, path: str) -> Any:
 
 def attention_in(outer: Any) -> Any:
     """The attention in wrappers of a single child; None where there is none."""
-    found = unwrapped(outer, "q_proj")
-    return unwrapped(outer, "q") if found is None else found
+    found = (unwrapped(outer, name) for name in ("q_proj", "q", "query"))
+    return next((each for each in found if each is not None), None)
 
 
 def submodule(module: Any, path: str) -> Any:

@@ -44,7 +44,12 @@ _UNSHARED = replace(
 _SELF, _CROSS = "layer.0.SelfAttention", "layer.1.EncDecAttention"
 _STATES = ("encoder_hidden_states", "encoder_attention_mask")
 _EMBEDDING = Embedding()
-_STACK = {"norm": "final_layer_norm", "aliases": (("layers", "block"),), "has_bias": True}
+_STACK = {
+    "norm": "final_layer_norm",
+    "aliases": (("layers", "block"),),
+    "has_bias": True,
+    "holders": ("layer.0", "layer.1", "layer.2"),
+}
 ENCODER = Stack(_EMBEDDING, ("attention_mask",), (_SELF,), **_STACK)  # type: ignore[arg-type]
 DECODER = Stack(
     _EMBEDDING,

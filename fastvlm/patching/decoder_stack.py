@@ -25,6 +25,7 @@ from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.layout import Layout
 from fastvlm.loss.request import knows_its_readers, loss_request
+from fastvlm.models.structure import layers_and_owner, part_of
 from fastvlm.patching.encoder_stack import PatchedStack
 from fastvlm.patching.interposed import (
     NOTHING,
@@ -92,8 +93,24 @@ class DecoderStack(PatchedStack):
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         wanted = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
-        trains = self.training and (self.gradient_checkpointing or not self.spec.trains_cached)
+        trains = self.training and (self._checkpoints() or not self.spec.trains_cached)
         return bool(wanted) and not trains
+
+    def _checkpoints(self) -> bool:
+        owners = (self, layers_and_owner(self)[1])
+        return any(getattr(owner, "gradient_checkpointing", False) for owner in owners)
+
+    def _is_causal(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether rows see only those before them in this call."""
+        says = self.spec.causal
+        if says is None:
+            return True
+        named = says.startswith("config.")
+        return bool(part_of(self, says) if named else kwargs.get(says, False))
+
+    def _cross_mask(self, call: DecoderInputs) -> Any:
+        """The mask that the encoder's states are read by."""
+        return None if self.spec.ignores_cross_mask else call.encoder_mask
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         given = dict(by_name(self.spec.arguments, args, kwargs))
@@ -109,7 +126,7 @@ class DecoderStack(PatchedStack):
     def _layouts(self, call: DecoderInputs, kwargs: Mapping[str, Any]) -> Layouts | None:
         """The layouts of this call, or None where transformers' own path must run."""
         batch, length, device = grid_of(call.input_ids, call.inputs_embeds)
-        if length == 0 or not (is_2d(call.attention_mask) and is_2d(call.encoder_mask)):
+        if length == 0 or not (is_2d(call.attention_mask) and is_2d(self._cross_mask(call))):
             return None
         filled = 0
         if call.past is not None:
@@ -181,9 +198,9 @@ class DecoderStack(PatchedStack):
         if filled > 0 and cross_cache.is_shared(call.past.cross_attention_cache):
             readers = cross_cache.readers_of(call.past.cross_attention_cache)
             if readers.layout is not None:
-                return readers.step(batch, length, call.encoder_mask, call.readers)
+                return readers.step(batch, length, self._cross_mask(call), call.readers)
         images, tokens = call.encoder_states.shape[:2]
-        kv_mask = call.encoder_mask
+        kv_mask = self._cross_mask(call)
         if kv_mask is not None and filled == 0 and kv_mask.shape != (images, tokens):
             raise ValueError(
                 f"fastvlm: attention_mask must be [{images}, {tokens}], as the encoder's states "
@@ -198,7 +215,11 @@ class DecoderStack(PatchedStack):
     def _run(self, call: DecoderInputs, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
-        asks = wants_attentions(self, kwargs)
+        asks = wants_attentions(self, kwargs) or not self._is_causal(kwargs)
+        if not self.spec.reads_encoder:
+            asks = asks or kwargs.get("encoder_hidden_states") is not None
+        if self.spec.wraps_cache and not asks and self._wants_cache(use_cache):
+            call.past = _wrapped(call.past)
         if self.spec.drops_cache and call.past is not None:
             asks = asks or not self._wants_cache(use_cache)
         fixed = not asks and self._fixed(call.past)
@@ -258,7 +279,7 @@ class DecoderStack(PatchedStack):
         arguments["attention_mask"] = call.attention_mask
         if not self.spec.reads_encoder:
             return Layouts(static=static.Static(None), marks=None)
-        states, mask = call.encoder_states, call.encoder_mask
+        states, mask = call.encoder_states, self._cross_mask(call)
         batch = grid_of(call.input_ids, call.inputs_embeds)[0]
         if states is None or not is_2d(mask) or (call.readers is None and batch % len(states)):
             return None
@@ -271,6 +292,8 @@ class DecoderStack(PatchedStack):
         """The output of a decoding step that is written down; None where modules must be called."""
         ids = call.input_ids
         if ids is None or (self.spec.reads_encoder and layouts.cross is None):
+            return None
+        if any(kwargs.get(name) is not None for name in self.spec.embedding.told):
             return None
         if not is_plain_step(self, kwargs) or torch.is_autocast_enabled(ids.device.type):
             return None
@@ -291,7 +314,7 @@ class DecoderStack(PatchedStack):
         }
 
     def _output(self, states: Tensor, past: Any) -> Any:
-        if self.spec.reads_encoder:
+        if "encoder_hidden_states" in self.spec.arguments:
             return BaseModelOutputWithPastAndCrossAttentions(
                 last_hidden_state=states, **hf.cached(past)
             )
@@ -311,3 +334,8 @@ class DecoderStack(PatchedStack):
             if isinstance(mask, Tensor):
                 mask = mask.repeat_interleave(readers, 0)
         return states, mask
+
+
+def _wrapped(past: Any) -> Any:
+    """A cache of a decoder's own rows, with an empty one for the encoder's beside it."""
+    return EncoderDecoderCache(past, DynamicCache()) if type(past) is DynamicCache else past

@@ -8,7 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from fastvlm.models import bart, florenz, gemma2, m2m100, marian, t5, t5gemma, trocr, whisper
+from fastvlm.models import (
+    bart,
+    bert,
+    blip,
+    florenz,
+    gemma2,
+    m2m100,
+    marian,
+    t5,
+    t5gemma,
+    trocr,
+    whisper,
+)
 from fastvlm.models.spec import Attention, Layer, Mlp, Stack
 from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
@@ -41,7 +53,7 @@ def _aliases(spec: Attention | Stack) -> tuple[tuple[str, Any], ...]:
 
 
 def _attention(module: Any, spec: Attention) -> Swap:
-    crosses = spec.cross or (spec.states is not None and module.is_decoder)
+    crosses = spec.cross or (spec.states is not None and getattr(module, "is_decoder", True))
     causal = is_causal(module, spec)
     runs_on: tuple[str, ...] = ("cross_attention",) if crosses else ()
     if causal or not crosses:
@@ -125,6 +137,15 @@ _T5 = (
     _layer_rule(t5.is_layer, t5.read_layer, "mlp", "norm"),
 )
 
+_BERT = (
+    _attention_rule(bert.is_attention, bert.read_attention),
+    _layer_rule(bert.is_layer, bert.read_layer, "mlp", "norm"),
+)
+_BLIP = (
+    _attention_rule(blip.is_attention, blip.read_attention),
+    _layer_rule(bert.is_layer, blip.read_layer, "mlp", "norm"),
+)
+
 
 def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackRule]:
     """The encoder and the decoder of a family that has both."""
@@ -146,6 +167,8 @@ STACKS: tuple[StackRule, ...] = (
     *_two_stacks(bart, _BART),
     *_two_stacks(m2m100, _BART),
     *_two_stacks(whisper, _BART),
+    _stack_rule(bert.is_stack, bert.read_stack, _BERT, bert.KNOWN),
+    _stack_rule(blip.is_stack, blip.read_stack, _BLIP, blip.KNOWN),
     *_two_stacks(t5, _T5),
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
@@ -162,6 +185,7 @@ LANGUAGE_MODELS = (
     "transformers.models.speech_encoder_decoder.",
     "transformers.models.encoder_decoder.",
 )
+ENCODES = "its rows see all others here: nothing with a head over tokens calls it"
 PREFIX_MASK = "PaliGemma gives it the masks of a prefix, which self_attention does not know"
 LEFT_ALONE = {"multi_modal_projector": "runs once per image"}
 # nothing of these but their linear layers is replaced
@@ -173,6 +197,14 @@ def prefix_decoders(model: nn.Module) -> set[nn.Module]:
     owners = [m for m in model.modules() if hasattr(m, "multi_modal_projector")]
     stacks = [getattr(m, "language_model", None) for m in owners]
     return {m for m in stacks if isinstance(m, nn.Module)} - {model}
+
+
+def refusals(model: nn.Module) -> dict[nn.Module, str]:
+    """Stacks that what is around them calls as none of our stacks runs, each with the reason."""
+    return {
+        **dict.fromkeys(prefix_decoders(model), PREFIX_MASK),
+        **dict.fromkeys(blip.encoders(model), ENCODES),
+    }
 
 
 def left_alone(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

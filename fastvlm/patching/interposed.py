@@ -23,6 +23,7 @@ from fastvlm.models.structure import (
     attention_in,
     hands_down,
     layer_in,
+    layers_and_owner,
     layers_of,
     submodule,
 )
@@ -49,9 +50,10 @@ _HARMLESS_HOMES = (
 # called before the first layer: padding there holds what it holds without fastvlm
 _EMBEDDINGS = (
     "embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb", "conv1", "conv2",
+    "embeddings",
 )  # fmt: skip
 # read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
-_ACTIVATIONS = ("activation_fn", "act_fn", "act")
+_ACTIVATIONS = ("activation_fn", "act_fn", "act", "intermediate_act_fn")
 
 
 class Interposed(NamedTuple):
@@ -132,20 +134,21 @@ def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
         if not is_ours(module):
             kind = type(module).__name__
             return Interposed(f"its {path} ({kind}) is no attention that fastvlm knows")
-    layers = {layer_in(layer, names[0]) for layer in layers_of(stack)}
-    if spec.hands is not None and not all(map(is_ours, layers)):
+    outers, owner = layers_and_owner(stack)
+    layers = {layer_in(layer, names[0]) for layer in outers}
+    by_layers = spec.hands is not None or spec.by_layers
+    if by_layers and not all(map(is_ours, layers)):
         return Interposed(
             "it hands only to layers of fastvlm what attention reads instead of masks"
         )
-    first, _, below = names[0].partition(".")
-    if below:  # its branches stand in modules that our layer does not call
-        layers |= {part for layer in layers for part in layer._modules[first]}
+    held = {submodule(layer, path) for layer in layers for path in spec.holders}
+    known = layers | held | {owner, stack._modules.get(spec.embedding.holder)}
     padded = None
     for path, module in stack.named_modules():
         if module is stack:
             continue
         top = path.partition(".")[0]
-        reason = _of_part(path, module, is_ours(module) or module in layers, is_ours)
+        reason = _of_part(path, module, is_ours(module) or module in known, is_ours)
         if reason is None:
             continue
         if top not in _EMBEDDINGS:

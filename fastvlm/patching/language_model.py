@@ -183,7 +183,7 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
         given = ids if ids is not None else embeds
         if given is not None and given.shape[:2] != labels.shape:
             return
-        mask, default = last_label(labels), decoder.default_mask(ids)
+        mask, default = last_label(labels), self._default_mask(decoder, kwargs, ids)
         kwargs[prefix + "attention_mask"] = mask if default is None else mask & default
 
     def _target_ids(self, kwargs: dict[str, Any], labels: Tensor) -> Tensor | None:
@@ -193,6 +193,15 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
         if ids is None and kwargs.get(prefix + "inputs_embeds") is None and hasattr(self, _SHIFT):
             ids = getattr(self, _SHIFT)(labels)
         return ids
+
+    def _default_mask(
+        self, decoder: DecoderStack, kwargs: dict[str, Any], ids: Tensor | None
+    ) -> Tensor | None:
+        """The mask of target ids that is assumed where none is given; None is all ones."""
+        given = kwargs.get("decoder_input_ids") is not None
+        if ids is not None and not given and hf.hides_pads_of_labels(self):
+            return ids != self.config.pad_token_id
+        return decoder.default_mask(ids)
 
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
         """Whether a label may count in a row that the caller's mask, or the decoder's own, hides.
@@ -204,7 +213,7 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
         mask = kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
         decoder = _decoder_of(self)
         if mask is None and decoder is not None:
-            mask = decoder.default_mask(self._target_ids(kwargs, labels))
+            mask = self._default_mask(decoder, kwargs, self._target_ids(kwargs, labels))
         if not isinstance(mask, Tensor):
             return False
         if mask.shape != labels.shape or labels.dim() != 2:

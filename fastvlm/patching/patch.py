@@ -47,9 +47,9 @@ def patch(
     last label they are the head's answer to zeros). Such a call also takes ``image_of_prompt``,
     ``prompt_of_target`` and ``groups`` (`fastvlm.patching.language_model.LossModel`).
 
-    model: a transformers model (Florence-2, BART, mBART, Whisper, Gemma-2, T5Gemma, PaliGemma 2),
-    one with the same structure, or a module that contains one (a trainer's wrapper, a PEFT
-    model). Only this instance changes. Patching twice changes nothing more.
+    model: a transformers model (Florence-2, BART, Whisper, T5, BLIP, Gemma-2 and others, which
+    README lists), one with the same structure, or a module that contains one (a trainer's wrapper,
+    a PEFT model). Only this instance changes. Patching twice changes nothing more.
     only: the kinds of ops to patch in, of "attention", "mlp", "norm", "linear", "loss"; None for
     all.
     weights: for decoding only. "bf16" or "int8" (symmetric, one factor for each output row): linear
@@ -90,8 +90,8 @@ def patch(
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
         raise PatchError(
             "fastvlm.patch: model must contain a Florence-2, BART, mBART, M2M100, Marian, Pegasus, "
-            "Blenderbot, TrOCR, Whisper, T5, Gemma-2, T5Gemma or PaliGemma decoder, or modules of "
-            "that structure; got "
+            "Blenderbot, TrOCR, Whisper, T5, BLIP, BERT, Gemma-2, T5Gemma or PaliGemma decoder, or "
+            "modules of that structure; got "
             f"{type(model).__name__}, in which nothing can be patched"
             f"{' (' + why + ')' if why else ''}"
         )

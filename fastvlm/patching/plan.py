@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat.versions import attention_refused
 from fastvlm.models.embedding import factor_of
+from fastvlm.models.spec import Layer, Stack
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear
 from fastvlm.patching import foreign, interposed, probe
@@ -44,13 +45,7 @@ def plan(
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
     from fastvlm.patching import davit
-    from fastvlm.patching.families import (
-        PREFIX_MASK,
-        STACKS,
-        left_alone,
-        prefix_decoders,
-        tower_linears,
-    )
+    from fastvlm.patching.families import STACKS, left_alone, refusals, tower_linears
 
     changes: list[Change] = []
     seen: set[int] = set()
@@ -60,21 +55,24 @@ def plan(
             seen.add(id(change.module))
             changes.append(change)
 
-    shares, prefixed = False, prefix_decoders(model)
+    shared: dict[nn.Module, Stack] = {}  # stacks that read one copy of the encoder's states
+    others = refusals(model)
     for name, module in model.named_modules():
         stack = next((s for s in STACKS if s.matches(module)), None)
         if stack is not None:
-            refused = attention_refused() or (PREFIX_MASK if module in prefixed else None)
+            refused = attention_refused() or others.get(module)
             storage = weights if stack.decodes else None
             numbers = storage, compute
-            shares |= _plan_stack(name, module, stack, wanted, numbers, refused, add)
+            spec = _plan_stack(name, module, stack, wanted, numbers, refused, add)
+            if spec is not None and spec.reads_encoder:
+                shared[module] = spec
     parts = probe.PartTrials()
     for name, module, rule in davit.tower_modules(model):
         choice = parts.choice(module, _choose(module, rule, wanted), davit.KNOWN)
         add(_change(name, module, rule.floors, choice))
     if changes:
         for name, module in model.named_modules():
-            _plan_outside(name, module, wanted, weights, shares, add)
+            _plan_outside(name, module, wanted, weights, shared, add)
         adapters = {part for module in model.modules() for part in adapters_of(module)}
         for name, linear in tower_linears(model):
             if _is_linear(linear):
@@ -97,8 +95,8 @@ def _plan_stack(
     numbers: tuple[str | None, str | None],
     refused: str | None,
     add: Any,
-) -> bool:
-    """The changes in one stack; True if it is patched and shares encoder states among readers.
+) -> Stack | None:
+    """The changes in one stack; its spec if it is patched.
 
     numbers: in what its linear layers keep their weights, and compute many rows.
     refused: a reason why its attention stays with transformers, whatever the rules say.
@@ -129,11 +127,19 @@ def _plan_stack(
     chosen, found = _tried(stack, rule, chosen, found)
     add(_change(prefix, stack, ("attention",), chosen))
     for name, module, inner, choice in found:
-        if inner.floors == ("attention",) and isinstance(chosen, str) and isinstance(choice, Swap):
+        if isinstance(chosen, str) and isinstance(choice, Swap) and _needs_stack(inner, choice):
             choice = f"its stack {prefix} was skipped"
         step = inner is _LINEAR and rule.decodes and module not in per_image
         add(_change(name, module, inner.floors, choice, step))
-    return isinstance(chosen, Swap) and spec_of(chosen).reads_encoder
+    return spec_of(chosen) if isinstance(chosen, Swap) else None
+
+
+def _needs_stack(rule: Rule, swap: Swap) -> bool:
+    """Whether a part does nothing of its own where its stack is not patched."""
+    if rule.floors == ("attention",):
+        return True
+    spec = dict(swap.attributes).get("spec")
+    return isinstance(spec, Layer) and spec.bypasses
 
 
 def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
@@ -160,7 +166,12 @@ def _tried(
 
 
 def _plan_outside(
-    name: str, module: Any, wanted: frozenset[str], weights: str | None, shares: bool, add: Any
+    name: str,
+    module: Any,
+    wanted: frozenset[str],
+    weights: str | None,
+    shared: dict[nn.Module, Stack],
+    add: Any,
 ) -> None:
     """The head, and the class that generates and has a loss."""
     from fastvlm.patching import families, language_model, tied
@@ -172,7 +183,6 @@ def _plan_outside(
     loss = "loss" in wanted or language_model.has_loss(module)
     other = foreign.other_forward(module) if trains and not is_patched(module) else None
     loss = loss and trains and _is_linear(head) and weights is None and other is None
-    shares |= language_model.shares_states(module)
     if head is not None and (_is_linear(head) or weights is not None):
         at = next(n for n, m in module.named_modules(prefix=name) if m is head)
         choice = _choose_linear(head, wanted, weights)
@@ -181,7 +191,7 @@ def _plan_outside(
         add(_change(at, head, ("linear",), choice, True))
     generates = hasattr(type(module), "_expand_inputs_for_generation") and head is not None
     kept = "attention" in wanted or language_model.shares_states(module)
-    shares = shares and kept and generates and module.config.is_encoder_decoder
+    shares = kept and generates and _shares_states(module, shared)
     for inner, part in module.named_modules(prefix=name) if loss else ():
         if isinstance(part, nn.Embedding) and part.weight is head.weight:
             choice = tied.choose(part)
@@ -197,6 +207,17 @@ def _plan_outside(
         why = "weights= is for decoding" if weights else f"its head {type(head).__name__} is called"
         why = other or why
         add(_change(name, module, ("loss",), why))
+
+
+def _shares_states(module: Any, shared: dict[nn.Module, Stack]) -> bool:
+    """Whether a model that generates gives its stack one copy of the encoder's states."""
+    from fastvlm.patching import language_model
+
+    if language_model.shares_states(module):
+        return True
+    if module.config.is_encoder_decoder:
+        return bool(shared)
+    return any(shared[part].wraps_cache for part in module.modules() if part in shared)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -227,7 +248,7 @@ def _projections_of_images(name: str, attention: Any, rule: Rule) -> list[nn.Mod
     swap = rule.choose(attention) if not is_patched(attention) else type(attention)._fastvlm_swap
     if not isinstance(swap, Swap) or "cross_attention" not in swap.runs_on:
         return []
-    if "self_attention" in swap.runs_on and name.endswith("self_attn"):
+    if "self_attention" in swap.runs_on and name.endswith((".self_attn", ".attention.self")):
         return []
     spec = spec_of(swap)
     return [getattr(attention, spec.name(part)) for part in ("k_proj", "v_proj")]

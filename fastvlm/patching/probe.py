@@ -31,12 +31,14 @@ from fastvlm.patching.rules import StackRule, Swap
 SAME = 1e-6
 MOST_KINDS = 8  # of layers in a stack: each takes about a tenth of a second
 # where a linear layer sits: adapters and quantized ones are called, so they need not be known
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
-_MLP = ("fc1", "fc2", "gate_proj", "up_proj", "down_proj", "wi", "wi_0", "wi_1", "wo")
-_SLOTS = frozenset((*_PROJECTIONS, "q", "k", "v", "o", *_MLP))
+_SLOTS = frozenset((
+    "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q", "k", "v", "o", "query", "key", "value",
+    "dense", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "wi", "wi_0", "wi_1", "wo",
+))  # fmt: skip
 # where the attentions of a layer stand
-_OWN = ("self_attn", "layer.0.SelfAttention")
-_CROSS = ("encoder_attn", "cross_attn", "layer.1.EncDecAttention")
+_OWN = ("self_attn", "layer.0.SelfAttention", "attention.self")
+_CROSS = ("encoder_attn", "cross_attn", "layer.1.EncDecAttention", "crossattention.self")
+_KEYS = ("k_proj", "k", "key")
 # what is called, whatever it computes, or has nothing to compute
 _HARMLESS_HOMES = (
     "torch",
@@ -325,15 +327,14 @@ def _answers(stack: Any) -> list[Tensor]:
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(4, ROWS - 2, (2, 9), generator=random)
     own, cross = (_attention(layers_of(stack)[0], paths) for paths in (_OWN, _CROSS))
-    width = None if cross is None else int((cross._modules.get("k_proj") or cross.k).in_features)
-    states: dict[str, Any] = {}
-    if width is not None:
-        states["encoder_hidden_states"] = torch.empty(2, 5, width, dtype=DTYPE).normal_(
-            generator=random
-        )
+    states: dict[str, Any] = {"is_decoder": True} if takes(stack, "is_decoder") else {}
+    decodes = bool(states) or cross is not None or getattr(own, "is_causal", False)
+    if cross is not None:
+        keys = next(cross._modules[name] for name in _KEYS if name in cross._modules)
+        read = torch.empty(2, 5, keys.in_features, dtype=DTYPE)
+        states["encoder_hidden_states"] = read.normal_(generator=random)
         if takes(stack, "encoder_attention_mask"):
             states["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
-    decodes = width is not None or getattr(own, "is_causal", False)
     found = []
     for padded in (True, False):  # which run by ways of their own, in theirs and in ours
         found += _trained(stack, ids, states, padded)
@@ -350,15 +351,13 @@ def _trained(stack: Any, ids: Tensor, states: dict[str, Any], padded: bool) -> l
     """Outputs and gradients, in training mode without dropout; padded: behind the second row."""
     mask = torch.ones_like(ids)
     mask[1, 6 if padded else 9 :] = 0
-    if states:
-        states = {**states, "encoder_hidden_states": states["encoder_hidden_states"].clone()}
-        states["encoder_hidden_states"].requires_grad_()
-        settings: dict[str, Any] = {**states, "use_cache": False}
-    else:
-        settings = {}
+    settings = dict(states)
+    if (read := states.get("encoder_hidden_states")) is not None:
+        read = read.clone().requires_grad_()
+        settings |= {"encoder_hidden_states": read, "use_cache": False}
     wanted = [p for p in stack.parameters() if p.requires_grad]
-    if states:
-        wanted.append(states["encoder_hidden_states"])
+    if read is not None:
+        wanted.append(read)
     stack.train()
     try:
         if takes(stack, "input_features"):  # frames, of which none is padding

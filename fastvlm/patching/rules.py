@@ -11,18 +11,19 @@ from torch import nn
 
 from fastvlm.compat import hf
 from fastvlm.compat.versions import TESTED_NAMES
+from fastvlm.models.structure import part_of
 
 FLOORS = ("attention", "mlp", "norm", "linear", "loss")
 
 
 @dataclass(frozen=True)
 class Alias:
-    """In place of an attribute of a class: it gives another of its instances'."""
+    """In place of an attribute of a class: what another of its instances', or a path, leads to."""
 
     name: str
 
     def descriptor(self) -> property:
-        return property(lambda module: getattr(module, self.name))
+        return property(lambda module: part_of(module, self.name))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""generate() of a patched encoder-decoder: one copy of the encoder's states for all readers."""
+"""generate() of a patched model that reads an encoder: one copy of its states for all readers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SharedEncoderStates(StaticMasks, RoomForAll):
     """generate() without a copy of the encoder's states for each beam or returned sequence."""
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        for name, (allowed, why) in _REFUSED.items():
+        for name, (allowed, why) in (_REFUSED if self.config.is_encoder_decoder else {}).items():
             if (given := getattr(generation_config, name, None)) not in allowed:
                 raise ValueError(
                     f"fastvlm: {name} must be left out in generate() of a patched encoder-decoder: "
@@ -41,16 +41,15 @@ class SharedEncoderStates(StaticMasks, RoomForAll):
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
-        states = model_kwargs.get("encoder_outputs")
-        if not is_encoder_decoder or expand_size == 1 or states is None:
+        names = ("encoder_outputs", "attention_mask")
+        if not is_encoder_decoder:  # states that the caller brought (BLIP)
+            names = ("encoder_hidden_states", "encoder_attention_mask")
+        if expand_size == 1 or model_kwargs.get(names[0]) is None:
             return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        kept = {
-            name: model_kwargs.pop(name)
-            for name in ("encoder_outputs", "attention_mask")
-            if name in model_kwargs
-        }
+        kept = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}
+        wanted: dict[str, Any] = {"encoder_outputs": {}} if is_encoder_decoder else {}
         input_ids, expanded = expand(
-            expand_size, True, input_ids, encoder_outputs={}, **model_kwargs
+            expand_size, is_encoder_decoder, input_ids, **wanted, **model_kwargs
         )
         expanded.update(kept)
         return input_ids, expanded

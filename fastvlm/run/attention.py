@@ -21,6 +21,14 @@ from fastvlm.run.mixin import Mixin, by_name
 _SDPA_LEAVES_OUT_SOFTCAP = hf.sdpa_leaves_out_softcap()
 
 
+def scale_of(module: Any, spec: Attention) -> float:
+    """What the scores of an attention module are multiplied with."""
+    if spec.scale is None:
+        return float(module.head_dim) ** -0.5
+    scale: float = getattr(module, spec.scale)
+    return scale
+
+
 def softcap_of(module: Any, spec: Attention) -> float | None:
     """The cap on the scores of an attention module, where transformers computes it."""
     cap: float | None = None if spec.softcap is None else getattr(module, spec.softcap)
@@ -80,7 +88,7 @@ class PatchedAttention(Mixin):
                 q, k = _rotated(q, k, *given["position_embeddings"])
             bias = self._position_bias(given)
             y = self._self(q, k, v, layouts, cache, mask, bias)
-        y = getattr(self, spec.out)(y)
+        y = y if spec.out is None else getattr(self, spec.out)(y)
         return (y, bias, None) if spec.shares_bias else (y, None)
 
     def _position_bias(self, given: dict[str, Any]) -> Tensor | None:
@@ -95,8 +103,9 @@ class PatchedAttention(Mixin):
         return x.unflatten(-1, (-1, self.head_dim))
 
     def _dropout(self) -> float:
-        p: float = getattr(self, self.spec.dropout) if self.training else 0.0
-        return p
+        dropout: Any = getattr(self, self.spec.dropout)
+        p: Any = dropout.p if isinstance(dropout, torch.nn.Module) else dropout
+        return float(p) if self.training else 0.0
 
     def _self(
         self,
@@ -114,7 +123,7 @@ class PatchedAttention(Mixin):
         """
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        scale, softcap = self.scaling, softcap_of(self, self.spec)
+        scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
         if layouts.static is not None:
             index = self.layer_idx
             return static.self_attend(
@@ -161,9 +170,11 @@ class PatchedAttention(Mixin):
         In a packed stack R and I are 1, L and S all tokens. K/V are projected once per image,
         packed, and kept in the shared cross cache if there is one.
         """
-        softcap = softcap_of(self, self.spec)
+        scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
         if layouts.static is not None:
-            return static.cross_attend(self, q, states, layouts.static, cache, softcap=softcap)
+            return static.cross_attend(
+                self, q, states, layouts.static, cache, scale=scale, softcap=softcap
+            )
         layout = layouts.cross
         assert layout is not None
         layer = None
@@ -182,7 +193,7 @@ class PatchedAttention(Mixin):
             k,
             v,
             layout,
-            scale=self.scaling,
+            scale=scale,
             softcap=softcap,
             dropout_p=self._dropout(),
         )

@@ -16,7 +16,7 @@ from fastvlm.models.spec import Attention, Layer, Mlp, Residual, Stack
 from fastvlm.models.structure import layers_of, part_of
 from fastvlm.nn.norm import is_plain_rms_norm
 from fastvlm.nn.wrapped import owns
-from fastvlm.run.attention import softcap_of, window_of
+from fastvlm.run.attention import scale_of, softcap_of, window_of
 from fastvlm.run.embedded import embeds_alike
 from fastvlm.run.embedding import check_embedding, embed_step, rotation_of
 from fastvlm.run.layer import run_layer
@@ -72,7 +72,7 @@ def _write(stack: Any, past: Any) -> Program:
     firsts = [each.residuals[0].before for _, each in layers]
     following = [None if n is None else part_of(m, n) for (m, _), n in zip(layers, firsts)][1:]
     following.append(None if spec.norm is None else getattr(stack, spec.norm))
-    program = Program(getattr(stack, spec.embedding.tokens).weight.shape[1])
+    program = Program(part_of(stack, spec.embedding.tokens).weight.shape[1])
     h, normed, bias = 0, None, None
     for index, (layer, each) in enumerate(layers):
         writer = _Writer(program, layer, each, past, index, bias)
@@ -130,16 +130,23 @@ class _Writer:
             return self.program.mlp(x, part, _spec_of(part, Mlp))
         spec = _spec_of(part, Attention)
         attend = self._cross_attention if residual.reads == "cross" else self._self_attention
-        return self.program.linear(attend(x, part, spec), getattr(part, spec.out))[0]
+        y = attend(x, part, spec)
+        outs = [] if spec.out is None else [getattr(part, spec.out)]
+        if residual.project is not None:
+            outs.append(part_of(self.layer, residual.project))
+        for out in outs:
+            (y,) = self.program.linear(y, out)
+        return y
 
     def _self_attention(self, x: int, part: Any, spec: Attention) -> int:
         q, k, v = self.program.linear(x, part.q_proj, part.k_proj, part.v_proj)
         if spec.rotary:
             q, k = self.program.rope(q, k, part.head_dim)
         cache = beam_cache.layer_of(self.own, self.index)
-        window, softcap = window_of(part, spec), softcap_of(part, spec)
-        bias = self._bias_of(part, spec)
-        return self.program.self_attention(q, k, v, part, cache, window, softcap, bias)
+        numbers = scale_of(part, spec), window_of(part, spec), softcap_of(part, spec)
+        return self.program.self_attention(
+            q, k, v, part, cache, *numbers, self._bias_of(part, spec)
+        )
 
     def _bias_of(self, part: Any, spec: Attention) -> Tensor | None:
         """A copy: what is written into its table makes the program stale."""
@@ -159,11 +166,11 @@ class _Writer:
         ensure(self.cross is not None)
         (q,) = self.program.linear(x, part.q_proj)
         cache = cross_cache.layer_of(self.cross, self.index)
-        return self.program.cross_attention(q, part, cache, softcap_of(part, spec))
+        return self.program.cross_attention(q, cache, scale_of(part, spec), softcap_of(part, spec))
 
     def join(self, x: int, h: int, residual: Residual, following: Any) -> tuple[int, int | None]:
         if residual.norm is not None:
-            norm = getattr(self.layer, residual.norm)
+            norm = part_of(self.layer, residual.norm)
             ensure(residual.after is None and residual.gate is None and following is None)
             return self.program.residual_layer_norm(x, h, norm), None
         if residual.after is None:  # a sum is an instruction with the norm of it

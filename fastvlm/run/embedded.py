@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastvlm.models.structure import layers_of
+from fastvlm.models.structure import layers_and_owner
 from fastvlm.nn.linear import DENSE, original
 
 _TOLERANCE = 1e-2  # of the largest value: kernels round differently, another embedding is far off
@@ -63,17 +63,27 @@ def embeds_alike(stack: Any, arguments: dict[str, Any], x: Tensor) -> bool:
 
 
 def _first_given(stack: Any, arguments: dict[str, Any]) -> Tensor | None:
-    cls = original(type(stack))
-    layers = layers_of(stack)
-    bare, first = cls.__new__(cls), _First(layers[0])
-    name = next(name for name, part in stack._modules.items() if part is layers)
-    modules = {**stack._modules, name: nn.ModuleList([first])}
-    bare.__dict__.update({**stack.__dict__, "_modules": modules})
+    layers, owner = layers_and_owner(stack)
+    if owner is not stack and owner not in stack._modules.values():
+        return None  # in a wrapper
+    first = _First(layers[0])
+    bare = _with(owner, layers, nn.ModuleList([first]))
+    if owner is not stack:
+        bare = _with(stack, owner, bare)
     try:
         with torch.no_grad():
-            cls.forward(bare, **arguments)
+            type(bare).forward(bare, **arguments)
     except _Reached:
         return first.given
     except Exception:  # a stack that cannot do without its layers: each of them is called
         return None
     return first.given
+
+
+def _with(module: Any, part: Any, other: nn.Module) -> Any:
+    """A module as it is without fastvlm, with another child in place of one."""
+    cls = original(type(module))
+    bare = cls.__new__(cls)
+    modules = {name: other if m is part else m for name, m in module._modules.items()}
+    bare.__dict__.update({**module.__dict__, "_modules": modules})
+    return bare

@@ -12,6 +12,7 @@ from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import only_counts, starts_of
 from fastvlm.models.embedding import factor_of
 from fastvlm.models.spec import Embedding
+from fastvlm.models.structure import part_of
 from fastvlm.nn.linear import is_plain
 from fastvlm.run.program import ensure, has_no_hooks
 
@@ -19,10 +20,12 @@ from fastvlm.run.program import ensure, has_no_hooks
 def check_embedding(stack: Any) -> None:
     """NotCompilable where modules must be called to embed a token."""
     spec: Embedding = stack.spec.embedding
-    tokens = getattr(stack, spec.tokens)
+    tokens = part_of(stack, spec.tokens)
     ensure(has_no_hooks(tokens) and factor_of(tokens) is not None)
+    if spec.holder is not None:
+        ensure(has_no_hooks(*getattr(stack, spec.holder).modules()))
     if spec.positions is not None:
-        positions = getattr(stack, spec.positions)
+        positions = part_of(stack, spec.positions)
         if spec.given:
             ensure(isinstance(positions, nn.Embedding) and has_no_hooks(positions))
         elif spec.counts_tokens:
@@ -32,7 +35,7 @@ def check_embedding(stack: Any) -> None:
     if spec.factor is not None:
         ensure(isinstance(getattr(stack, spec.factor), (int, float)))
     if spec.norm is not None:
-        norm = getattr(stack, spec.norm)
+        norm = part_of(stack, spec.norm)
         ensure(has_no_hooks(norm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None)
 
 
@@ -51,7 +54,7 @@ def embed_step(
     already.
     """
     spec: Embedding = stack.spec.embedding
-    tokens = getattr(stack, spec.tokens)
+    tokens = part_of(stack, spec.tokens)
     x = F.embedding(ids[:, 0], tokens.weight)
     factor = factor_of(tokens)
     if factor is not None and factor != 1:
@@ -60,15 +63,21 @@ def embed_step(
         x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
     if spec.factor is not None:
         x = x * getattr(stack, spec.factor)
+    if spec.types is not None:
+        x = x + part_of(stack, spec.types).weight[0]
     if spec.norm is not None and spec.norm_first:
-        x = _normalized(x, getattr(stack, spec.norm))
+        x = _normalized(x, part_of(stack, spec.norm))
     if spec.counts_tokens:
         x = x + getattr(stack, str(spec.positions))(ids, **{hf.length_argument(): filled})[:, 0]
     elif spec.positions is not None:
-        table = getattr(stack, spec.positions)
-        x = x + table.weight[_places(table, spec, x.shape[0], filled, position_ids, starts)]
+        x = (
+            x
+            + part_of(stack, spec.positions).weight[
+                _places(stack, ids, filled, position_ids, starts)
+            ]
+        )
     if spec.norm is not None and not spec.norm_first:
-        x = _normalized(x, getattr(stack, spec.norm))
+        x = _normalized(x, part_of(stack, spec.norm))
     return x
 
 
@@ -77,14 +86,20 @@ def _normalized(x: Tensor, norm: Any) -> Tensor:
 
 
 def _places(
-    table: Any, spec: Embedding, rows: int, filled: int, position_ids: Tensor | None,
-    starts: Tensor | None,
-) -> int | Tensor:  # fmt: skip
+    stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None, starts: Tensor | None
+) -> int | Tensor:
     """Which rows of a table of positions the new tokens get: an index, or one for each."""
+    spec: Embedding = stack.spec.embedding
+    if spec.given and position_ids is not None:
+        return position_ids[:, 0]
+    if spec.skips is not None:
+        pad: int = part_of(stack, spec.skips)
+        return torch.where(ids[:, 0] != pad, filled + 1, 0) + pad
     if spec.given:
-        return filled if position_ids is None else position_ids[:, 0]
+        return filled
+    table = part_of(stack, str(spec.positions))
     at = filled + _offset(table, spec)
-    starts = starts_of(table, rows) if starts is None else starts
+    starts = starts_of(table, ids.shape[0]) if starts is None else starts
     return at if starts is None else at - starts
 
 

@@ -98,6 +98,8 @@ class _Modules:
         arguments = self._arguments(residual)
         out = part(hidden_states=x, **arguments) if self.spec.named else part(x, **arguments)
         attended: Tensor = out[0]
+        if residual.project is not None:
+            attended = part_of(layer, residual.project)(attended)
         if residual.reads == "self" and self.spec.shares_bias:
             self.position_bias = out[1]
         return attended
@@ -126,7 +128,7 @@ class _Modules:
     ) -> tuple[Tensor, Tensor | None]:
         layer = self.layer
         after: Any = None if residual.after is None else getattr(layer, residual.after)
-        norm: Any = None if residual.norm is None else getattr(layer, residual.norm)
+        norm: Any = None if residual.norm is None else part_of(layer, residual.norm)
         gate = None if residual.gate is None else getattr(layer, residual.gate)
         path = residual.dropout or self.spec.dropout
         dropout = None if path is None else part_of(layer, path)
@@ -177,7 +179,6 @@ def _fuse(after: Any, following: Any) -> bool:
 
 def _mlp(x: Tensor, layer: Any, spec: Mlp) -> Tensor:
     p = getattr(layer, spec.dropout) if layer.training and spec.dropout is not None else 0.0
-    act = getattr(layer, spec.act)
-    up, down = getattr(layer, spec.up), getattr(layer, spec.down)
+    act, up, down = (part_of(layer, name) for name in (spec.act, spec.up, spec.down))
     known = is_known(act, spec.evaluated)
     return gelu_mlp(x, up, down, spec.activation, p, None if known else act)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat import pytorch
 from fastvlm.models.spec import Mlp
+from fastvlm.models.structure import part_of
 from fastvlm.nn.linear import is_low_precision, is_plain, runs_another_forward
 from fastvlm.nn.mlp import is_known
 from fastvlm.reference.mlp import ACTIVATIONS
@@ -88,10 +89,10 @@ class Program:
     def mlp(self, x: int, holder: Any, spec: Mlp) -> int:
         """holder: the module with the parts of the MLP."""
         names = (spec.up, spec.down) if spec.gate is None else (spec.gate, spec.up, spec.down)
-        parts = [getattr(holder, name) for name in names]
-        dropout = None if spec.dropout is None else getattr(holder, spec.dropout)
+        parts = [part_of(holder, name) for name in names]
+        dropout = None if spec.dropout is None else part_of(holder, spec.dropout)
         ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
-        ensure(is_known(getattr(holder, spec.act), spec.evaluated))
+        ensure(is_known(part_of(holder, spec.act), spec.evaluated))
         number, plain = ACTIVATIONS.index(spec.activation), all(map(is_plain, parts))
         if spec.gate is None and plain:
             tensors = tuple(t for part in parts for t in (part.weight, part.bias))
@@ -154,6 +155,7 @@ class Program:
         v: int,
         attention: Any,
         layer: Any,
+        scale: float,
         window: int | None = None,
         softcap: float | None = None,
         position_bias: Tensor | None = None,
@@ -163,7 +165,7 @@ class Program:
         position_bias: as `fastvlm.ops.cached_attention` takes it.
         """
         # in the schemas 0 stands for no window and for no cap
-        settings = (window or 0, attention.scaling, softcap or 0.0)
+        settings = (window or 0, scale, softcap or 0.0)
         number = len(self.layers)
         self.layers.append(layer)
         return self._add(
@@ -175,11 +177,11 @@ class Program:
         )[0]
 
     def cross_attention(
-        self, q: int, attention: Any, layer: Any, softcap: float | None = None
+        self, q: int, layer: Any, scale: float, softcap: float | None = None
     ) -> int:
         """The new token of each row against the image of its prompt, cached in `layer`."""
         ensure(layer.packed is not None)
-        settings = (attention.scaling, softcap or 0.0)
+        settings = (scale, softcap or 0.0)
         return self._add("cross_attention", [self.widths[q]], (q,), layer.packed, settings)[0]
 
 

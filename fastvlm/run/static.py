@@ -149,6 +149,7 @@ def cross_attend(
     static: Static,
     cache: EncoderDecoderCache,
     *,
+    scale: float,
     softcap: float | None,
 ) -> Tensor:
     """q [B, L, H, D] against the encoder's [I, S, d] -> [B, L, H * D]."""
@@ -173,7 +174,7 @@ def cross_attend(
         values.transpose(1, 2)[:, :slots],
         torch.full((batch * length,), slots, dtype=torch.int32, device=q.device),
         ancestry=reads,
-        scale=module.scaling,
+        scale=scale,
         softcap=softcap,
     )
     return out.flatten(1).unflatten(0, (batch, length))

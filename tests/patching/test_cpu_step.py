@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bert_models import BERTS
 from models import FAMILIES, RELATIVES
 from test_families import generate
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from fastvlm.run.program import Program
 
 PLANNED = [
     *("bart", "florence2", "gemma2", "florenz", "t5gemma", "mbart", "whisper"),
-    *("m2m_100", "marian", "t5", "flan_t5", "umt5"),
+    *("m2m_100", "marian", "t5", "flan_t5", "umt5", "roberta", "blip"),
 ]
-MODELS = {**FAMILIES, **RELATIVES}
+MODELS = {**FAMILIES, **RELATIVES, **BERTS}
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from bert_models import BERTS
 from models import FAMILIES, PAD, RELATIVES, Family
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 
-ALL = {**FAMILIES, **RELATIVES}
+BY_TURNS = {**RELATIVES, **BERTS}
+ALL = {**FAMILIES, **BY_TURNS}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -25,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(
-    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.turns(8)) for name in RELATIVES)]
+    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.turns(8)) for name in BY_TURNS)]
 )
 def family(request: pytest.FixtureRequest) -> Family:
     """Those whose parts are those of others run by turns."""

@@ -22,6 +22,8 @@ HOMES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "t5gemma": ("t5gemma", "T5GemmaForConditionalGeneration"),
     "t5": ("t5", "T5ForConditionalGeneration"),
+    "bert": ("bert", "BertLMHeadModel"),
+    "blip_text": ("blip", "BlipTextLMHeadModel"),
 }
 _made = 0
 
@@ -30,14 +32,14 @@ def module_of(name: str, *edits: tuple[str, str]) -> Any:
     """The module of a family's classes, each (old, new) replaced in its text everywhere."""
     global _made
     folder, _ = HOMES[name]
-    original = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    original = importlib.import_module(f"transformers.models.{folder}.modeling_{name}")
     assert original.__file__ is not None
     text = Path(original.__file__).read_text(encoding="utf-8")
     for old, new in edits:
         assert old in text, f"the edit has nothing to replace: {old}"
         text = text.replace(old, new)
     _made += 1
-    module = types.ModuleType(f"trainer_{_made}.modeling_{folder}")
+    module = types.ModuleType(f"trainer_{_made}.modeling_{name}")
     vars(module).update(__package__=original.__package__, __file__=original.__file__)
     sys.modules[module.__name__] = module
     code = compile(text, original.__file__, "exec", dont_inherit=True)

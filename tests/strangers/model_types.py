@@ -8,79 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import models
 import torch
 import transformers as tf
+from batches import (
+    Batch,
+    Batches,
+    answer,
+    caption,
+    causal,
+    formula,
+    generating,
+    image,
+    numbers,
+    spectrogram,
+    text,
+    typed,
+    waveform,
+)
 from models import FAMILIES
 from sizes import EOS, PAD, VOCAB, small
-from torch import Tensor, nn
-
-Batch = dict[str, Any]
-Batches = Callable[[], tuple[Batch, Batch]]  # one for generate(), one with labels
-
-
-def ids_and_mask(
-    lengths: tuple[int, ...], left: bool = False, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    ids = models._tokens(len(lengths), max(lengths), seed)
-    return models._pad(ids, list(lengths), left)
-
-
-def labels() -> Tensor:
-    ids, mask = ids_and_mask((7, 3, 5), seed=5)
-    return ids.masked_fill(mask == 0, -100)
-
-
-def text() -> tuple[Batch, Batch]:
-    ids, mask = ids_and_mask((9, 4, 6))
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return inputs, {**inputs, "labels": labels()}
-
-
-def causal() -> tuple[Batch, Batch]:
-    ids, mask = ids_and_mask((9, 4, 6), left=True)
-    right, seen = ids_and_mask((9, 4, 6))
-    batch = {"input_ids": right, "attention_mask": seen}
-    return (
-        {"input_ids": ids, "attention_mask": mask},
-        {**batch, "labels": right.masked_fill(seen == 0, -100)},
-    )
-
-
-def generating() -> tuple[Batch, Batch]:
-    """Of experts, whose products torch has not in float64: no exact loss to measure from."""
-    return causal()[0], {}
-
-
-def typed() -> tuple[Batch, Batch]:
-    """Gemma-3 wants to be told in training which tokens are of an image: none."""
-    inputs, training = causal()
-    return inputs, {**training, "token_type_ids": torch.zeros_like(training["input_ids"])}
-
-
-def _numbers(name: str, *shape: int) -> Batches:
-    def batches() -> tuple[Batch, Batch]:
-        values = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-        return {name: values}, {name: values, "labels": labels()}
-
-    return batches
-
-
-def formula() -> tuple[Batch, Batch]:
-    """PP-FormulaNet takes labels beside the tokens that they follow."""
-    inputs, training = image()
-    return inputs, {**training, "decoder_input_ids": training["labels"].clamp_min(PAD)}
-
-
-def spectrogram() -> tuple[Batch, Batch]:
-    """Pop2Piano generates with a table of composers that no toy has."""
-    return {}, _numbers("input_features", 3, 9, 32)()[1]
-
-
-image = _numbers("pixel_values", 3, 3, 32, 32)
-waveform = _numbers("input_values", 3, 400)
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -146,6 +97,15 @@ def _pair(kind: str, encoder: Any, decoder: Any, batches: Batches, size: Any = N
         return getattr(tf, f"{kind}Model")(config=whole)
 
     return ModelType(f"{kind}Model", batches, build=build)
+
+
+def _pairs(
+    name: str, kind: str, encoder: Any, batches: Batches, **decoders: Any
+) -> dict[str, ModelType]:
+    return {
+        f"{name}+{key}": _pair(kind, encoder, partial(_decoder, decoder), batches)
+        for key, decoder in decoders.items()
+    }
 
 
 def _music(kind: str) -> ModelType:
@@ -234,27 +194,39 @@ def _bart(**settings: Any) -> Any:
     return lambda: _decoder(tf.BartConfig, **settings)
 
 
+BLIP = {"text_config": {"sep_token_id": EOS, "label_smoothing": 0.1}}
+
 PAIRS = {
-    "vit+trocr": _pair(
-        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.TrOCRConfig), image
+    **_pairs(
+        "vit",
+        "VisionEncoderDecoder",
+        tf.ViTConfig,
+        image,
+        trocr=tf.TrOCRConfig,
+        mbart=tf.MBartConfig,
+        gpt2=tf.GPT2Config,
+        bert=tf.BertConfig,
+        roberta=tf.RobertaConfig,
     ),
     "vit+trocr of waves": _pair(
         "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.TrOCRConfig, **TROCR_WAVES), image
     ),
     "vit+bart": _pair("VisionEncoderDecoder", tf.ViTConfig, _bart(), image),
-    "vit+mbart": _pair(
-        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.MBartConfig), image
-    ),
-    "vit+gpt2": _pair("VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.GPT2Config), image),
-    "vit+bert": _pair("VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.BertConfig), image),
-    "vit+roberta": _pair(
-        "VisionEncoderDecoder", tf.ViTConfig, lambda: _decoder(tf.RobertaConfig), image
-    ),
     "swin+mbart": _pair(
         "VisionEncoderDecoder", tf.SwinConfig, lambda: _decoder(tf.MBartConfig), image, SWIN
     ),
     "vit+wide bart": _pair("VisionEncoderDecoder", tf.ViTConfig, _bart(d_model=48), image),
-    "bert+bert": _pair("EncoderDecoder", tf.BertConfig, lambda: _decoder(tf.BertConfig), text),
+    **_pairs(
+        "bert",
+        "EncoderDecoder",
+        tf.BertConfig,
+        text,
+        bert=tf.BertConfig,
+        bert_generation=tf.BertGenerationConfig,
+        electra=tf.ElectraConfig,
+        xlm_roberta=tf.XLMRobertaConfig,
+        data2vec=tf.Data2VecTextConfig,
+    ),
     "bert+bart": _pair("EncoderDecoder", tf.BertConfig, _bart(), text),
     "wav2vec2+bart": _pair("SpeechEncoderDecoder", tf.Wav2Vec2Config, _bart(), waveform, WAVES),
     "wav2vec2+mbart": _pair(
@@ -266,10 +238,12 @@ TYPES: dict[str, ModelType] = {
     **{name: _family(name) for name in FAMILIES if name not in ("florenz", "whisper")},
     **_of(
         "whisper=WhisperForConditionalGeneration",
-        _numbers("input_features", 3, 8, 24),
+        numbers("input_features", 3, 8, 24),
         **models._sound(),
     ),
     **PAIRS,
+    **_of("blip=BlipForConditionalGeneration", caption, **BLIP),
+    **_of("blip-vqa=BlipForQuestionAnswering", answer, **BLIP),
     **_of(
         "mvp=MvpForConditionalGeneration plbart=PLBartForConditionalGeneration "
         "blenderbot=BlenderbotForConditionalGeneration "
@@ -331,7 +305,6 @@ TYPES: dict[str, ModelType] = {
         "canary=CanaryForConditionalGeneration cohere_asr=CohereAsrForConditionalGeneration "
         "dia=DiaForConditionalGeneration "
         "pix2struct=Pix2StructForConditionalGeneration udop=UdopForConditionalGeneration "
-        "blip=BlipForConditionalGeneration "
         "blip-2=Blip2ForConditionalGeneration mllama=MllamaForConditionalGeneration "
         "instructblip=InstructBlipForConditionalGeneration idefics=IdeficsForVisionText2Text "
         "instructblipvideo=InstructBlipVideoForConditionalGeneration "

@@ -31,6 +31,11 @@ WHOLE = {
     "gemma2": {"self_attention", "cached_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "t5gemma": {"self_attention", "cross_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     **dict.fromkeys(("vit+trocr", "vit+trocr of waves"), _SEQ2SEQ | {"residual_layer_norm"}),
+    **dict.fromkeys(
+        ("vit+bert", "vit+roberta", "bert+bert", "bert+bert_generation", "bert+electra"),
+        _SEQ2SEQ | {"residual_layer_norm"},
+    ),
+    **dict.fromkeys(("bert+xlm_roberta", "blip"), _SEQ2SEQ | {"residual_layer_norm"}),
     "vit+bart": {"self_attention", "cross_attention", "gelu_mlp", "residual_layer_norm"},
     "swin+mbart": {"self_attention", "cross_attention", "gelu_mlp"},
 }
