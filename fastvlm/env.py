@@ -135,7 +135,7 @@ def _library() -> str:
     gemm = importlib.import_module("fastvlm.cpu.gemm")
     why = "measured" if gemm.VARIABLE not in os.environ else gemm.VARIABLE
     library = f"{gemm.library()} ({why})"
-    return f"packed, transposed weights {library}" if gemm.packs_float32() else library
+    return f"packed, few rows of a transposed weight {library}" if gemm.packs_float32() else library
 
 
 def backends(device: str) -> str:

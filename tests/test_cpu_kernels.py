@@ -313,3 +313,27 @@ def test_memory_is_guarded() -> None:
     for bias in (torch.randn(2, 5), torch.randn(1, 4), torch.randn(1, 5).half(), torch.randn(5)):
         with pytest.raises(RuntimeError, match="position_bias"):
             raw().cached_attention(q, cache, cache, int32([1, 1]), None, 1.0, 0.0, 0, bias)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("laid", ["x", "weight", "both"])
+def test_many_rows_of_a_transpose(laid: str, dtype: torch.dtype) -> None:
+    """x and the weight as a backward pass has them, from inside a larger matrix."""
+
+    def operand(rows: int, cols: int, transposed: bool) -> Tensor:
+        if not transposed:
+            return torch.randn(rows, cols, dtype=dtype)
+        return torch.randn(cols, rows + 3, dtype=dtype)[:, 1:-2].t()
+
+    found = Results()
+    for rows, depth, cols in ((65, 1, 1), (193, 17, 130), (385, 300, 15), (70, 513, 257)):
+        x = operand(rows, depth, laid != "weight")
+        weight = operand(cols, depth, laid != "x") * depth**-0.5
+        assert (weight.stride(0) == 1) == (laid != "x" or depth == 1)
+        residual = torch.randn(rows, cols, dtype=dtype)
+        out = raw().packed_linear(x, weight, None, residual, None)
+        found.add(out, lambda x, w, r: r + F.linear(x, w), x, weight, residual)
+        second = operand(33, cols, laid != "x")
+        out = raw().packed_mlp(x, weight, None, second, None, None, None, 0)
+        found.add(out, lambda x, w, v: F.linear(F.gelu(F.linear(x, w)), v), x, weight, second)
+    found.check(f"packed products, {laid} transposed")

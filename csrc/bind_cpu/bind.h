@@ -59,6 +59,15 @@ inline Matrix matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.stride(0)};
 }
 
+// The same, or the transpose of one, for products that take either.
+inline Matrix any_matrix(const Tensor& t, const char* name) {
+  if (t.dim() != 2 || t.stride(1) == 1 || t.stride(0) != 1) return matrix(t, name);
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  Matrix m{t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), 1};
+  m.step = t.stride(1);
+  return m;
+}
+
 inline const int32_t* indices(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == dims && t.scalar_type() == ScalarType::Int, name,
                   ": expected an int32 CPU tensor of ", dims, " dimensions");

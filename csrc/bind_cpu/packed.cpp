@@ -4,11 +4,18 @@
 namespace fastvlm {
 namespace {
 
+// A weight, or the transpose of one.
+Matrix any_weight_for(const Tensor& t, const char* name, int64_t cols) {
+  const Matrix m = any_matrix(t, name);
+  STD_TORCH_CHECK(m.cols == cols, name, ": shape [", m.rows, ", ", m.cols, "] does not fit");
+  return m;
+}
+
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& bias,
                      const Optional& residual, const Optional& factors) {
   PackedLinearArgs args{};
-  args.x = matrix(x, "x");
-  args.weight = weight_for(weight, "weight", args.x.cols);
+  args.x = any_matrix(x, "x");
+  args.weight = any_weight_for(weight, "weight", args.x.cols);
   Tensor out = make_out(x, args.weight.rows, bias, residual, factors, args.tail);
   FASTVLM_KERNEL(packed_linear)(args);
   return out;
@@ -18,10 +25,10 @@ Tensor packed_mlp(const Tensor& x, const Tensor& w1, const Optional& b1, const T
                   const Optional& b2, const Optional& residual, const Optional& factors,
                   int64_t activation) {
   PackedMlpArgs args{};
-  args.x = matrix(x, "x");
-  args.w1 = weight_for(w1, "w1", args.x.cols);
+  args.x = any_matrix(x, "x");
+  args.w1 = any_weight_for(w1, "w1", args.x.cols);
   args.b1 = bias_for(b1, "b1", args.w1.rows);
-  args.w2 = weight_for(w2, "w2", args.w1.rows);
+  args.w2 = any_weight_for(w2, "w2", args.w1.rows);
   args.activation = activation_of(activation);
   Tensor out = make_out(x, args.w2.rows, b2, residual, factors, args.tail);
   FASTVLM_KERNEL(packed_mlp)(args);

@@ -17,7 +17,8 @@ enum class DType { kFloat, kBFloat16, kHalf, kInt8 };  // kInt8: weights only
 enum class Activation { kGelu, kGeluTanh, kRelu, kSilu };
 
 // Rows of contiguous elements. data is null where an optional argument is absent. scale: a factor
-// of each row, for the products of a weight of int8 with it; null for 1.
+// of each row, for the products of a weight of int8 with it; null for 1. step: between the elements
+// of a row, other than 1 only for the products that take transposes.
 struct Matrix {
   const void* data;
   DType dtype;
@@ -25,6 +26,7 @@ struct Matrix {
   int64_t cols;
   int64_t stride;
   const float* scale = nullptr;
+  int64_t step = 1;
 };
 
 // An element is kept where the 53 random bits of its counter are at least `threshold`, and then

@@ -25,3 +25,8 @@ def dense_bias(bias: Tensor | None) -> Tensor | None:
 def dense_last(x: Tensor) -> Tensor:
     """Kernels take any strides but in the last dimension."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def dense_one(x: Tensor) -> Tensor:
+    """[M, K] for the products that take transposes as well: either dimension is dense."""
+    return x if x.stride(0) == 1 else dense_last(x)

@@ -1,9 +1,10 @@
 """x weight^T + bias by whatever is fastest here: our kernels, or a library for what they do not.
 
-A few rows stream the weight. For more, ours packs it in panels and does what follows the product
-while it is in cache. PyTorch carries two libraries, its default and oneDNN, for products of a
-transposed weight (a backward pass) and where they are clearly ahead. Which of them is the faster in
-float32 depends on the CPU, so it is measured once in a process.
+A few rows stream the weight. For more, ours packs it in panels, also where x or the weight is a
+transpose (a backward pass), and does what follows the product while it is in cache. PyTorch carries
+two libraries, its default and oneDNN, for where they are clearly ahead and for few rows of a
+transposed weight. Which of them is the faster in float32 depends on the CPU, so it is measured once
+in a process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fastvlm import extension
 from fastvlm.compat import pytorch
-from fastvlm.cpu.common import dense_bias, dense_last
+from fastvlm.cpu.common import dense_bias, dense_last, dense_one
 
 # Up to how many rows our kernel, which streams the weight from memory once, is ahead of the
 # libraries; measured with a weight of 9216 x 2304, and not far from the truth where it changes
@@ -39,6 +40,9 @@ _MOST_ONEDNN_ROWS = 1024
 # the other library's results differ in the last bits: only a clear gain is worth that, and only a
 # clear gain is found again by the next process
 _CLEARLY_FASTER = 1.25
+_TURNS = 5
+
+_Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @cache
@@ -62,9 +66,7 @@ def packs(x: Tensor, *weights: Tensor) -> bool:
     Its products and sums are float32 whatever the dtype: not for 16 bits where the CPU has products
     of its own for them.
     """
-    if few_rows(x) or any(w.stride(-1) != 1 for w in weights):
-        return False
-    return packs_float32() if x.dtype == torch.float32 else _packs_16_bits()
+    return not few_rows(x) and (packs_float32() if x.dtype == torch.float32 else _packs_16_bits())
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,14 +74,33 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if few_rows(x) and weight.stride(-1) == 1:
         return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, dense_bias(bias))
     if packs(x, weight):
-        return torch.ops.fastvlm_cpu.packed_linear(
-            dense_last(x), weight, dense_bias(bias), None, None
-        )
-    return large_product(x, weight, bias)
+        return packed_product(x, weight, bias)
+    return _by_library(x, weight, bias)
 
 
-def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same where x is known to have many rows."""
+def added_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total [M, N] + x weight^T; may write over total."""
+    if packs(x, weight):
+        return packed_product(x, weight, residual=total)
+    return total.add_(product(x, weight))
+
+
+def packed_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """residual + factors (x weight^T + bias), where `packs`. factors: of as many rows each."""
+    out: Tensor = torch.ops.fastvlm_cpu.packed_linear(
+        *(dense_one(x), dense_one(weight), dense_bias(bias)),
+        *(None if residual is None else dense_last(residual), factors),
+    )
+    return out
+
+
+def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float32 and x.numel() > 0 and weight.numel() > 0 and library() == "onednn":
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -140,9 +161,7 @@ def _measured() -> str:
 
 @cache
 def _measure() -> str:
-    """The faster library for a float32 product of 0.6 GFLOP, by the best of a few turns each."""
-    aten, onednn = _seconds(F.linear, _onednn)
-    return "onednn" if aten > _CLEARLY_FASTER * onednn else "aten"
+    return "onednn" if _is_ahead(_onednn, F.linear) else "aten"
 
 
 def packs_float32() -> bool:
@@ -160,23 +179,25 @@ def _may_pack() -> bool:
 
 @cache
 def _packed_keeps_up() -> bool:
-    def packed(x: Tensor, weight: Tensor, bias: None) -> Tensor:
-        out: Tensor = torch.ops.fastvlm_cpu.packed_linear(x, weight, bias, None, None)
-        return out
-
-    ours, theirs = _seconds(packed, _onednn if library() == "onednn" else F.linear)
-    return ours < _CLEARLY_FASTER * theirs
+    return not _is_ahead(_onednn if library() == "onednn" else F.linear, packed_product)
 
 
-def _seconds(*functions: Callable[[Tensor, Tensor, None], Tensor]) -> list[float]:
-    """The best time of each for a float32 product of 0.6 GFLOP, in turns."""
-    x, weight = (torch.ones(n, 768, dtype=torch.float32, device="cpu") for n in (256, 1536))
+def _is_ahead(one: _Product, other: _Product) -> bool:
+    """Whether `one` is clearly the faster in nearly every turn of the products of a layer: forward
+    and backward, 0.9 GFLOP of float32, of no round number of rows. By turns, for what else runs on
+    the machine (a loader's workers begin when training does) would decide between two best times.
+    """
+    x, weight = (torch.ones(n, 768, dtype=torch.float32, device="cpu") for n in (250, 768))
+    y = x.clone()
 
-    def seconds(function: Callable[[Tensor, Tensor, None], Tensor]) -> float:
+    def seconds(product: _Product) -> float:
         start = time.perf_counter()
-        function(x, weight, None)
+        product(x, weight, None)
+        product(y, weight.t(), None)
+        product(y.t(), x.t(), None)
         return time.perf_counter() - start
 
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        times = [tuple(map(seconds, functions)) for _ in range(6)][1:]
-    return [min(column) for column in zip(*times)]
+        turns = [(seconds(one), seconds(other)) for _ in range(1 + _TURNS)][1:]
+    wins = sum(theirs > _CLEARLY_FASTER * ours for ours, theirs in turns)
+    return wins >= _TURNS - 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.cpu.common import dense_bias, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product
+from fastvlm.cpu.gemm import MAX_ROWS, added_product, few_rows, product
 from fastvlm.ops.dispatch import Kernel
 
 # of a block of logits: what stays in a last-level cache, in few enough blocks for Python to call
@@ -49,7 +49,7 @@ class _Blocks:
                 logits = torch.ops.fastvlm_cpu.linear(self.rows, w, None, True)
             else:
                 w = w.float()
-                logits = large_product(self.rows, w).contiguous()
+                logits = product(self.rows, w).contiguous()
             yield columns, w, None if self.bias is None else self.bias[columns], logits
 
 
@@ -128,9 +128,9 @@ def _linear_cross_entropy_backward(
         if live is not None:
             d, w = d[:, live], w[live]
         if needs[0]:
-            dx += large_product(d, w.float().t())
+            dx = added_product(dx, d, w.float().t())
         if needs[1]:
-            of_tokens = large_product(d.t(), wide.t())
+            of_tokens = product(d.t(), wide.t())
             if live is None:
                 dw[columns] = of_tokens
             else:

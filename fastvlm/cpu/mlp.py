@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.cpu.common import dense_bias, dense_last, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import MAX_ROWS, few_rows, large_product, packs, product
+from fastvlm.cpu.common import dense_bias, dense_last, dense_one, unavailable, wrong_dtype
+from fastvlm.cpu.gemm import MAX_ROWS, added_product, few_rows, packs, product
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -83,7 +83,9 @@ def _gelu_mlp(
         return y, _none(x)
     if not keep and seed is None and packs(x, w1, w2):
         b1, b2 = dense_bias(b1), dense_bias(b2)
-        y = torch.ops.fastvlm_cpu.packed_mlp(dense_last(x), w1, b1, w2, b2, None, None, activation)
+        y = torch.ops.fastvlm_cpu.packed_mlp(
+            *(dense_one(x), dense_one(w1), b1, dense_one(w2), b2, None, None, activation)
+        )
         return y, _none(x)
     pre = product(x, w1, b1)
     y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, activation, p), w2, b2)
@@ -102,15 +104,15 @@ def _gelu_mlp_backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     inputs = any(needs[:3])
-    grad = large_product(grad_out, w2.t()) if inputs else torch.empty_like(pre)
+    grad = product(grad_out, w2.t()) if inputs else torch.empty_like(pre)
     dpre, _, hidden = torch.ops.fastvlm_cpu.activate_backward(
         grad.contiguous(), pre.contiguous(), None, seed, activation, dropout_p, inputs, needs[3]
     )
     return (
-        large_product(dpre, w1.t()) if needs[0] else _none(x),
-        large_product(dpre.t(), x.t()) if needs[1] else _none(x),
+        product(dpre, w1.t()) if needs[0] else _none(x),
+        product(dpre.t(), x.t()) if needs[1] else _none(x),
         _sum_rows(dpre, x.dtype) if needs[2] else _none(x),
-        large_product(grad_out.t(), hidden.t()) if needs[3] else _none(x),
+        product(grad_out.t(), hidden.t()) if needs[3] else _none(x),
         _sum_rows(grad_out, x.dtype) if needs[4] else _none(x),
     )
 
@@ -138,20 +140,20 @@ def _geglu_mlp_backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     inputs = any(needs[:3])
-    grad = large_product(grad_out, w_down.t()) if inputs else torch.empty_like(gate)
+    grad = product(grad_out, w_down.t()) if inputs else torch.empty_like(gate)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, hidden = torch.ops.fastvlm_cpu.activate_backward(
         grad, gate, up, None, activation, 0.0, inputs, needs[3]
     )
     dx = _none(x)
     if needs[0]:
-        dx = large_product(dgate, w_gate.t())
-        dx += large_product(dup, w_up.t())
+        dx = product(dgate, w_gate.t())
+        dx = added_product(dx, dup, w_up.t())
     return (
         dx,
-        large_product(dgate.t(), x.t()) if needs[1] else _none(x),
-        large_product(dup.t(), x.t()) if needs[2] else _none(x),
-        large_product(grad_out.t(), hidden.t()) if needs[3] else _none(x),
+        product(dgate.t(), x.t()) if needs[1] else _none(x),
+        product(dup.t(), x.t()) if needs[2] else _none(x),
+        product(grad_out.t(), hidden.t()) if needs[3] else _none(x),
     )
 
 

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.cpu.common import DTYPES, dense_bias, dense_last, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import packs, product
+from fastvlm.cpu.common import (
+    DTYPES,
+    dense_bias,
+    dense_last,
+    dense_one,
+    unavailable,
+    wrong_dtype,
+)
+from fastvlm.cpu.gemm import packed_product, packs, product
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -16,10 +23,7 @@ def _residual_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, factors: Tensor | None
 ) -> Tensor:
     if packs(x, weight):
-        out: Tensor = torch.ops.fastvlm_cpu.packed_linear(
-            dense_last(x), weight, dense_bias(bias), dense_last(residual), _dense(factors)
-        )
-        return out
+        return packed_product(x, weight, bias, residual, _dense(factors))
     return _sum(product(x, _as(x, weight), _as(x, bias)), residual, factors)
 
 
@@ -35,7 +39,7 @@ def _residual_gelu_mlp(
 ) -> Tensor:
     if packs(x, w1, w2):
         out: Tensor = torch.ops.fastvlm_cpu.packed_mlp(
-            *(dense_last(x), w1, dense_bias(b1), w2, dense_bias(b2)),
+            *(dense_one(x), dense_one(w1), dense_bias(b1), dense_one(w2), dense_bias(b2)),
             *(dense_last(residual), _dense(factors), activation),
         )
         return out
