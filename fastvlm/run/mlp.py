@@ -10,6 +10,7 @@ from fastvlm import ops
 from fastvlm.models.spec import Mlp
 from fastvlm.nn.linear import is_plain, is_watched
 from fastvlm.nn.mlp import gelu_mlp, is_known, multiplies_int8
+from fastvlm.reference.mlp import FUNCTIONS
 from fastvlm.run.mixin import Mixin
 
 
@@ -33,6 +34,12 @@ class PatchedMlp(Mixin):
         if fuses and p == 0 and _has_no_bias(parts) and not multiplies_int8(parts, hidden_states):
             weights = [part.weight for part in parts]
             return ops.geglu_mlp(hidden_states, *weights, activation=spec.activation)
+        if fuses and spec.gate is not None and dropout is not None:
+            # the class may compose its activation of eight ops, each a pass over [T, F]
+            gate, up, down = parts
+            hidden = FUNCTIONS[spec.activation](gate(hidden_states)) * up(hidden_states)
+            y: Tensor = down(dropout(hidden))
+            return y
         out: Tensor = super().forward(hidden_states)
         return out
 
