@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -152,17 +153,20 @@ def test_a_call_that_is_none_of_a_decoder() -> None:
     fastvlm.patch(owner)
     ids, mask = _pad(_tokens(3, 6), [6, 3, 4], left=False)
     embeds = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(3))
-    for read in ({}, {"encoder_hidden_states": states()}):
-        for given in ({"input_ids": ids}, {"encoder_embeds": embeds}, {"inputs_embeds": embeds}):
-            for decodes in (False, True):
-                if decodes and "encoder_embeds" not in given:
-                    continue
-                arguments = {**read, **given, "attention_mask": mask, "is_decoder": decodes}
-                with torch.no_grad():
-                    # it writes into the embeddings that it is given
-                    want, got = (m(**copy.deepcopy(arguments)) for m in (plain, owner.bert))
-                seen = mask == 1
-                assert torch.allclose(got[0][seen], want[0][seen], atol=1e-5)
+    reads: tuple[dict[str, Any], ...] = ({}, {"encoder_hidden_states": states()})
+    calls: tuple[dict[str, Any], ...] = (
+        {"input_ids": ids},
+        {"inputs_embeds": embeds},
+        {"encoder_embeds": embeds},
+        {"encoder_embeds": embeds, "is_decoder": True},
+    )
+    for read, given, hidden in itertools.product(reads, calls, (mask, None)):
+        arguments = {**read, **given, "attention_mask": hidden}
+        with torch.no_grad():
+            # it writes into the embeddings that it is given
+            want, got = (m(**copy.deepcopy(arguments)) for m in (plain, owner.bert))
+        seen = mask == 1 if hidden is not None else torch.ones_like(mask) == 1
+        assert torch.allclose(got[0][seen], want[0][seen], atol=1e-5)
 
 
 def steps_of(model: Any, past: Any, mask: Tensor | None = None) -> tuple[list[Tensor], Any]:
