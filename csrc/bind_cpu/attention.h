@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "../cpu/attention.h"
 #include "bind.h"
@@ -64,6 +65,21 @@ inline void set_keys(AttentionArgs& args, const Tensor& k, const Tensor& v, cons
   for (int64_t s = 0; s < args.segments; ++s) {
     STD_TORCH_CHECK(args.image_of[s] >= 0 && args.image_of[s] < args.images, "image_of: no image ",
                     args.image_of[s]);
+  }
+}
+
+// Writes rows [R, Hkv * D] to their cache rows at a position.
+inline void append(const Matrix& from, Tensor cache, int64_t position) {
+  STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(0) >= from.rows &&
+                      cache.size(2) * cache.size(3) == from.cols && position >= 0 &&
+                      position < cache.size(1),
+                  "caches: expected contiguous [", from.rows, " or more, ", position,
+                  " + 1 or more, heads, dim] of ", from.cols, " in a position");
+  const int64_t size = from.dtype == DType::kFloat ? 4 : 2;
+  char* to = static_cast<char*>(cache.mutable_data_ptr()) + position * from.cols * size;
+  const int64_t stride = cache.stride(0) * size, bytes = from.cols * size;
+  for (int64_t r = 0; r < from.rows; ++r) {
+    std::memcpy(to + r * stride, static_cast<const char*>(from.data) + r * bytes, bytes);
   }
 }
 

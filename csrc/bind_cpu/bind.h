@@ -83,11 +83,14 @@ inline Matrix vector_for(const Tensor& t, const char* name, int64_t size) {
 }
 
 // A weight of products with rows of `cols` elements.
-inline Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
-  const Matrix m = matrix(t, name);
+inline Matrix fitting(const Matrix& m, const char* name, int64_t cols, int64_t rows) {
   STD_TORCH_CHECK(m.cols == cols && (rows < 0 || m.rows == rows), name, ": shape [", m.rows, ", ",
                   m.cols, "] does not fit");
   return m;
+}
+
+inline Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
+  return fitting(matrix(t, name), name, cols, rows);
 }
 
 // The same of int8, with a factor for each row.

@@ -1,15 +1,14 @@
 // A whole decoding step in one call: the kernels of a stack's layers, one after the other, as
 // fastvlm/cpu/step.py has written them down. What lies between them stays in one arena.
 #include <chrono>
-#include <cstring>
 #include <vector>
 
-#include "../cpu/mlp.h"
 #include "../cpu/norm.h"
 #include "../cpu/rope.h"
 #include "attention.h"
 #include "bind.h"
 #include "reader.h"
+#include "weights.h"
 
 namespace fastvlm {
 namespace {
@@ -159,23 +158,35 @@ class Step {
     return cols / dim;
   }
 
+  // Whether an instruction's weights lie as [inputs, outputs], by its setting of this number.
+  bool transposed(int64_t i) { return settings_.size > i && integer(i) != 0; }
+
   void linear() {
     const Matrix x = rows(0);
-    STD_TORCH_CHECK(tensors_.size == 3 * out_.size, "code: linear takes three tensors a result");
+    const int64_t weights = tensors_.size / 3, parts = weights > 0 ? out_.size / weights : 0;
+    STD_TORCH_CHECK(parts > 0 && 3 * weights == tensors_.size && parts * weights == out_.size,
+                    "code: linear takes three tensors for each weight, and as many results of each");
+    const bool lies = transposed(0);
     products_.clear();
-    for (int64_t i = 0; i < out_.size; ++i) {
+    for (int64_t i = 0; i < weights; ++i) {
       const std::optional<Tensor> scale = optional(3 * i + 1);
       const Tensor weight = tensor(3 * i);
       const Matrix w = scale.has_value() ? scaled_weight_for(weight, *scale, x.cols)
-                                         : weight_for(weight, "weight", x.cols);
-      products_.push_back({w, bias_for(optional(3 * i + 2), "bias", w.rows), write(i, w.rows)});
+                                         : streamed_weight_for(weight, "weight", x.cols, -1, lies);
+      const Matrix bias = bias_for(optional(3 * i + 2), "bias", w.rows);
+      STD_TORCH_CHECK(w.rows % parts == 0, "code: ", w.rows, " outputs are no ", parts, " parts");
+      const int64_t each = w.rows / parts;
+      for (int64_t p = 0; p < parts; ++p) {
+        products_.push_back(part_of(w, bias, p * each, each, write(i * parts + p, each)));
+      }
     }
     FASTVLM_KERNEL(linear)(x, products_.data(), out_.size, dtype_);
   }
 
   void gelu_mlp() {
-    const Matrix x = rows(0), w1 = weight_for(tensor(0), "w1", x.cols);
-    const Matrix w2 = weight_for(tensor(2), "w2", w1.rows);
+    const bool lies = transposed(1);
+    const Matrix x = rows(0), w1 = streamed_weight_for(tensor(0), "w1", x.cols, -1, lies);
+    const Matrix w2 = streamed_weight_for(tensor(2), "w2", w1.rows, -1, lies);
     const Matrix b1 = bias_for(optional(1), "b1", w1.rows);
     const Matrix b2 = bias_for(optional(3), "b2", w2.rows);
     FASTVLM_KERNEL(gelu_mlp)(x, w1, b1, w2, b2, activation(), write(0, w2.rows));
@@ -295,20 +306,6 @@ class Step {
     FASTVLM_KERNEL(rope)(args);
   }
 
-  // Writes rows [R, Hkv * D] to their cache rows at the position of the new tokens.
-  void append(const Matrix& from, Tensor cache) {
-    STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(0) >= rows_ &&
-                        cache.size(2) * cache.size(3) == from.cols && in_.start >= 0 &&
-                        in_.start < cache.size(1),
-                    "caches: expected contiguous [", rows_, " or more, ", in_.start,
-                    " + 1 or more, heads, dim] of ", from.cols, " in a position");
-    char* to = static_cast<char*>(cache.mutable_data_ptr()) + in_.start * from.cols * size_;
-    const int64_t stride = cache.stride(0) * size_, bytes = from.cols * size_;
-    for (int64_t r = 0; r < rows_; ++r) {
-      std::memcpy(to + r * stride, static_cast<const char*>(from.data) + r * bytes, bytes);
-    }
-  }
-
   void self_attention() {
     const Matrix q = rows(0), k = rows(1), v = rows(2);
     const size_t layer = static_cast<size_t>(integer(1));
@@ -322,8 +319,8 @@ class Step {
     args.heads = heads_in(q.cols, args.dim);
     args.q = {q.data, q.cols, args.dim};
     set_cache(args, k_cache, v_cache, in_.lengths, in_.ancestry);
-    append(k, k_cache);
-    append(v, v_cache);
+    append(k, k_cache, in_.start);
+    append(v, v_cache, in_.start);
     args.window = bounded(integer(2));
     args.scale = static_cast<float>(number(3));
     args.softcap = static_cast<float>(number(4));

@@ -5,6 +5,7 @@
 #include "mlp.h"
 
 #include "activation.h"
+#include "columns.h"
 #include "gemm.h"
 
 namespace fastvlm {
@@ -29,7 +30,9 @@ struct Rows {
 // Whether products with these weights (null: no such weight) take bfloat16 rows as they are.
 bool multiplies_narrow(const Matrix& x, const Matrix& w, const Matrix* w2 = nullptr,
                        const Matrix* w3 = nullptr) {
-  auto fits = [](const Matrix* m) { return m == nullptr || m->dtype == DType::kBFloat16; };
+  auto fits = [](const Matrix* m) {
+    return m == nullptr || (m->dtype == DType::kBFloat16 && m->step == 1);
+  };
   return has_bfloat16_products() && fits(&x) && fits(&w) && fits(w2) && fits(w3);
 }
 
@@ -82,6 +85,13 @@ class Hidden {
 };
 
 void multiply(const Matrix& w, int64_t begin, int64_t count, Rows x, int64_t rows, float* out) {
+  if (w.step != 1) {
+    return with_type(w.dtype, [&](auto type) {
+      using T = decltype(type);
+      column_products(static_cast<const T*>(w.data) + begin, w.step, count,
+                      static_cast<const float*>(x.data), x.stride, rows, w.cols, out, kChunk);
+    });
+  }
   with_weight_type(w.dtype, [&](auto type) {
     using T = decltype(type);
     const T* first = static_cast<const T*>(w.data) + begin * w.stride;

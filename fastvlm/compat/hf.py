@@ -34,10 +34,8 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 
 
 def encode_method(config: Any) -> str | None:
-    """The method in which generate() encodes the inputs of a model of this config.
-
-    To 5.22 it has another name, and there is none for a model without an encoder.
-    """
+    """The method in which generate() encodes the inputs of a model of this config. To 5.22 it has
+    another name, and there is none for a model without an encoder."""
     from transformers import GenerationMixin
 
     if hasattr(GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"):
@@ -310,6 +308,11 @@ def generate_output(encodes: bool, beams: bool) -> Any:
 def is_named(module: Any, part: str) -> bool:
     """Whether part stands in the name of a module's class, or of one that it derives from."""
     return any(part in cls.__name__ for cls in type(module).__mro__)
+
+
+def is_conv1d(cls: type) -> bool:
+    """Whether a class is the linear layer of GPT-2, which keeps its weight as [inputs, outputs]."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def registered_attention(name: str) -> dict[str, Any]:

@@ -59,6 +59,11 @@ def needs_newer_transformers(what: str) -> str | None:
     return f"{what} {verb} transformers {_text(OLDEST_ATTENTION)} or newer, here is {version}"
 
 
+def gpt2_hides_states() -> bool:
+    """Whether GPT-2 looks at a mask of the states that it reads (to 5.16 it forgets it)."""
+    return parsed(installed("transformers") or "") >= (5, 17)
+
+
 def outside() -> list[str]:
     """What is installed here in a version that fastvlm is not tested on, and what follows."""
     found = []

@@ -69,9 +69,14 @@ def packs(x: Tensor, *weights: Tensor) -> bool:
     return not few_rows(x) and (packs_float32() if x.dtype == torch.float32 else _packs_16_bits())
 
 
+def streams(x: Tensor, *weights: Tensor) -> bool:
+    """Whether our kernel is the choice for x and weights [N, K], rows or columns contiguous."""
+    return few_rows(x) and all(1 in w.stride() for w in weights)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] weight [N, K]^T + bias [N] -> [M, N], any strides, one dtype of ours."""
-    if few_rows(x) and weight.stride(-1) == 1:
+    if streams(x, weight):
         return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, dense_bias(bias))
     if packs(x, weight):
         return packed_product(x, weight, bias)

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvlm.cpu.common import dense_bias, dense_last, dense_one, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import MAX_ROWS, added_product, few_rows, packs, product
+from fastvlm.cpu.gemm import MAX_ROWS, added_product, packs, product, streams
 from fastvlm.ops.dispatch import Kernel
-
-
-def _streams(x: Tensor, *weights: Tensor) -> bool:
-    return few_rows(x) and all(w.stride(-1) == 1 for w in weights)
 
 
 def _sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +73,7 @@ def _gelu_mlp(
     p: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not keep and seed is None and _streams(x, w1, w2):
+    if not keep and seed is None and streams(x, w1, w2):
         b1, b2 = dense_bias(b1), dense_bias(b2)
         y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, activation)
         return y, _none(x)
@@ -120,7 +116,7 @@ def _gelu_mlp_backward(
 def _geglu_mlp(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not keep and _streams(x, w_gate, w_up, w_down):
+    if not keep and streams(x, w_gate, w_up, w_down):
         y = torch.ops.fastvlm_cpu.geglu_mlp(dense_last(x), w_gate, w_up, w_down, activation)
         return y, _none(x), _none(x)
     gate, up = product(x, w_gate), product(x, w_up)

@@ -150,8 +150,6 @@ class Steps:
         ran = None if step is None else step.last
         if step is None or ran is None or last.head is None or not last.head.same(self._head):
             return None
-        if stack.spec.embedding.given:
-            return None  # how its positions are counted is the model's business
         states = ran.out
         if last.states is None or states.shape != last.states.shape:
             return None
@@ -160,6 +158,8 @@ class Steps:
             return None
         prefix = "decoder_" if self.model.config.is_encoder_decoder else ""
         positions = arguments.get(prefix + "position_ids")
+        if stack.spec.embedding.given and positions is not None:
+            return None  # how its positions are counted is the model's business
         if stack.spec.rotary is not None:
             if positions is not None and positions.dim() != 2:
                 return None

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 class Attention:
     """A module with q_proj, k_proj, v_proj and `out`, over heads of its head_dim.
 
-    out: None where the layer has it (`Residual.project`). scale: the attribute with what scores are
-    multiplied with; None for the root of 1 / head_dim. dropout: an attribute, a number or a module.
+    out: None where the layer has it (`Residual.project`). fused: the one layer that gives, side by
+    side, queries, keys and values; of a class that always reads states keys and values, beside a
+    q_proj; None where each has its own. scale: the attribute with what scores are multiplied with;
+    None for the root of 1 / head_dim. dropout: an attribute, a number or a module. out_dropout: the
+    module that drops of what `out` gives, where that is not the layer's business.
     states: the argument with the encoder's states; None where rows only read themselves. cross:
     whether they are always there; otherwise rows read themselves without them. causal: the
     attribute that says whether rows see only those before them; None where they always do, and a
@@ -31,6 +34,8 @@ class Attention:
     arguments: tuple[str, ...]
     dropout: str
     scale: str | None = "scaling"
+    fused: str | None = None
+    out_dropout: str | None = None
     states: str | None = None
     cross: bool = False
     causal: str | None = "is_causal"
@@ -52,8 +57,8 @@ class Mlp:
     """down(act(up x)), or with a gate down(act(gate x) * up x).
 
     activation: its name in the ops. evaluated: the kind of the module that was found to compute it
-    (`fastvlm.nn.mlp.kind_of`). dropout: of what `down` reads, a number or a module.
-    Names lead to parts of parts: "output.dense".
+    (`fastvlm.nn.mlp.kind_of`). dropout: of what `down` reads, a number or a module. out_dropout:
+    the module that drops of what it gives. Names lead to parts of parts: "output.dense".
     """
 
     up: str
@@ -63,6 +68,7 @@ class Mlp:
     activation: str = "gelu"
     evaluated: str = ""
     dropout: str | None = None
+    out_dropout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,11 @@ class Layer:
     gets the encoder's. hands: the arguments that all attentions get as well. named: whether they
     get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
     clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them,
-    "infinite": behind each branch, only if something is. mask: what attentions call theirs.
+    "infinite": behind each branch, only if something is. mask: what attentions call theirs;
+    cross_mask: what those that read the encoder do, where they have another name for it.
     shares_bias: it gets `position_bias` and gives (rows, that of its first attention, None).
-    bypasses: modules with forwards of their own stand between it and its branches.
+    bypasses: where it is handed no layouts its own forward runs: modules with forwards of their own
+    stand between it and its branches, or what they get from it is not all that it is given.
     handed: the argument that holds the layouts where its stack hands down no others (`Stack`).
     in_tuple: whether the rows are the only part of a tuple.
     """
@@ -114,6 +122,7 @@ class Layer:
     handed: str | None = None
     in_tuple: bool = False
     mask: str = "attention_mask"
+    cross_mask: str | None = None
     shares_bias: bool = False
     bypasses: bool = False
 
@@ -129,7 +138,8 @@ class Embedding:
     """tokens' rows, times the root of the hidden size if scaled, plus positions, normalized.
 
     factor: the attribute of the stack with another number that the rows are multiplied with.
-    given: whether position_ids name the rows of positions; otherwise columns do. offset: the
+    given: whether position_ids name the rows of positions, where there are any; otherwise columns
+    do. offset: the
     attribute of the table with the row of the first column; None for its first row. counts_tokens:
     whether the module of positions counts them itself in the token ids it is called with, padding
     left out. norm_first: whether positions are added behind the norm. skips: the attribute with a
@@ -161,7 +171,9 @@ class Stack:
     hides_pads: whether pad tokens are padding where no mask is given. masks, cross_masks: the kinds
     of masks that layers choose from; none where all get the same. trains_cached: whether a cache is
     made in training where none is asked for. reads: its first argument, "input_features" for frames
-    of which none is padding; ignores_mask: it takes a mask of them and never looks at it.
+    of which none is padding. reshapes: whether it gives its rows the shape of what it was given.
+    empty_mask: whether it takes a mask of four dimensions as it is, and makes one where it gets
+    none. ignores_mask: it takes a mask of them and never looks at it.
     drops_cache: whether layers get no cache where use_cache is False. hands: the argument that
     reaches its layers where those that it does not know do not; None where they do. aliases: as of
     an `Attention`. has_bias: whether scores have a bias of the distance, in columns. causal: where
@@ -182,6 +194,8 @@ class Stack:
     cross_masks: tuple[str, ...] = ()
     trains_cached: bool = True
     reads: str = "input_ids"
+    reshapes: bool = False
+    empty_mask: bool = False
     ignores_mask: bool = False
     drops_cache: bool = False
     hands: str | None = None
@@ -205,4 +219,4 @@ class Stack:
     @property
     def packs_ids(self) -> bool:
         """Whether it takes packed token ids with their positions; otherwise its layers pack."""
-        return self.rotary is not None
+        return self.rotary is not None or self.reshapes

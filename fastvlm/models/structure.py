@@ -48,7 +48,7 @@ def extra_parts(module: nn.Module, *known: str) -> str | None:
 def layers_and_owner(stack: Any) -> tuple[Any, Any]:
     """The ModuleList of a stack's layers, by the names that families have for it, and the module
     that holds it: the stack, or its encoder (BERT); None and None without."""
-    owners = [(stack, "layers"), (stack, "block")]
+    owners = [(stack, "layers"), (stack, "block"), (stack, "h")]
     inner = stack._modules.get("encoder")
     owners.append((None if inner is None else unwrapped(inner, "layer"), "layer"))
     for owner, name in owners:
@@ -77,7 +77,7 @@ def layer_in(outer: Any, path: str) -> Any:
 
 def attention_in(outer: Any) -> Any:
     """The attention in wrappers of a single child; None where there is none."""
-    found = (unwrapped(outer, name) for name in ("q_proj", "q", "query"))
+    found = (unwrapped(outer, name) for name in ("q_proj", "q", "query", "c_attn"))
     return next((each for each in found if each is not None), None)
 
 

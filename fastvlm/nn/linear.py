@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastvlm import ops
-from fastvlm.compat import pytorch
+from fastvlm.compat import hf, pytorch
+from fastvlm.ops._autograd import needs_grad
 
 DENSE = (Tensor, nn.Parameter)
 
@@ -29,6 +31,23 @@ class Linear(nn.Linear):
         if type(input) not in DENSE or type(self.weight) not in DENSE:
             return super().forward(input)  # a DTensor, or another kind that PyTorch dispatches
         return ops.linear(input, self.weight, self.bias)
+
+
+class TransposedLinear(nn.Module):
+    """For transformers' Conv1D, whose weight is [inputs, outputs]: the same over
+    `fastvlm.ops.linear` where no gradient is wanted, which reads the weight as it lies."""
+
+    storage: str | None = None
+    compute: str | None = None
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        dense = type(input) in DENSE and type(self.weight) in DENSE
+        if not dense or needs_grad(input, self.weight, self.bias):
+            theirs: Callable[[Tensor], Tensor] = super().forward
+            return theirs(input)
+        return ops.linear(input, self.weight.t(), self.bias)
 
 
 def original(cls: type) -> Any:
@@ -74,6 +93,31 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     return type(module.weight) is nn.Parameter  # type: ignore[attr-defined]
 
 
+def is_transposed(module: object) -> bool:
+    """Whether a linear layer keeps its weight as [inputs, outputs] (GPT-2's)."""
+    return hf.is_conv1d(original(type(module)))
+
+
+def is_plain_product(module: object) -> bool:
+    """`is_plain` for a linear layer either way, whose weight `weight_of` gives."""
+    if not is_transposed(module):
+        return is_plain(module)
+    if getattr(type(module), "storage", None) is not None:
+        return False
+    return is_bare(module) and type(module.weight) is nn.Parameter  # type: ignore[attr-defined]
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight of such a layer, [outputs, inputs]: itself, or a view of it."""
+    weight: Tensor = module.weight
+    return weight.t() if is_transposed(module) else weight
+
+
+def inputs_of(module: Any) -> int:
+    """The width of the rows that a linear layer takes, either way."""
+    return int(module.weight.shape[0 if is_transposed(module) else 1])
+
+
 def is_bare(module: object) -> bool:
     """Whether nobody listens at a module's call: no hook, also of all modules, and no forward of
     the instance's own (an offloader sets one)."""
@@ -82,9 +126,10 @@ def is_bare(module: object) -> bool:
 
 def is_low_precision(module: nn.Module) -> bool:
     """Whether a linear layer computes with a copy of its weight in fewer bits."""
-    return isinstance(module, Linear) and module.storage is not None
+    return isinstance(module, (Linear, TransposedLinear)) and module.storage is not None
 
 
 def is_approximate(module: nn.Module) -> bool:
     """The same, or with its own weight in arithmetic of fewer bits."""
-    return is_low_precision(module) or (isinstance(module, Linear) and module.compute is not None)
+    computes = isinstance(module, (Linear, TransposedLinear)) and module.compute is not None
+    return is_low_precision(module) or computes

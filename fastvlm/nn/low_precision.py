@@ -8,7 +8,8 @@ Import it where it is needed only: torch.compiler.disable takes a second to load
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fastvlm import ops
 from fastvlm.compat import pytorch
 from fastvlm.cpu import pages
-from fastvlm.nn.linear import DENSE, Linear
+from fastvlm.nn.linear import DENSE, Linear, TransposedLinear, is_transposed, weight_of
 from fastvlm.nn.weight_mark import WeightMark
 from fastvlm.ops._autograd import needs_grad
 
@@ -28,13 +29,14 @@ class _Copy:
     weight: Tensor
     scale: Tensor | None
 
-    def __init__(self, weight: Tensor, storage: str):
+    def __init__(self, weight: Tensor, rows: Tensor, storage: str):
+        """rows: the weight as [outputs, inputs], itself or a view of it."""
         # a tensor made under inference_mode could not be used outside of it
         with torch.inference_mode(False), torch.no_grad():
             if storage == "bf16":
-                self.weight, self.scale = weight.detach().to(torch.bfloat16).contiguous(), None
+                self.weight, self.scale = rows.detach().to(torch.bfloat16).contiguous(), None
             else:
-                self.weight, self.scale = ops.quantize_rows(weight.detach())
+                self.weight, self.scale = ops.quantize_rows(rows.detach().contiguous())
             pages.gather([self.weight])
             self._mark = WeightMark(weight)
 
@@ -57,14 +59,14 @@ def stored_copy(module: nn.Module, storage: str) -> tuple[Tensor, Tensor | None]
     """
     weight = cast(Tensor, module.weight)
     place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
-    key = storage, pytorch.version_of(weight), *place
+    key = storage, is_transposed(module), pytorch.version_of(weight), *place
     of_module = _copies.setdefault(module, {})
     known, copy = of_module.get(storage, (None, None))
     if copy is None or known != key or not copy.is_fresh(weight):
         copy = _shared.get(key)
         if copy is None or not copy.is_fresh(weight):
             of_module.pop(storage, None)  # before the new one takes its memory
-            copy = _shared[key] = _Copy(weight, storage)
+            copy = _shared[key] = _Copy(weight, weight_of(module), storage)
         of_module[storage] = key, copy
     return copy.weight, copy.scale
 
@@ -72,6 +74,23 @@ def stored_copy(module: nn.Module, storage: str) -> tuple[Tensor, Tensor | None]
 def forget(module: nn.Module) -> None:
     """Let go of a module's copies."""
     _copies.pop(module, None)
+
+
+def _multiplied(layer: Any, input: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """whole: the product with the weight as it is."""
+    weight, bias = layer.weight, layer.bias
+    usual = type(input) in DENSE and type(weight) is nn.Parameter
+    if not usual or weight.is_meta or weight.is_inference():
+        # a kind of tensor that PyTorch dispatches, or one whose changes cannot be told
+        return whole(input)
+    if needs_grad(input, weight, bias):
+        raise RuntimeError(
+            f'fastvlm.patch: a model patched with weights="{layer.storage}" is for decoding: '
+            "call it under torch.inference_mode() or torch.no_grad(); to train, patch it "
+            "without weights"
+        )
+    stored, scale = stored_copy(layer, layer.storage)
+    return ops.low_precision_linear(input, stored, scale, bias)
 
 
 class LowPrecisionLinear(Linear):
@@ -84,16 +103,13 @@ class LowPrecisionLinear(Linear):
     storage = "bf16"
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        usual = type(input) in DENSE and type(weight) is nn.Parameter
-        if not usual or weight.is_meta or weight.is_inference():
-            # a kind of tensor that PyTorch dispatches, or one whose changes cannot be told
-            return super().forward(input)
-        if needs_grad(input, weight, bias):
-            raise RuntimeError(
-                f'fastvlm.patch: a model patched with weights="{self.storage}" is for decoding: '
-                "call it under torch.inference_mode() or torch.no_grad(); to train, patch it "
-                "without weights"
-            )
-        stored, scale = stored_copy(self, self.storage)
-        return ops.low_precision_linear(input, stored, scale, bias)
+        return _multiplied(self, input, super().forward)
+
+
+class LowPrecisionTransposed(TransposedLinear):
+    """The same for a layer whose weight is [inputs, outputs]; the rows are those of its outputs."""
+
+    storage = "bf16"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _multiplied(self, input, super().forward)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlm import ops
-from fastvlm.nn.linear import Linear, is_plain, is_watched
+from fastvlm.nn.linear import Linear, is_plain, is_plain_product, is_watched, weight_of
 from fastvlm.reference.mlp import FUNCTIONS
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch.nn.GELU's argument
@@ -92,7 +92,7 @@ def gelu_mlp(
 
     act: what to call in its place, where it is not what it was, or has a hook.
     """
-    if act is None and is_plain(fc1) and is_plain(fc2):
+    if act is None and is_plain_product(fc1) and is_plain_product(fc2):
         copies = int8_copies(fc1, fc2, x) if dropout_p == 0 else None
         if copies is not None:
             w1, scale1, w2, scale2 = copies
@@ -101,9 +101,9 @@ def gelu_mlp(
             )
         return ops.gelu_mlp(
             x,
-            fc1.weight,
+            weight_of(fc1),
             fc1.bias,
-            fc2.weight,
+            weight_of(fc2),
             fc2.bias,
             activation=activation,
             dropout_p=dropout_p,

@@ -73,6 +73,8 @@ class DecoderStack(PatchedStack):
     reads_static_caches = True
 
     def _no_cross_mask(self) -> Any:
+        if self.spec.empty_mask:
+            return self._no_mask()
         return dict.fromkeys(self.spec.cross_masks) or None
 
     def _read(self, states: Tensor | None, mask: Any) -> dict[str, Any]:
@@ -126,6 +128,10 @@ class DecoderStack(PatchedStack):
     def _layouts(self, call: DecoderInputs, kwargs: Mapping[str, Any]) -> Layouts | None:
         """The layouts of this call, or None where transformers' own path must run."""
         batch, length, device = grid_of(call.input_ids, call.inputs_embeds)
+        if call.input_ids is not None and call.input_ids.dim() != 2:
+            return None
+        if kwargs.get("encoder_hidden_states") is not None:  # where it has nothing to read them
+            return None
         if length == 0 or not (is_2d(call.attention_mask) and is_2d(self._cross_mask(call))):
             return None
         filled = 0
@@ -240,7 +246,7 @@ class DecoderStack(PatchedStack):
             hand(arguments, layouts, self.spec.hands)
             return self._settled(super().forward(**arguments), layouts)
         if layouts is None:
-            dtype = self.embed_tokens.weight.dtype
+            dtype = part_of(self, self.spec.embedding.tokens).weight.dtype
             arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
             arguments |= self._read(*self._expanded(call))
             return super().forward(**arguments)
@@ -251,6 +257,8 @@ class DecoderStack(PatchedStack):
                 cross_cache.share(cross)
         if own is not None and not beam_cache.keeps_rows(own):
             beam_cache.keep_rows(own)
+        if self.spec.empty_mask and layouts.rows is not None and call.input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(call.input_ids, call.attention_mask)
         arguments["attention_mask"] = self._no_mask() if layouts.fused_self else call.attention_mask
         states = call.encoder_states
         if layouts.packed and layouts.cross is not None and states is not None:

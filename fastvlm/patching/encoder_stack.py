@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvlm.layout import Layout
@@ -46,6 +47,8 @@ class PatchedStack(Mixin):
 
     def _no_mask(self) -> Any:
         """What to pass as attention_mask so that transformers builds no 4-D mask."""
+        if self.spec.empty_mask:  # of a shape that fits no scores: nobody reads it in silence
+            return torch.empty(1, 1, 0, 0, dtype=torch.bool)
         return dict.fromkeys(self.spec.masks) or None
 
     def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any], found: Interposed) -> bool:
@@ -69,7 +72,7 @@ class PatchedStack(Mixin):
         rows = layouts.rows
         if not layouts.packed or not self.spec.packs_ids or rows is None:
             return
-        for name in ("input_ids", "inputs_embeds"):
+        for name in ("input_ids", "inputs_embeds", *self.spec.embedding.told):
             if arguments.get(name) is not None:
                 arguments[name] = rows.pack(arguments[name]).unsqueeze(0)
         arguments["position_ids"] = packed_positions(arguments.get("position_ids"), rows)

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from fastvlm.compat.versions import gpt2_hides_states
 from fastvlm.models import (
     bart,
     bert,
     blip,
     florenz,
     gemma2,
+    gpt2,
     m2m100,
     marian,
     t5,
@@ -81,8 +83,8 @@ def _mlp(module: Any) -> Swap | str:
     return Swap(GegluMLP, ("geglu_mlp",), attributes)
 
 
-def _t5_mlp(module: Any) -> Swap | str:
-    spec = t5.read_mlp(module)
+def _nested_mlp(read: Any, module: Any) -> Swap | str:
+    spec = read(module)
     if isinstance(spec, str):
         return spec
     op = "gelu_mlp" if spec.gate is None else "geglu_mlp"
@@ -132,9 +134,15 @@ _FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA
 
 _T5 = (
     _attention_rule(t5.is_attention, t5.read_attention),
-    Rule(("mlp",), t5.is_mlp, _t5_mlp),
+    Rule(("mlp",), t5.is_mlp, partial(_nested_mlp, t5.read_mlp)),
     Rule(("norm",), t5.is_norm, choose_t5_norm),
     _layer_rule(t5.is_layer, t5.read_layer, "mlp", "norm"),
+)
+# its layers hand their cross-attention nothing, so that they belong to its attention
+_GPT2 = (
+    _attention_rule(gpt2.is_attention, gpt2.read_attention),
+    Rule(("mlp",), gpt2.is_mlp, partial(_nested_mlp, gpt2.read_mlp)),
+    _layer_rule(gpt2.is_layer, gpt2.read_layer, "attention"),
 )
 
 _BERT = (
@@ -170,6 +178,12 @@ STACKS: tuple[StackRule, ...] = (
     _stack_rule(bert.is_stack, bert.read_stack, _BERT, bert.KNOWN),
     _stack_rule(blip.is_stack, blip.read_stack, _BLIP, blip.KNOWN),
     *_two_stacks(t5, _T5),
+    _stack_rule(
+        gpt2.is_stack,
+        gpt2.read_stack,
+        _GPT2,
+        gpt2.KNOWN if gpt2_hides_states() else (),  # else each is tried, and found out
+    ),
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
     _stack_rule(gemma2.is_stack, lambda module: gemma2.STACK, _GEMMA2, gemma2.KNOWN),

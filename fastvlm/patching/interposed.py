@@ -25,6 +25,7 @@ from fastvlm.models.structure import (
     layer_in,
     layers_and_owner,
     layers_of,
+    part_of,
     submodule,
 )
 from fastvlm.nn.linear import original
@@ -50,7 +51,7 @@ _HARMLESS_HOMES = (
 # called before the first layer: padding there holds what it holds without fastvlm
 _EMBEDDINGS = (
     "embed_tokens", "embed_positions", "layernorm_embedding", "rotary_emb", "conv1", "conv2",
-    "embeddings",
+    "embeddings", "wte", "wpe",
 )  # fmt: skip
 # read by our layers, which call them only where they must (`fastvlm.nn.mlp`)
 _ACTIVATIONS = ("activation_fn", "act_fn", "act", "intermediate_act_fn")
@@ -111,7 +112,9 @@ def configs_of(stack: Any, names: tuple[str, ...]) -> list[Any]:
 
 def without_kernel(stack: Any, spec: Any) -> str | None:
     """Why the attention of a stack is faster as transformers computes it; None where it is not."""
-    device = stack.embed_tokens.weight.device.type if spec.has_bias else "cpu"
+    if not spec.has_bias:
+        return None
+    device = part_of(stack, spec.embedding.tokens).weight.device.type
     if device in ("cpu", "meta"):
         return None
     return f"its scores have a bias of the distance, for which there is no kernel on {device} yet"

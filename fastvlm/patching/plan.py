@@ -12,7 +12,7 @@ from fastvlm.compat.versions import attention_refused
 from fastvlm.models.embedding import factor_of
 from fastvlm.models.spec import Layer, Stack
 from fastvlm.models.structure import takes
-from fastvlm.nn.linear import Linear
+from fastvlm.nn.linear import Linear, TransposedLinear, is_transposed
 from fastvlm.patching import foreign, interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
@@ -222,8 +222,10 @@ def _shares_states(module: Any, shared: dict[nn.Module, Stack]) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     if not is_patched(module):
-        return type(module) is nn.Linear
-    return isinstance(module, Linear) or getattr(module, "gives_lazy_logits", False)
+        return type(module) is nn.Linear or is_transposed(module)
+    return isinstance(module, (Linear, TransposedLinear)) or getattr(
+        module, "gives_lazy_logits", False
+    )
 
 
 _LINEAR = Rule(("linear",), _is_linear, lambda m: LINEAR)
@@ -251,7 +253,8 @@ def _projections_of_images(name: str, attention: Any, rule: Rule) -> list[nn.Mod
     if "self_attention" in swap.runs_on and name.endswith((".self_attn", ".attention.self")):
         return []
     spec = spec_of(swap)
-    return [getattr(attention, spec.name(part)) for part in ("k_proj", "v_proj")]
+    names = ("k_proj", "v_proj") if spec.fused is None else (spec.fused,)
+    return [getattr(attention, spec.name(part)) for part in names]
 
 
 def _missing(rule: Rule, wanted: frozenset[str]) -> str | None:

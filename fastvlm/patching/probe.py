@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastvlm.compat.versions import is_tested
 from fastvlm.models.spec import Layer
 from fastvlm.models.structure import layers_of, submodule, takes
+from fastvlm.nn.linear import inputs_of
 from fastvlm.ops import dispatch
 from fastvlm.patching.classes import become, swapped, unpatched_class
 from fastvlm.patching.replica import DTYPE, ROWS, Float64, Replica, signature, without_weights
@@ -34,20 +35,22 @@ MOST_KINDS = 8  # of layers in a stack: each takes about a tenth of a second
 _SLOTS = frozenset((
     "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q", "k", "v", "o", "query", "key", "value",
     "dense", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "wi", "wi_0", "wi_1", "wo",
+    "c_attn", "q_attn", "c_proj", "c_fc",
 ))  # fmt: skip
 # where the attentions of a layer stand
-_OWN = ("self_attn", "layer.0.SelfAttention", "attention.self")
-_CROSS = ("encoder_attn", "cross_attn", "layer.1.EncDecAttention", "crossattention.self")
-_KEYS = ("k_proj", "k", "key")
+_OWN = ("self_attn", "layer.0.SelfAttention", "attention.self", "attn")
+_CROSS = (
+    *("encoder_attn", "cross_attn", "layer.1.EncDecAttention", "crossattention.self"),
+    "crossattention",
+)
+_KEYS = ("k_proj", "k", "key", "c_attn")
 # what is called, whatever it computes, or has nothing to compute
 _HARMLESS_HOMES = (
     "torch",
     "transformers.activations",
     "fastvlm.nn",
     "peft",
-    "accelerate",
-    "bitsandbytes",
-    "torchao",
+    *("accelerate", "bitsandbytes", "torchao"),
 )
 
 
@@ -114,7 +117,7 @@ def try_stack(
             difference = parts.difference(module, swap)
             if difference is not None:
                 trial.refuse([module], f"{why}, and {difference}")
-    layers = {m for m, swap in trial.swaps.items() if _is_layer(swap)}
+    layers = {m for m, swap in trial.swaps.items() if _is_layer(swap)} - together
     kinds: dict[Any, int] = {}
     for index, layer in enumerate(layers_of(stack)):
         kinds.setdefault(signature(layer), index)
@@ -302,8 +305,8 @@ def _given(module: Any, replica: Replica) -> tuple[Any, ...] | None:
         if side is not None:  # more than one window, and padding in some
             size = (side + 1, side + 2)
             shape = (1, *size) if takes(module, "hidden_states") else (1, size[0] * size[1])
-    elif (first := _first_linear(module)) is not None:
-        width = first.in_features
+    elif (first := _first(module, "gate_proj fc1 wi_0 wi c_fc")) is not None:
+        width = inputs_of(first)
     else:
         weight = module._parameters.get("weight")
         if not isinstance(weight, Tensor) or weight.dim() != 1:
@@ -313,9 +316,8 @@ def _given(module: Any, replica: Replica) -> tuple[Any, ...] | None:
     return (x, size) if takes(module, "size") else (x,)
 
 
-def _first_linear(mlp: Any) -> Any:
-    names = ("gate_proj", "fc1", "wi_0", "wi")
-    return next((mlp._modules[name] for name in names if name in mlp._modules), None)
+def _first(module: Any, names: str) -> Any:
+    return next((module._modules[n] for n in names.split() if n in module._modules), None)
 
 
 def _random(replica: Replica, *shape: int) -> Tensor:
@@ -331,7 +333,7 @@ def _answers(stack: Any) -> list[Tensor]:
     decodes = bool(states) or cross is not None or getattr(own, "is_causal", False)
     if cross is not None:
         keys = next(cross._modules[name] for name in _KEYS if name in cross._modules)
-        read = torch.empty(2, 5, keys.in_features, dtype=DTYPE)
+        read = torch.empty(2, 5, inputs_of(keys), dtype=DTYPE)
         states["encoder_hidden_states"] = read.normal_(generator=random)
         if takes(stack, "encoder_attention_mask"):
             states["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])

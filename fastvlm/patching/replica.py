@@ -23,7 +23,7 @@ DTYPE = torch.float64
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 # where there are no more layers than one, and no more tokens than ROWS
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-_LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers")
+_LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer")
 
 
 class Float64(TorchFunctionMode):

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import Linear, is_approximate
+from fastvlm.nn.linear import Linear, TransposedLinear, is_approximate, is_transposed
 from fastvlm.patching.rules import Swap
 
 STORAGES = ("bf16", "int8")
 ARITHMETICS = ("int8",)
 LINEAR = Swap(Linear, ("linear",))
+TRANSPOSED = Swap(TransposedLinear, ("linear",))
 
 
 def check_weights(op: str, weights: str | None, floors: frozenset[str]) -> None:
@@ -45,18 +46,21 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
         storage = None
     if compute is not None and why_no_int8(module):
         compute = None
+    transposed = is_transposed(module)
     if storage is None and compute is None:
-        return LINEAR
+        return TRANSPOSED if transposed else LINEAR
     if module.weight.is_inference():
         return "its weight was made under inference_mode, where no change of it can be noticed"
     from fastvlm.nn.int8 import Int8Linear, Int8LowPrecisionLinear
-    from fastvlm.nn.low_precision import LowPrecisionLinear  # loads torch.compile: a second
+    from fastvlm.nn.low_precision import LowPrecisionLinear, LowPrecisionTransposed
 
+    # (these load torch.compile: a second)
     if storage is None:
         return Swap(Int8Linear, ("linear", "int8_linear"), (("compute", compute),))
     attributes = (("storage", storage),)
     if compute is None:
-        return Swap(LowPrecisionLinear, ("low_precision_linear",), attributes)
+        mixin = LowPrecisionTransposed if transposed else LowPrecisionLinear
+        return Swap(mixin, ("low_precision_linear",), attributes)
     runs_on = ("low_precision_linear", "int8_linear")
     return Swap(Int8LowPrecisionLinear, runs_on, (*attributes, ("compute", compute)))
 
@@ -67,6 +71,8 @@ def why_no_int8(module: Any) -> str | None:
     from fastvlm.cpu.int8 import unavailable
 
     weight = module.weight
+    if is_transposed(module):
+        return "int8 arithmetic is for weights that lie as [outputs, inputs]"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, for which PyTorch chooses the kernels"
     if weight.dtype not in DTYPES:
@@ -106,7 +112,7 @@ def read_at_a_step(module: nn.Module, storage: str | None) -> tuple[str, tuple[i
     if storage == "bf16":
         return storage, (own, 2 * weight.numel())
     if storage == "int8":
-        return storage, (own, weight.numel() + 4 * weight.shape[0])
+        return storage, (own, weight.numel() + 4 * weight.shape[1 if is_transposed(module) else 0])
     return str(weight.dtype).removeprefix("torch."), (own, own)
 
 

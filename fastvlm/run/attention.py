@@ -79,16 +79,19 @@ class PatchedAttention(Mixin):
         if layouts is None or not fuses:
             out: tuple[Any, ...] = super().forward(hidden_states, *args, **kwargs)
             return out
-        q, bias = self._heads(self.q_proj(hidden_states)), None
+        bias = None
         if states is not None:
+            q = self._heads(self.q_proj(hidden_states))
             y = self._cross(q, states, layouts, cache)
         else:
-            k, v = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
+            q, k, v = self._queries_keys_values(hidden_states)
             if spec.rotary:
                 q, k = _rotated(q, k, *given["position_embeddings"])
             bias = self._position_bias(given)
             y = self._self(q, k, v, layouts, cache, mask, bias)
         y = y if spec.out is None else getattr(self, spec.out)(y)
+        if spec.out_dropout is not None:
+            y = getattr(self, spec.out_dropout)(y)
         return (y, bias, None) if spec.shares_bias else (y, None)
 
     def _position_bias(self, given: dict[str, Any]) -> Tensor | None:
@@ -101,6 +104,20 @@ class PatchedAttention(Mixin):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+    def _queries_keys_values(self, x: Tensor) -> list[Tensor]:
+        """Of rows that read themselves, x [..., d] -> [..., heads, D] each."""
+        fused = self.spec.fused
+        if fused is not None:
+            return [self._heads(part) for part in getattr(self, fused)(x).chunk(3, -1)]
+        return [self._heads(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def keys_values(self, states: Tensor) -> list[Tensor]:
+        """Of the encoder's states [..., d] -> [..., heads, D] each."""
+        fused = self.spec.fused
+        if fused is not None:
+            return [self._heads(part) for part in getattr(self, fused)(states).chunk(2, -1)]
+        return [self._heads(part(states)) for part in (self.k_proj, self.v_proj)]
 
     def _dropout(self) -> float:
         dropout: Any = getattr(self, self.spec.dropout)
@@ -183,9 +200,9 @@ class PatchedAttention(Mixin):
         if layer is not None and layer.packed is not None:
             k, v = layer.packed
         else:
-            tokens = layouts.packed_states(states)
-            k, v = self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens))
+            k, v = self.keys_values(layouts.packed_states(states))
             if layer is not None:
+                k, v = k.contiguous(), v.contiguous()  # each is read by itself, in every step
                 layer.fill(k, v, layout, self)
                 hf.set_cross_filled(cache, self.layer_idx)
         out = ops.cross_attention(

@@ -129,6 +129,7 @@ class _Writer:
         if residual.reads == "mlp":
             return self.program.mlp(x, part, _spec_of(part, Mlp))
         spec = _spec_of(part, Attention)
+        ensure(spec.out_dropout is None or has_no_hooks(getattr(part, spec.out_dropout)))
         attend = self._cross_attention if residual.reads == "cross" else self._self_attention
         y = attend(x, part, spec)
         outs = [] if spec.out is None else [getattr(part, spec.out)]
@@ -139,7 +140,10 @@ class _Writer:
         return y
 
     def _self_attention(self, x: int, part: Any, spec: Attention) -> int:
-        q, k, v = self.program.linear(x, part.q_proj, part.k_proj, part.v_proj)
+        if spec.fused is not None:
+            q, k, v = self.program.linear(x, getattr(part, spec.fused), parts=3)
+        else:
+            q, k, v = self.program.linear(x, part.q_proj, part.k_proj, part.v_proj)
         if spec.rotary:
             q, k = self.program.rope(q, k, part.head_dim)
         cache = beam_cache.layer_of(self.own, self.index)

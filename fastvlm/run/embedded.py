@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastvlm.models.structure import layers_and_owner
+from fastvlm.models.structure import layers_and_owner, part_of
 from fastvlm.nn.linear import DENSE, original
 
 _TOLERANCE = 1e-2  # of the largest value: kernels round differently, another embedding is far off
@@ -48,7 +48,7 @@ def embeds_alike(stack: Any, arguments: dict[str, Any], x: Tensor) -> bool:
     """Whether the stack's own forward, called with arguments, gives its first layer x [R, d]."""
     if type(x) not in DENSE or x.is_meta:
         return True  # nothing is computed
-    table = stack.embed_tokens
+    table = part_of(stack, stack.spec.embedding.tokens)
     key = (type(stack), type(table), table.weight.dtype, x.device, x.dtype)
     known = _KNOWN.get(stack)
     if known is not None and known[0] == key:

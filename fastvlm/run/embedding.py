@@ -96,7 +96,7 @@ def _places(
         pad: int = part_of(stack, spec.skips)
         return torch.where(ids[:, 0] != pad, filled + 1, 0) + pad
     if spec.given:
-        return filled
+        return filled if starts is None else filled - starts
     table = part_of(stack, str(spec.positions))
     at = filled + _offset(table, spec)
     starts = starts_of(table, ids.shape[0]) if starts is None else starts

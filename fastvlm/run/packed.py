@@ -110,7 +110,7 @@ class _Modules:
         arguments = dict(self.shared)
         if residual.reads == "cross":
             arguments[spec.states] = given.get(_STATES)
-            arguments[spec.mask] = given.get(_STATES_MASK)
+            arguments[spec.cross_mask or spec.mask] = given.get(_STATES_MASK)
             arguments[_CACHES[0]] = cache
             return arguments
         arguments[spec.mask] = given.get("attention_mask")

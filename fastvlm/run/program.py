@@ -8,6 +8,7 @@ down once for a cache, weights looked up, and then run: by the schemas of the op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 from fastvlm.compat import pytorch
 from fastvlm.models.spec import Mlp
 from fastvlm.models.structure import part_of
-from fastvlm.nn.linear import is_low_precision, is_plain, runs_another_forward
+from fastvlm.nn.linear import (
+    is_low_precision,
+    is_plain,
+    is_plain_product,
+    is_transposed,
+    runs_another_forward,
+)
 from fastvlm.nn.mlp import is_known
 from fastvlm.reference.mlp import ACTIVATIONS
 
@@ -28,7 +35,9 @@ class Instruction(NamedTuple):
     """One op: results and rows are numbers of registers, each of which holds rows [R, n].
 
     settings: the numbers that the op takes; of `self_attention` the head dimension and the number
-    of its cache come first.
+    of its cache come first. The weights of `linear` and `gelu_mlp` are as their layers keep them,
+    the last of their settings 1 where that is [inputs, outputs]; what one product of `linear` gives
+    is split evenly among the results.
     """
 
     op: str
@@ -79,12 +88,15 @@ class Program:
         self.instructions.append(Instruction(op, tuple(results), rows, tensors, settings))
         return results
 
-    def linear(self, x: int, *modules: Any) -> list[int]:
-        """x times the weight of each module, plus its bias."""
-        parts = [_parts(module) for module in modules]
+    def linear(self, x: int, *modules: Any, parts: int = 1) -> list[int]:
+        """x times the weight of each module, plus its bias; each in so many parts."""
+        found = [_parts(module) for module in modules]
         self.copied += [module.weight for module in modules if is_low_precision(module)]
-        widths = [weight.shape[0] for weight, _, _ in parts]
-        return self._add("linear", widths, (x,), tuple(t for part in parts for t in part))
+        transposed = _transposed(modules)
+        outputs = [weight.shape[1 if transposed else 0] for weight, _, _ in found]
+        widths = [width // parts for width in outputs for _ in range(parts)]
+        tensors = tuple(t for part in found for t in part)
+        return self._add("linear", widths, (x,), tensors, (transposed,))
 
     def mlp(self, x: int, holder: Any, spec: Mlp) -> int:
         """holder: the module with the parts of the MLP."""
@@ -93,11 +105,15 @@ class Program:
         dropout = None if spec.dropout is None else part_of(holder, spec.dropout)
         ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
         ensure(is_known(part_of(holder, spec.act), spec.evaluated))
-        number, plain = ACTIVATIONS.index(spec.activation), all(map(is_plain, parts))
-        if spec.gate is None and plain:
+        number = ACTIVATIONS.index(spec.activation)
+        if spec.out_dropout is not None:
+            ensure(has_no_hooks(getattr(holder, spec.out_dropout)))
+        if spec.gate is None and all(map(is_plain_product, parts)):
+            transposed = _transposed(parts)
             tensors = tuple(t for part in parts for t in (part.weight, part.bias))
-            return self._add("gelu_mlp", [tensors[2].shape[0]], (x,), tensors, (number,))[0]
-        if plain and all(part.bias is None for part in parts):
+            width = tensors[2].shape[1 if transposed else 0]
+            return self._add("gelu_mlp", [width], (x,), tensors, (number, transposed))[0]
+        if all(map(is_plain, parts)) and all(part.bias is None for part in parts):
             weights = tuple(part.weight for part in parts)
             return self._add("geglu_mlp", [weights[2].shape[0]], (x,), weights, (number,))[0]
         pre, *up = self.linear(x, *parts[:-1])
@@ -185,9 +201,17 @@ class Program:
         return self._add("cross_attention", [self.widths[q]], (q,), layer.packed, settings)[0]
 
 
+def _transposed(modules: Sequence[Any]) -> bool:
+    """Whether the weights of an instruction lie as [inputs, outputs]: all, or none; copies in fewer
+    bits never do."""
+    ways = {is_transposed(module) and not is_low_precision(module) for module in modules}
+    ensure(len(ways) == 1)
+    return ways.pop()
+
+
 def _parts(module: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weight, factors of its rows (int8), and bias of a linear layer that may be bypassed."""
-    if is_plain(module):
+    if is_plain_product(module):
         return module.weight, None, module.bias
     plain = type(module.weight) is nn.Parameter if is_low_precision(module) else False
     ensure(plain and has_no_hooks(module))

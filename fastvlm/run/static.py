@@ -159,10 +159,7 @@ def cross_attend(
         layer = cache.cross_attention_cache.layers[index]
         keys, values = layer.keys, layer.values
     else:
-        new = (
-            part(encoder_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            for part in (module.k_proj, module.v_proj)
-        )
+        new = (part.transpose(1, 2) for part in module.keys_values(encoder_states))
         keys, values = cache.cross_attention_cache.update(*new, index)
         hf.set_cross_filled(cache, index)
     (batch, length), slots = q.shape[:2], reads.shape[1]

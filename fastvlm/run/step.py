@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -153,10 +153,14 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
     first, last = rows[0], rows[-1]
     match instruction.op:
         case "linear":
-            products = [_product(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
-            return lambda r, at: [product(r[first]) for product in products]
+            return _linear(instruction)
         case "gelu_mlp":
-            gelu, number = _OPS.gelu_mlp.default, int(settings[0])
+            gelu, number, transposed = _OPS.gelu_mlp.default, int(settings[0]), settings[1]
+            w1, b1, w2, b2 = cast("tuple[Any, ...]", tensors)
+            if transposed:
+                return lambda r, at: gelu(
+                    r[first], w1.t(), b1, w2.t(), b2, None, number, 0.0, False
+                )
             return lambda r, at: gelu(r[first], *tensors, None, number, 0.0, False)
         case "geglu_mlp":
             geglu, number = _OPS.geglu_mlp.default, int(settings[0])
@@ -198,6 +202,18 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
     raise AssertionError(instruction.op)
 
 
+def _linear(instruction: Instruction) -> OpCall:
+    (first,), tensors, (transposed,) = instruction.rows, instruction.tensors, instruction.settings
+    triples = range(0, len(tensors), 3)
+    products = [_product(*tensors[i : i + 3], transposed=bool(transposed)) for i in triples]
+    parts = len(instruction.results) // len(products)
+    if parts == 1:
+        return lambda r, at: [product(r[first]) for product in products]
+    return lambda r, at: [
+        part for product in products for part in product(r[first]).chunk(parts, -1)
+    ]
+
+
 def _layer_norm(instruction: Instruction) -> OpCall:
     first, *residual = instruction.rows
     norm, (eps,) = _OPS.residual_layer_norm.default, instruction.settings
@@ -224,13 +240,16 @@ def _rms_norm(instruction: Instruction) -> OpCall:
     return run
 
 
-def _product(weight: Any, scale: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Any]:
+def _product(
+    weight: Any, scale: Tensor | None, bias: Tensor | None, *, transposed: bool
+) -> Callable[[Tensor], Any]:
     linear, narrow = _OPS.linear.default, _OPS.low_precision_linear.default
 
     def product(x: Tensor) -> Tensor:
-        if scale is None and weight.dtype == x.dtype:
-            return linear(x, weight, bias)
-        return narrow(x, weight, scale, bias)
+        w = weight.t() if transposed else weight
+        if scale is None and w.dtype == x.dtype:
+            return linear(x, w, bias)
+        return narrow(x, w, scale, bias)
 
     return product
 

@@ -37,6 +37,27 @@ def test_linear(
     follows_the_error_rule(lambda *x: on(ops.linear, *x), F.linear, inputs)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_weights_that_lie_as_inputs_by_outputs(
+    shape: str, grad: bool, on: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    """GPT-2's: views, of which the gradient is the weight's."""
+    m, k, f, n = SHAPES[shape]
+    weights = [randn(k, f, scale=k**-0.5, grad=grad), randn(f, n, scale=f**-0.5, grad=grad)]
+    inputs = [randn(m, k, grad=grad), *weights, randn(f, grad=grad), randn(n, grad=grad)]
+    follows_the_error_rule(
+        lambda x, w1, w2, b1, b2: on(ops.gelu_mlp, x, w1.t(), b1, w2.t(), b2),
+        lambda x, w1, w2, b1, b2: plain.gelu_mlp(x, w1.t(), b1, w2.t(), b2, "gelu"),
+        inputs,
+    )
+    follows_the_error_rule(
+        lambda x, w1, w2, b1, b2: on(ops.linear, x, w1.t(), b1),
+        lambda x, w1, w2, b1, b2: F.linear(x, w1.t(), b1),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("library", ["aten", "onednn", "packed"])
 def test_linear_on_either_library(
     library: str, monkeypatch: Any, randn: Any, follows_the_error_rule: Any

@@ -106,6 +106,32 @@ def umt5(**settings: Any) -> nn.Module:
     return _t5("UMT5", **settings)
 
 
+def gpt2(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return _spread(tf.GPT2LMHeadModel(_gpt2(**settings)), 0.15)
+
+
+def _gpt2(**settings: Any) -> Any:
+    calm = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 128}
+    ends = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": EOS}
+    return tf.GPT2Config(**{**sizes, **calm, **ends, **settings})
+
+
+def vit_gpt2(**settings: Any) -> nn.Module:
+    """Captions as of nlpconnect's model: a ViT of another width than its GPT-2."""
+    torch.manual_seed(0)
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    vit = tf.ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=32, patch_size=16, **calm,
+    )  # fmt: skip
+    decoder = _gpt2(is_decoder=True, add_cross_attention=True, **settings)
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, decoder)
+    config.pad_token_id, config.decoder_start_token_id, config.eos_token_id = PAD, EOS, EOS
+    return _spread(tf.VisionEncoderDecoderModel(config=config), 0.15)
+
+
 def whisper(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
     config = tf.WhisperConfig(**{**_sound(), **settings})
@@ -293,6 +319,10 @@ def _whisper_inputs(model: nn.Module) -> dict[str, Tensor]:
     return {"input_features": torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(2))}
 
 
+def _image_inputs(model: nn.Module) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+
+
 def _causal_inputs(model: nn.Module) -> dict[str, Tensor]:
     ids, mask = _pad(_tokens(3, 9), [9, 4, 6], left=True)
     return {"input_ids": ids, "attention_mask": mask}
@@ -338,7 +368,8 @@ FAMILIES = {
     "t5gemma": _seq2seq(t5gemma),
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),
 }
-# relatives of BART and mBART, which differ in embeddings, activations and the order of norms; T5
+# relatives of BART and mBART, which differ in embeddings, activations and the order of norms; T5;
+# GPT-2 behind a vision tower and alone
 RELATIVES = {
     "m2m_100": _seq2seq(m2m100),
     "marian": _seq2seq(marian),
@@ -348,4 +379,6 @@ RELATIVES = {
     "t5": _seq2seq(t5),
     "flan_t5": _seq2seq(flan_t5),
     "umt5": _seq2seq(umt5),
+    "vit_gpt2": Family(vit_gpt2, _image_inputs, lambda m: _with_labels(_image_inputs(m))),
+    "gpt2": Family(gpt2, _causal_inputs, _causal_training),
 }

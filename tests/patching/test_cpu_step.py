@@ -20,7 +20,7 @@ from fastvlm.run.program import Program
 
 PLANNED = [
     *("bart", "florence2", "gemma2", "florenz", "t5gemma", "mbart", "whisper"),
-    *("m2m_100", "marian", "t5", "flan_t5", "umt5", "roberta", "blip"),
+    *("m2m_100", "marian", "t5", "flan_t5", "umt5", "roberta", "blip", "vit_gpt2", "gpt2"),
 ]
 MODELS = {**FAMILIES, **RELATIVES, **BERTS}
 

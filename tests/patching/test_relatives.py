@@ -52,7 +52,7 @@ def test_training_in_both_forms_of_checkpoints_and_without(name: str) -> None:
         assert_the_same(numbers(plain, batch), want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "gpt2" not in name])
 def test_several_targets_read_one_sentence(name: str) -> None:
     plain = RELATIVES[name].build().train()
     batch = dict(RELATIVES[name].training(plain))

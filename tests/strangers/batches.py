@@ -68,6 +68,11 @@ def formula() -> tuple[Batch, Batch]:
     return inputs, {**training, "decoder_input_ids": training["labels"].clamp_min(PAD)}
 
 
+def acting() -> tuple[Batch, Batch]:
+    """A decision transformer generates nothing, and has no loss."""
+    return {}, {}
+
+
 def spectrogram() -> tuple[Batch, Batch]:
     """Pop2Piano generates with a table of composers that no toy has."""
     return {}, numbers("input_features", 3, 9, 32)()[1]

@@ -17,6 +17,7 @@ import transformers as tf
 from batches import (
     Batch,
     Batches,
+    acting,
     answer,
     caption,
     causal,
@@ -222,6 +223,7 @@ PAIRS = {
         tf.BertConfig,
         text,
         bert=tf.BertConfig,
+        gpt2=tf.GPT2Config,
         bert_generation=tf.BertGenerationConfig,
         electra=tf.ElectraConfig,
         xlm_roberta=tf.XLMRobertaConfig,
@@ -296,8 +298,10 @@ TYPES: dict[str, ModelType] = {
         "roc_bert=RoCBertForCausalLM roformer=RoFormerForCausalLM xlm=XLMWithLMHeadModel "
         "xlm-roberta=XLMRobertaForCausalLM xlm-roberta-xl=XLMRobertaXLForCausalLM "
         "xmod=XmodForCausalLM flaubert=FlaubertWithLMHeadModel tapas=TapasForMaskedLM "
-        "imagegpt=ImageGPTForCausalImageModeling decision_transformer=DecisionTransformerModel"
+        "imagegpt=ImageGPTForCausalImageModeling"
     ),
+    # a copy of GPT-2 inside; what it gives is compared in tests/patching/test_gpt2.py
+    **_of("decision_transformer=DecisionTransformerModel", acting),
     # of images, speech and text
     **_of(
         "speech_to_text=Speech2TextForConditionalGeneration speecht5=SpeechT5ForSpeechToText "

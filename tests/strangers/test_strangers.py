@@ -37,6 +37,8 @@ WHOLE = {
     ),
     **dict.fromkeys(("bert+xlm_roberta", "blip"), _SEQ2SEQ | {"residual_layer_norm"}),
     "vit+bart": {"self_attention", "cross_attention", "gelu_mlp", "residual_layer_norm"},
+    **dict.fromkeys(("vit+gpt2", "bert+gpt2"), _SEQ2SEQ),
+    "gpt2": _SEQ2SEQ - {"cross_attention"},
     "swin+mbart": {"self_attention", "cross_attention", "gelu_mlp"},
 }
 
