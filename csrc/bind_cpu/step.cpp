@@ -164,8 +164,9 @@ class Step {
   void linear() {
     const Matrix x = rows(0);
     const int64_t weights = tensors_.size / 3, parts = weights > 0 ? out_.size / weights : 0;
-    STD_TORCH_CHECK(parts > 0 && 3 * weights == tensors_.size && parts * weights == out_.size,
-                    "code: linear takes three tensors for each weight, and as many results of each");
+    STD_TORCH_CHECK(
+        parts > 0 && 3 * weights == tensors_.size && parts * weights == out_.size,
+        "code: linear takes three tensors for each weight, and as many results of each");
     const bool lies = transposed(0);
     products_.clear();
     for (int64_t i = 0; i < weights; ++i) {

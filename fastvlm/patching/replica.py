@@ -20,6 +20,7 @@ ROWS = 32  # of a table that has one for each token or place
 WINDOW = 3
 DTYPE = torch.float64
 
+_EPS = 1.0
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 # where there are no more layers than one, and no more tokens than ROWS
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -135,7 +136,10 @@ class Replica:
         if isinstance(value, (bool, str)) or value is None:
             return False if name == "gradient_checkpointing" else value
         if isinstance(value, float):
-            return 0.0 if "drop" in name else value
+            if "drop" in name:
+                return 0.0
+            # a norm behind a layer shows how large the layer's rows are
+            return _EPS if name in ("eps", "variance_epsilon") else value
         if isinstance(value, int):
             if name == "layer_idx" and self.kept is not None:
                 return 0

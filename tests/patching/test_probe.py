@@ -21,6 +21,11 @@ NORM_BEHIND = (
     "hidden_states = residual + hidden_states\n"
     "        hidden_states = self.self_attn_layer_norm(hidden_states)"
 )
+# the norm behind the layers hides how large their rows are
+SCALED = tuple(
+    f"hidden_states = {rows}\n\n        return hidden_states"
+    for rows in ("residual + hidden_states", "1.01 * (residual + hidden_states)")
+)
 # family: name of the plant -> (text of transformers, what stands there instead)
 PLANTS: dict[str, dict[str, tuple[str, str]]] = {
     "bart": {
@@ -58,6 +63,7 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "softcap": ("attn_weights = attn_weights * softcap", "attn_weights = attn_weights * 4.9"),
         "RMS norm without offset": ("(1.0 + self.weight.float())", "(0.5 + self.weight.float())"),
+        "layer scaled": (SCALED[0], SCALED[1]),
         "gate": ("self.act_fn(self.gate_proj(x))", "self.act_fn(1.702 * self.gate_proj(x))"),
         "rotation": ("(q * cos) + (rotate_half(q)", "(q * cos) - (rotate_half(q)"),
         "zero gate": (
@@ -79,6 +85,7 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
         "one position further": ("self.weight[position_ids]", "self.weight[position_ids + 1]"),
     },
     "m2m_100": {
+        "layer scaled": (SCALED[0], SCALED[1]),
         "activation": ("self.activation_fn(self.fc1(", "self.activation_fn(0.1 + self.fc1("),
         "one position further": (
             "past_key_values_length) * mask",
@@ -93,6 +100,10 @@ PLANTS: dict[str, dict[str, tuple[str, str]]] = {
         "one position further": ("forward(position_ids)", "forward(position_ids + 1)"),
     },
     "t5": {
+        "layer scaled": (
+            "hidden_states = self.layer[-1](hidden_states)",
+            "hidden_states = 1.01 * self.layer[-1](hidden_states)",
+        ),
         "bias doubled": (
             "attn_weights = attn_weights + position_bias",
             "attn_weights = attn_weights + 2 * position_bias",
