@@ -208,7 +208,7 @@ def call(
         head_dim, scaling = 8, 0.3
 
     q, k, v = program.linear(0, *linear[:3])
-    y = program.self_attention(q, k, v, Attention(), None)
+    y = program.self_attention(q, k, v, Attention(), None, Attention.scaling)
     program.linear(y, linear[3])
     made = CpuStep(program.instructions, program.widths)
     code, widths, numbers = made._fixed

@@ -105,7 +105,10 @@ class Columns(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.dim() and t.shape[-1] % self.width == 0 < t.numel():
+            # a row of whole numbers may be the program of a step, whose length is what it is
+            if not isinstance(t, Tensor) or t.dim() < 1 + (t.dtype == torch.int64):
+                continue
+            if t.shape[-1] % self.width == 0 < t.numel():
                 self.found.add(str(func))
         return out
 
