@@ -82,15 +82,20 @@ inline Matrix vector_for(const Tensor& t, const char* name, int64_t size) {
   return {t.const_data_ptr(), dtype_of(t, name), 1, size, size};
 }
 
-// A weight of products with rows of `cols` elements.
 inline Matrix fitting(const Matrix& m, const char* name, int64_t cols, int64_t rows) {
   STD_TORCH_CHECK(m.cols == cols && (rows < 0 || m.rows == rows), name, ": shape [", m.rows, ", ",
                   m.cols, "] does not fit");
   return m;
 }
 
+// A weight of products with rows of `cols` elements.
 inline Matrix weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
   return fitting(matrix(t, name), name, cols, rows);
+}
+
+// The same, or the transpose of one.
+inline Matrix any_weight_for(const Tensor& t, const char* name, int64_t cols, int64_t rows = -1) {
+  return fitting(any_matrix(t, name), name, cols, rows);
 }
 
 // The same of int8, with a factor for each row.

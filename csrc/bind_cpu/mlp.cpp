@@ -2,7 +2,6 @@
 #include "../cpu/mlp.h"
 
 #include "bind.h"
-#include "weights.h"
 
 namespace fastvlm {
 namespace {
@@ -14,7 +13,7 @@ Tensor empty_rows(const Tensor& like, int64_t rows, int64_t cols) {
 // wide: the result is float32 whatever x is.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool wide) {
   const Matrix rows = matrix(x, "x");
-  const Matrix w = streamed_weight_for(weight, "weight", rows.cols);
+  const Matrix w = any_weight_for(weight, "weight", rows.cols);
   const Matrix b = bias_for(bias, "bias", w.rows);
   Tensor out = wide ? torch::stable::new_empty(x, {rows.rows, w.rows}, ScalarType::Float)
                     : empty_rows(x, rows.rows, w.rows);
@@ -39,8 +38,8 @@ Tensor low_precision_linear(const Tensor& x, const Tensor& weight,
 Tensor gelu_mlp(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
                 const Tensor& w2, const std::optional<Tensor>& b2, int64_t activation) {
   const Matrix rows = matrix(x, "x");
-  const Matrix first = streamed_weight_for(w1, "w1", rows.cols);
-  const Matrix second = streamed_weight_for(w2, "w2", first.rows);
+  const Matrix first = any_weight_for(w1, "w1", rows.cols);
+  const Matrix second = any_weight_for(w2, "w2", first.rows);
   const Matrix first_bias = bias_for(b1, "b1", first.rows);
   const Matrix second_bias = bias_for(b2, "b2", second.rows);
   Tensor out = empty_rows(x, rows.rows, second.rows);
@@ -52,9 +51,9 @@ Tensor gelu_mlp(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& 
 Tensor geglu_mlp(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                  int64_t activation) {
   const Matrix rows = matrix(x, "x");
-  const Matrix gate = streamed_weight_for(w_gate, "w_gate", rows.cols);
-  const Matrix up = streamed_weight_for(w_up, "w_up", rows.cols, gate.rows);
-  const Matrix down = streamed_weight_for(w_down, "w_down", gate.rows);
+  const Matrix gate = any_weight_for(w_gate, "w_gate", rows.cols);
+  const Matrix up = any_weight_for(w_up, "w_up", rows.cols, gate.rows);
+  const Matrix down = any_weight_for(w_down, "w_down", gate.rows);
   Tensor out = empty_rows(x, rows.rows, down.rows);
   FASTVLM_KERNEL(geglu_mlp)(rows, gate, up, down, activation_of(activation),
                             out.mutable_data_ptr());

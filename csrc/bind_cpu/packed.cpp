@@ -4,13 +4,6 @@
 namespace fastvlm {
 namespace {
 
-// A weight, or the transpose of one.
-Matrix any_weight_for(const Tensor& t, const char* name, int64_t cols) {
-  const Matrix m = any_matrix(t, name);
-  STD_TORCH_CHECK(m.cols == cols, name, ": shape [", m.rows, ", ", m.cols, "] does not fit");
-  return m;
-}
-
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const Optional& bias,
                      const Optional& residual, const Optional& factors) {
   PackedLinearArgs args{};

@@ -173,7 +173,7 @@ class Step {
       const std::optional<Tensor> scale = optional(3 * i + 1);
       const Tensor weight = tensor(3 * i);
       const Matrix w = scale.has_value() ? scaled_weight_for(weight, *scale, x.cols)
-                                         : streamed_weight_for(weight, "weight", x.cols, -1, lies);
+                                         : kept_weight_for(weight, "weight", x.cols, lies);
       const Matrix bias = bias_for(optional(3 * i + 2), "bias", w.rows);
       STD_TORCH_CHECK(w.rows % parts == 0, "code: ", w.rows, " outputs are no ", parts, " parts");
       const int64_t each = w.rows / parts;
@@ -186,8 +186,8 @@ class Step {
 
   void gelu_mlp() {
     const bool lies = transposed(1);
-    const Matrix x = rows(0), w1 = streamed_weight_for(tensor(0), "w1", x.cols, -1, lies);
-    const Matrix w2 = streamed_weight_for(tensor(2), "w2", w1.rows, -1, lies);
+    const Matrix x = rows(0), w1 = kept_weight_for(tensor(0), "w1", x.cols, lies);
+    const Matrix w2 = kept_weight_for(tensor(2), "w2", w1.rows, lies);
     const Matrix b1 = bias_for(optional(1), "b1", w1.rows);
     const Matrix b2 = bias_for(optional(3), "b2", w2.rows);
     FASTVLM_KERNEL(gelu_mlp)(x, w1, b1, w2, b2, activation(), write(0, w2.rows));

@@ -1,26 +1,20 @@
-// Weights of the products of a few rows, which read them by rows or by columns.
+// Weights of a step's products, which read them by rows or by columns, and parts of them.
 #pragma once
+
+#include <utility>
 
 #include "../cpu/mlp.h"
 #include "bind.h"
 
 namespace fastvlm {
 
-// As weight_for, of a view [rows, cols] of what lies as [cols, rows] too; with `transposed` of a
-// tensor that lies so.
-inline Matrix streamed_weight_for(const Tensor& t, const char* name, int64_t cols,
-                                  int64_t rows = -1, bool transposed = false) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, name, ": expected a CPU tensor of 2 dimensions");
-  if (transposed) {
-    const Matrix m = matrix(t, name);
-    return fitting({m.data, m.dtype, m.cols, m.rows, 1, nullptr, m.stride}, name, cols, rows);
-  }
-  if (t.numel() == 0 || t.size(1) <= 1 || t.stride(1) == 1 || t.stride(0) != 1) {
-    return weight_for(t, name, cols, rows);
-  }
-  return fitting(
-      {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), 1, nullptr, t.stride(1)},
-      name, cols, rows);
+// A weight as a step keeps it: with `transposed` the tensor itself lies as [cols, rows].
+inline Matrix kept_weight_for(const Tensor& t, const char* name, int64_t cols, bool transposed) {
+  if (!transposed) return any_weight_for(t, name, cols);
+  Matrix m = matrix(t, name);
+  std::swap(m.rows, m.cols);
+  std::swap(m.stride, m.step);
+  return fitting(m, name, cols, -1);
 }
 
 // The product with `count` rows of a weight from row `first` on, with their bias.

@@ -19,9 +19,9 @@ constexpr int columns_in_flight(int x_rows) {
   return x_rows == 1 ? 12 : x_rows == 2 ? 6 : x_rows == 3 ? 4 : 3;
 }
 
-// out[m][n] = sum over i of x[m][i] w[i][n], added to what is there unless it is the first part, for
-// M rows of x and N vectors of outputs, or the first `some` of one. ahead: of how many outputs the
-// rows to come are asked for.
+// out[m][n] = sum over i of x[m][i] w[i][n], added to what is there unless it is the first part,
+// for M rows of x and N vectors of outputs, or the first `some` of one. ahead: of how many outputs
+// the rows to come are asked for.
 template <class T, int M, int N>
 inline void column_tile(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t k,
                         bool first, int64_t ahead, int64_t some, float* out, int64_t out_stride) {

@@ -60,7 +60,7 @@ def few_rows(x: Tensor) -> bool:
     return x.shape[0] <= most
 
 
-def packs(x: Tensor, *weights: Tensor) -> bool:
+def packs(x: Tensor) -> bool:
     """Whether the kernel for many rows, with weights in panels, is the choice for x.
 
     Its products and sums are float32 whatever the dtype: not for 16 bits where the CPU has products
@@ -78,14 +78,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] weight [N, K]^T + bias [N] -> [M, N], any strides, one dtype of ours."""
     if streams(x, weight):
         return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, dense_bias(bias))
-    if packs(x, weight):
+    if packs(x):
         return packed_product(x, weight, bias)
     return _by_library(x, weight, bias)
 
 
 def added_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """total [M, N] + x weight^T; may write over total."""
-    if packs(x, weight):
+    if packs(x):
         return packed_product(x, weight, residual=total)
     return total.add_(product(x, weight))
 

@@ -77,7 +77,7 @@ def _gelu_mlp(
         b1, b2 = dense_bias(b1), dense_bias(b2)
         y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, activation)
         return y, _none(x)
-    if not keep and seed is None and packs(x, w1, w2):
+    if not keep and seed is None and packs(x):
         b1, b2 = dense_bias(b1), dense_bias(b2)
         y = torch.ops.fastvlm_cpu.packed_mlp(
             *(dense_one(x), dense_one(w1), b1, dense_one(w2), b2, None, None, activation)

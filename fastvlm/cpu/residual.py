@@ -22,7 +22,7 @@ from fastvlm.ops.dispatch import Kernel
 def _residual_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, factors: Tensor | None
 ) -> Tensor:
-    if packs(x, weight):
+    if packs(x):
         return packed_product(x, weight, bias, residual, _dense(factors))
     return _sum(product(x, _as(x, weight), _as(x, bias)), residual, factors)
 
@@ -37,7 +37,7 @@ def _residual_gelu_mlp(
     factors: Tensor | None,
     activation: int,
 ) -> Tensor:
-    if packs(x, w1, w2):
+    if packs(x):
         out: Tensor = torch.ops.fastvlm_cpu.packed_mlp(
             *(dense_one(x), dense_one(w1), dense_bias(b1), dense_one(w2), dense_bias(b2)),
             *(dense_last(residual), _dense(factors), activation),
