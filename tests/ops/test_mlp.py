@@ -67,6 +67,28 @@ def test_linear_on_either_library(
     follows_the_error_rule(ops.linear, F.linear, inputs)
 
 
+@pytest.mark.parametrize(("slow_turns", "ahead"), [(5, True), (4, True), (3, False), (0, False)])
+def test_a_library_is_ahead_by_nearly_every_turn(
+    slow_turns: int, ahead: bool, monkeypatch: Any
+) -> None:
+    """Not by its best one: what else runs would decide for the whole process."""
+    now, turn = [0.0], [-1]  # the first turn only warms up
+
+    def one(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        now[0] += 1.0
+        return x
+
+    def other(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        if x.shape == (250, 768) and weight.is_contiguous():
+            turn[0] += 1
+        # hardly slower in the other turns, and as fast once
+        now[0] += 2.0 if 0 < turn[0] <= slow_turns else 1.2
+        return x
+
+    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now[0])
+    assert gemm._is_ahead(one, other) is ahead
+
+
 def test_onednn_sees_few_shapes(monkeypatch: Any) -> None:
     """It keeps a kernel for each, so batches of many lengths must not be as many shapes."""
     monkeypatch.setenv(gemm.VARIABLE, "onednn")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from test_families import generate
 from torch import Tensor, nn
+
+import fastvlm
 
 
 def numbers(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -19,3 +24,26 @@ def numbers(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
 def assert_the_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     assert torch.allclose(got[0], want[0], rtol=1e-5), (got[0], want[0])
     assert torch.allclose(got[1], want[1], atol=2e-4 * want[1].abs().max().item())
+
+
+def assert_trains_the_same(model: Any, batch: dict[str, Tensor]) -> None:
+    """Patched here: without checkpoints, and with both forms of them."""
+    want = numbers(model, batch)
+    fastvlm.patch(model)
+    assert_the_same(numbers(model, batch), want)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_the_same(numbers(model, batch), want)
+
+
+def assert_writes_the_same(
+    model: Any, inputs: dict[str, Tensor], cases: dict[str, dict[str, Any]], steps: list[Any]
+) -> None:
+    """Patched here: the same tokens, by steps that are written down. steps: the fixture."""
+    expected = {case: generate(model, inputs, **settings) for case, settings in cases.items()}
+    assert len({tuple(t.flatten().tolist()) for t in expected.values()}) > 2
+    fastvlm.patch(model, strict=True)
+    for case, settings in cases.items():
+        assert torch.equal(generate(model, inputs, **settings), expected[case]), case
+    assert len(steps) >= 3
+    assert None not in steps

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from models import PAD, RELATIVES, VOCAB, _gpt2, _spread, gpt2, vit_gpt2
 from packaging.version import Version
-from sameness import assert_the_same, numbers
+from sameness import assert_the_same, assert_writes_the_same, numbers
 from test_families import generate
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -67,12 +67,7 @@ def test_all_of_it_is_patched_and_nothing_else_changes(name: str) -> None:
 @pytest.mark.parametrize("name", ["vit_gpt2", "gpt2"])
 def test_the_same_tokens_by_a_step_that_is_written_down(name: str, steps: list[Any]) -> None:
     model, inputs = RELATIVES[name].build(), inputs_of(name)
-    expected = {case: generate(model, inputs, **settings) for case, settings in CASES.items()}
-    fastvlm.patch(model)
-    for case, settings in CASES.items():
-        assert torch.equal(generate(model, inputs, **settings), expected[case]), case
-    assert len(steps) >= 3
-    assert None not in steps
+    assert_writes_the_same(model, inputs, CASES, steps)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

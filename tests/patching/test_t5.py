@@ -12,6 +12,7 @@ from models import PAD, RELATIVES, VOCAB, _t5_sizes
 from sameness import assert_the_same, numbers
 from test_families import generate
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvlm
 from fastvlm.compat import hf
@@ -141,6 +142,41 @@ def test_who_looks_at_a_part_sees_what_is_there(path: str) -> None:
     assert torch.equal(generate(model, inputs), expected)
     assert len(seen) == 12
     assert all(len(shape) == 3 and shape[0] == 3 for shape in seen)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gated_mlp_drops_what_its_class_drops() -> None:
+    """The same draws in training, and its activation in one pass."""
+    plain: Any = RELATIVES["flan_t5"].build().train()
+    ours = copy.deepcopy(plain)
+    fastvlm.patch(ours)
+    found = []
+    for model in (plain, ours):
+        mlp = model.decoder.block[1].layer[-1].DenseReluDense
+        mlp.dropout.p = 0.3
+        x = torch.randn(2, 9, mlp.wi_0.in_features, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(3)
+        with Operators() as ran:
+            y = mlp(x.requires_grad_())
+        y.cos().sum().backward()
+        assert ("aten.tanh.default" in ran.found) == (model is plain)
+        found.append((y.detach(), x.grad, *(p.grad for p in mlp.parameters())))
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    assert (
+        found[0][0] - ours.eval().decoder.block[1].layer[-1].DenseReluDense(x)
+    ).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["t5", "umt5"])
