@@ -157,6 +157,13 @@ _FLORENZ = {
         "and measured as arXiv 2503.09443 does: BLEU, chrF, CIDEr, METEOR, COMET, CLIPScore, "
         "CoMMuTE's choice by perplexity. Results as JSON and as a table beside the paper's.",
     ),
+    "grid": (
+        "fastvlm.florenz.scaling.command",
+        "train a grid of small runs, sizes x languages x steps, for the scaling laws",
+        "Each run is a florenz train in a process of its own; those of a size share a vision "
+        "tower, those of the same languages a language model. FOLDER/runs.jsonl is what florenz "
+        "scaling reads, FOLDER/grid.json says as well what share of the captions is right.",
+    ),
     "scaling": (
         "fastvlm.florenz.scaling.command",
         "fit the two scaling laws to runs of your own",

@@ -17,7 +17,7 @@ from fastvlm.packing import PackingCollator
 class Targets(Protocol):
     """`fastvlm.florenz.training.batches.Words`."""
 
-    def target(self, annotation: Annotation) -> dict[str, Any]: ...
+    def targets(self, annotations: Sequence[Annotation]) -> list[dict[str, Any]]: ...
 
 
 @torch.no_grad()
@@ -46,8 +46,8 @@ def text_losses(
         {
             "pixel_values": pixels, "image_id": i,
             "targets": [
-                {**words.target(text), "task": str(i), "language": str(j)}
-                for j, text in enumerate(texts)
+                {**target, "task": str(i), "language": str(j)}
+                for j, target in enumerate(words.targets(texts))
             ],
         }
         for i, (pixels, texts) in enumerate(pictures)

@@ -1,13 +1,15 @@
-"""Pictures of the two laws: loss over compute, and loss over parameters, each with its interval."""
+"""Pictures of the two laws, loss over compute and over parameters, and of what emerges: each with
+its intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvlm.florenz.scaling.laws import Fit, pareto_frontier
 from fastvlm.florenz.scaling.runs import Run
+from fastvlm.florenz.training.results import WITH, WITHOUT
 
 _STEPS = 60
 
@@ -73,6 +75,56 @@ def plot_size(runs: Sequence[Run], fit: Fit, folder: Path) -> list[Path]:
         _law(axes, at, law, f"{samples:,} samples", colour)
     axes.legend(fontsize=7)
     return _save(figure, folder, f"size-{fit.group}")
+
+
+def plot_emergence(runs: Sequence[Mapping[str, Any]], captions: int, folder: Path) -> list[Path]:
+    """Exact captions in languages never captioned, over samples, a line for each size and a panel
+    for each number of languages that the decoder knew; the files written.
+
+    runs: of `run_grid`. captions: of each run; they give the 95 % intervals (Wilson's).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({run["languages"] or 0 for run in runs})
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(1 + 3.5 * len(panels), 4), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, languages in zip(all_axes[0], panels):
+        some = [run for run in runs if (run["languages"] or 0) == languages]
+        for number, size in enumerate(dict.fromkeys(run["size"] for run in some)):
+            line = sorted((r for r in some if r["size"] == size), key=lambda run: run["samples"])
+            samples = [run["samples"] for run in line]
+            for way, style in ((WITH, "o-"), (WITHOUT, "x:")):
+                shares = [run[way]["exact"] for run in line]
+                axes.errorbar(
+                    samples, [100 * share for share in shares], _wilson(shares, captions),
+                    fmt=style, ms=4, lw=1, capsize=2, color=f"C{number}",
+                    label=size if way == WITH else None,
+                )  # fmt: skip
+        known = f"{languages} languages read before" if languages else "decoder from scratch"
+        axes.set(xscale="log", title=known, xlabel="samples")
+        budgets = sorted({run["samples"] for run in some})
+        axes.set_xticks(budgets, [f"{samples:,}" for samples in budgets])
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.2)
+    all_axes[0][0].set_ylabel("exact captions, never captioned languages, %")
+    all_axes[0][0].legend(title="with the prefix (dotted: without)", fontsize=7, title_fontsize=7)
+    return _save(figure, folder, "exact")
+
+
+def _wilson(shares: Sequence[float], count: int) -> list[list[float]]:
+    """How far the intervals of shares of a count reach down and up, in percent."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint([round(s * count) for s in shares], count, method="wilson")
+    return [
+        [max(0.0, 100 * (s - a)) for s, a in zip(shares, low)],
+        [max(0.0, 100 * (b - s)) for s, b in zip(shares, high)],
+    ]
 
 
 def _law(

@@ -52,22 +52,27 @@ class Words:
         """As `fastvlm.caption` takes it."""
         return TASKS["<CAPTION>"] if self.bare else "<CAPTION>"
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        text = spelled_prompt(prompt, bare=self.bare)
-        ids = self.prompts(text, add_special_tokens=False)["input_ids"]
-        return [self.prompts.bos_token_id, *ids, self.prompts.eos_token_id]
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        spelled = [spelled_prompt(prompt, bare=self.bare) for prompt in prompts]
+        return _enclosed(self.prompts, spelled)
 
-    def text_ids(self, text: str) -> list[int]:
-        ids = self.texts(text, add_special_tokens=False)["input_ids"]
-        return [self.texts.bos_token_id, *ids, self.texts.eos_token_id]
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return _enclosed(self.texts, texts)
 
-    def target(self, annotation: Annotation) -> dict[str, Any]:
-        return {
-            "task": annotation.task,
-            "language": annotation.language,
-            "prompt_ids": self.prompt_ids(annotation.prompt),
-            "label_ids": self.text_ids(annotation.text),
-        }
+    def targets(self, annotations: Sequence[Annotation]) -> list[dict[str, Any]]:
+        prompts = self.prompt_ids([one.prompt for one in annotations])
+        labels = self.text_ids([one.text for one in annotations])
+        return [
+            {"task": one.task, "language": one.language, "prompt_ids": prompt, "label_ids": label}
+            for one, prompt, label in zip(annotations, prompts, labels)
+        ]
+
+
+def _enclosed(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in found]
 
 
 def world_words(prompts: str = "named") -> Words:
@@ -105,11 +110,13 @@ class Batches(Dataset[list[Any]]):
     def __getitem__(self, index: int) -> list[Any]:
         self.collator.seed_balance(index)
         first = index * self.images
-        return [self._sample(self.described(first + image)) for image in range(self.images)]
+        described = [self.described(first + image) for image in range(self.images)]
+        # of all pictures at once: a call of a tokenizer costs more than the words of a text
+        targets = iter(self.words.targets([text for one in described for text in one.annotations]))
+        return [self._sample(one, [next(targets) for _ in one.annotations]) for one in described]
 
-    def _sample(self, one: Described) -> Any:
+    def _sample(self, one: Described, targets: list[dict[str, Any]]) -> Any:
         name = "pixel_values" if isinstance(one.image, Tensor) else "image"
-        targets = [self.words.target(text) for text in one.annotations]
         return self.collator.prepare(
             {name: one.image, "image_id": one.image_id, "targets": targets}
         )
@@ -160,8 +167,8 @@ class Sentences(Dataset[list[Any]]):
         for row in range(self.size.images * self.size.targets):
             scene = draw_scene(chance, self.size.variety)
             code = self.languages[row % len(self.languages)]
-            found.append(self.words.text_ids(sentence(scene, code, chance.choice(FRAMES))))
-        return found
+            found.append(sentence(scene, code, chance.choice(FRAMES)))
+        return self.words.text_ids(found)
 
 
 def sentence_batch(rows: list[list[list[int]]], start: int, pad: int) -> dict[str, Tensor]:

@@ -53,7 +53,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=rate, metavar="RATE", help="the highest one")
     parser.add_argument(
         "--start-from", metavar="FOLDER",
-        help="another run of the size, whose language model and vision tower are taken",
+        help="another run of the size, whose vision tower is taken, and its language model where "
+        "that has read the same languages",
     )  # fmt: skip
     parser.add_argument("--unpatched", action="store_true", help="transformers alone")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastvlm.florenz.training.sizes import SIZES
 from fastvlm.usage import UsageError
 
 SETTINGS, CHECKPOINTS = "settings.json", "checkpoints"
+LANGUAGE_MODEL, TOWER = "language_model", "vision_tower"  # stages before training
 PROMPTS = ("named", "bare")
 
 
@@ -22,7 +24,8 @@ class Settings:
     steps, language_steps, vision_steps: of training, and of the language model and the vision
     tower before it. languages: how many the language model reads (a key of `MULTILINGUALITY`); of
     no meaning to a decoder trained from scratch. accumulate: micro-batches of a step. start: the
-    folder of a run whose language model and vision tower are taken instead of trained. prompts: one
+    folder of a run whose vision tower is taken instead of trained, and its language model where
+    that has read the same languages. prompts: one
     of `PROMPTS`: whether the prompts of captions name the language, as published.
     """
 
@@ -90,13 +93,24 @@ def claim(settings: Settings | FineTuning, out: Path, resume: bool) -> None:
 
 def _check_start(settings: Settings, folder: Path) -> None:
     other = _read(folder / SETTINGS, "--start-from", "the folder of a run")
-    same = ["size"]
-    if settings.decoder == "frozen":
-        same += ["decoder", "languages"]
-    for name in same:
-        wanted = getattr(settings, name)
-        if other.get(name) != wanted:
-            raise UsageError("--start-from", f"a run with {name} {wanted}", other.get(name))
+    if other.get("size") != settings.size:
+        raise UsageError("--start-from", f"a run with size {settings.size}", other.get("size"))
+
+
+def starts_of(settings: Settings, stage: str) -> Iterator[Path]:
+    """The folder that a run starts from, the one that this started from, and so on: those whose
+    stage, language model or vision tower, is the one that the run would train.
+
+    UsageError: a folder that is no run's.
+    """
+    start = settings.start
+    while start is not None:
+        folder = Path(start)
+        other = _read(folder / SETTINGS, "--start-from", "the folder of a run")
+        same = ("size", "decoder", "languages") if stage == LANGUAGE_MODEL else ("size",)
+        if all(other.get(name) == getattr(settings, name) for name in same):
+            yield folder
+        start = other.get("start")
 
 
 def _read(file: Path, argument: str, wanted: str) -> dict[str, Any]:

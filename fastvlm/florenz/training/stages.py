@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from transformers import Gemma2ForCausalLM, PrinterCallback, Trainer, TrainingAr
 
 import fastvlm
 from fastvlm.florenz.training.batches import Sentences, Words, sentence_batch
-from fastvlm.florenz.training.settings import CHECKPOINTS, Settings
+from fastvlm.florenz.training.settings import (
+    CHECKPOINTS,
+    LANGUAGE_MODEL,
+    TOWER,
+    Settings,
+    starts_of,
+)
 from fastvlm.florenz.training.sizes import MULTILINGUALITY, SIZES
 from fastvlm.florenz.training.trainer import WARM_UP, Lines
 from fastvlm.florenz.training.vision import FIRST, Namer, Pictures, picture_batch
 from fastvlm.usage import UsageError
 
-LANGUAGE_MODEL, TOWER = "language_model", "vision_tower"
 _WEIGHTS = "model.safetensors"
 _LINES = 12
 
@@ -83,10 +89,9 @@ class Stages:
 
     def _done(self, stage: str) -> Path | None:
         """The weights of a stage that is done, which are written last."""
-        folders = [self.out] if self.resume else []
-        if self.settings.start is not None:
-            folders.append(Path(self.settings.start))
-        files = [folder / stage / _WEIGHTS for folder in folders]
+        own = [self.out] if self.resume else []
+        folders = chain(own, starts_of(self.settings, stage))
+        files = (folder / stage / _WEIGHTS for folder in folders)
         return next((file for file in files if file.is_file()), None)
 
     @contextmanager
