@@ -125,21 +125,23 @@ TURNS = {
     **dict.fromkeys(("test_caption", "test_faults", "test_ranked", "test_misuses"), 2),
     **dict.fromkeys(("test_cpu_step", "test_t5", "test_trocr", "test_registered_attention"), 2),
     "test_gpt2": 2,
+    "test_extension": 3,
     **dict.fromkeys(("test_job_processes", "test_distributed", "test_accelerate"), 3),
 }
 
 
 # torch.compile takes up to a minute for a test: these take turns, whatever file they are in
-COMPILES, COMPILE_TURNS = re.compile(r"compiles?_|compiled_forward|inductor|of_a_graph"), 3
+COMPILES = re.compile(
+    r"compiles?_|compile_as|torch_compile|compiled_(forward|layer|baseline)|inductor|of_a_graph"
+)
+COMPILE_TURNS = 6
 
 
 def turns_of(item: pytest.Item) -> int:
     """One run in how many has a test, where runs take turns."""
     marked = item.get_closest_marker("turns")
-    if marked is not None:
-        return marked.args[0]
-    compiles = COMPILES.search(item.name) is not None
-    return max(TURNS.get(item.path.stem, 1), COMPILE_TURNS if compiles else 1)
+    own = TURNS.get(item.path.stem, 1) if marked is None else marked.args[0]
+    return max(own, COMPILE_TURNS if COMPILES.search(item.name) else 1)
 
 
 # of the backends that run on a GPU, or in an emulator: why there is none of those
