@@ -1,4 +1,4 @@
-"""``python -m benchmarks.families``: T5, Whisper, NLLB and Donut beside transformers, CTranslate2.
+"""``python -m benchmarks.families``: the models of `shapes.py` beside transformers, CTranslate2.
 
 One process, sides in turns, medians; tokens compared with transformers'. A step is a long call's
 time less a short one's. What was measured before and is not asked for now stays in the file.

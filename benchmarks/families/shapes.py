@@ -16,12 +16,15 @@ from transformers import (
     M2M100ForConditionalGeneration,
     MBartConfig,
     MBartForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     VisionEncoderDecoderModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 # Times the spread that keeps a row's size. Where that is chaos (float32 itself has other tokens
 # than float64), less.
@@ -94,6 +97,42 @@ def blip_base(tiny: bool) -> Any:
     pictures = {**own, "num_hidden_layers": 1, "image_size": 32, "patch_size": 16}
     config = BlipConfig(text_config=texts, vision_config=pictures, image_text_hidden_size=width)
     return BlipForConditionalGeneration(config)
+
+
+class Pictures(nn.Module):
+    """In place of Mllama's vision tower: what it would give is drawn."""
+
+    def __init__(self, patches: int, width: int) -> None:
+        super().__init__()
+        self.num_patches = patches
+        self.states = nn.Buffer(torch.randn(1, 1, 4, patches, width))
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
+        return BaseModelOutput(self.states.expand(pixel_values.shape[0], -1, -1, -1, -1))
+
+
+def mllama(tiny: bool) -> Any:
+    """Llama-3.2-Vision's decoder at the depth of five layers, the fourth of which reads a picture,
+    and with a quarter of its vocabulary."""
+    width, inner, heads, vocabulary = (64, 128, 4, 384) if tiny else (4096, 14_336, 32, 32_064)
+    texts = {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": 5, "num_attention_heads": heads, "num_key_value_heads": heads // 4,
+        "cross_attention_layers": [3], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    }  # fmt: skip
+    pictures = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_global_layers": 1,
+        "attention_heads": 1, "image_size": 28, "patch_size": 14, "vision_output_dim": 64,
+        "intermediate_layers_indices": [0],
+    }  # fmt: skip
+    config = MllamaConfig(text_config=texts, vision_config=pictures, image_token_index=vocabulary)
+    model: Any = MllamaForConditionalGeneration(config)
+    model.model.vision_model = Pictures(20 if tiny else 1601, 64)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("attn_gate", "mlp_gate")):
+                p.fill_(0.5)  # shut at first
+    return model
 
 
 def built(make: Any, tiny: bool) -> Any:

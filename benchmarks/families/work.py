@@ -26,6 +26,7 @@ Side = Callable[[int], Tensor]
 ACROSS = (
     *("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v"),
     *("crossattention.self.key", "crossattention.self.value"),
+    *("cross_attn.k_proj", "cross_attn.v_proj"),
 )
 
 
@@ -161,6 +162,25 @@ def blip_step(tiny: bool) -> Made:
     return Made(generating(decoders, 3, inputs), step_bytes(keys, model.text_decoder))
 
 
+def mllama_step(tiny: bool) -> Made:
+    """A picture of four tiles, which all tokens behind the first see."""
+    model = shapes.built(shapes.mllama, tiny)
+    ids, mask = _tokens(model.config.text_config.vocab_size, [6 if tiny else 16])
+    sees = torch.ones(1, ids.shape[1], 1, 4, dtype=torch.long)
+    sees[:, 0] = 0
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.zeros(1, 1, 4, 3, 28, 28),
+        "aspect_ratio_ids": torch.tensor([[6]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 4, dtype=torch.long),
+        "cross_attention_mask": sees,
+    }
+    keys = 4 * model.model.vision_model.num_patches
+    least = step_bytes(keys, model.model.language_model, model.lm_head)
+    return Made(generating(both(model), 4, inputs), least)
+
+
 def _labels(vocabulary: int, lengths: list[int]) -> Tensor:
     ids, mask = _tokens(vocabulary, lengths)
     return ids.masked_fill(mask == 0, -100)
@@ -210,6 +230,8 @@ WORKS = (
          (40, 40), {BASE: 4.0, ENGINE: 1.2}),
     Work("Donut-base's decoder, 4800 keys, greedy, a step", donut_step, (8, 64), {BASE: 2.5}),
     Work("BLIP-base's decoder, 577 keys, 3 beams, a step", blip_step, (8, 64), {BASE: 3.0}),
+    Work("Mllama's decoder, 5 layers, 6404 keys, 4 beams, a step", mllama_step, (4, 16),
+         {BASE: 3.0}),
     Work("Flan-T5-base, a step of training, 8 padded rows", t5_training, (0, 0), {BASE: 1.8}),
     Work("Whisper-small, a step of training, 4 recordings", whisper_training, (0, 0), {BASE: 1.8}),
 )  # fmt: skip

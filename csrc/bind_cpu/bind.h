@@ -116,6 +116,13 @@ inline Matrix bias_for(const std::optional<Tensor>& t, const char* name, int64_t
   return t.has_value() ? vector_for(*t, name, size) : Matrix{};
 }
 
+// The gate of a norm, one number; of no gate no matrix.
+inline Matrix gate_for(const std::optional<Tensor>& gate) {
+  if (!gate.has_value()) return {};
+  STD_TORCH_CHECK(gate->is_cpu() && gate->numel() == 1, "gate: expected one number on the CPU");
+  return {gate->const_data_ptr(), dtype_of(*gate, "gate"), 1, 1, 1};
+}
+
 // The counter's 53 bits are a fraction of 2^53: it is below p where they are below ceil(p 2^53).
 inline Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   if (!seed.has_value() || p <= 0.0) return {};

@@ -64,10 +64,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
 }
 
 void set_residual(NormArgs& args, const Optional& gate, const Optional& next_weight) {
-  if (gate.has_value()) {
-    STD_TORCH_CHECK(gate->is_cpu() && gate->numel() == 1, "gate: expected one number on the CPU");
-    args.gate = {gate->const_data_ptr(), dtype_of(*gate, "gate"), 1, 1, 1};
-  }
+  args.gate = gate_for(gate);
   if (next_weight.has_value()) {
     args.next_weight = vector_for(*next_weight, "next_weight", args.cols);
   }

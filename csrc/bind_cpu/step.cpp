@@ -216,20 +216,23 @@ class Step {
     FASTVLM_KERNEL(activate)(args);
   }
 
-  // What the norms share: x, and a residual where there are two rows.
-  NormArgs norm() {
+  // What the norms share: x, whose rows are so many parts with a norm each, and a residual where
+  // there are two rows.
+  NormArgs norm(int64_t parts = 1) {
     const Matrix x = rows(0);
+    STD_TORCH_CHECK(parts > 0 && x.cols % parts == 0 && (parts == 1 || rows_of_.size == 1),
+                    "code: rows of ", x.cols, " are no ", parts, " parts with a norm each");
     NormArgs args{};
     args.dtype = dtype_;
-    args.rows = rows_;
-    args.cols = x.cols;
-    args.x = {x.data, x.cols};
+    args.rows = rows_ * parts;
+    args.cols = x.cols / parts;
+    args.x = {x.data, args.cols};
     if (rows_of_.size > 1) {
       const Matrix residual = rows(1);
       STD_TORCH_CHECK(residual.cols == x.cols, "code: a residual of other rows than x");
       args.residual = {residual.data, residual.cols};
     }
-    args.weight = vector_for(tensor(0), "weight", x.cols);
+    args.weight = vector_for(tensor(0), "weight", args.cols);
     args.eps = static_cast<float>(number(0));
     args.out = write(0, x.cols);
     return args;
@@ -242,9 +245,9 @@ class Step {
   }
 
   // norm(x); with a residual residual + x, and the norm of that
-  NormArgs norm_and_sum() {
+  NormArgs norm_and_sum(int64_t parts = 1) {
     STD_TORCH_CHECK(out_.size == rows_of_.size, "code: a result more with a residual");
-    NormArgs args = norm();
+    NormArgs args = norm(parts);
     if (out_.size > 1) {
       args.y = args.out;
       args.out = write(1, args.cols);
@@ -258,22 +261,20 @@ class Step {
     FASTVLM_KERNEL(residual_layer_norm)(args);
   }
 
-  // as layer_norm
+  // as layer_norm, of parts of the rows; with a gate residual + tanh(gate) x
   void rms_norm() {
-    NormArgs args = norm_and_sum();
+    NormArgs args = norm_and_sum(integer(2));
     args.offset = static_cast<float>(number(1));
+    args.gate = gate_for(optional(1));
     FASTVLM_KERNEL(rms_norm)(args);
   }
 
   void residual_rms_norm() {
     NormArgs args = norm();
     args.offset = static_cast<float>(number(1));
-    const std::optional<Tensor> gate = optional(1), next = optional(2);
+    const std::optional<Tensor> next = optional(2);
     STD_TORCH_CHECK(next.has_value() == (out_.size == 2), "code: two results with a next weight");
-    if (gate.has_value()) {
-      STD_TORCH_CHECK(gate->is_cpu() && gate->numel() == 1, "gate: expected one number on the CPU");
-      args.gate = {gate->const_data_ptr(), dtype_of(*gate, "gate"), 1, 1, 1};
-    }
+    args.gate = gate_for(optional(1));
     if (next.has_value()) {
       args.next_weight = vector_for(*next, "next_weight", args.cols);
       args.y = write(1, args.cols);

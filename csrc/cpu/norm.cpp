@@ -8,6 +8,7 @@ namespace CPU_CAPABILITY {
 
 void rms_norm(const NormArgs& args) {
   const FloatVector weight(args.weight, args.offset);
+  const Vec gate = broadcast(gate_of(args.gate));
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     Rows<T> rows(args, 1, 0);
@@ -17,7 +18,7 @@ void rms_norm(const NormArgs& args) {
         const T *residual = rows.row(args.residual, r), *branch = from;
         T* sum = rows.result(args.y, r);
         map_to(sum, args.cols, [&](int64_t i, int64_t n) {
-          return load_some(residual + i, n) + load_some(branch + i, n);
+          return load_some(residual + i, n) + gate * load_some(branch + i, n);
         });
         from = sum;  // as stored: rounded to its dtype
       }

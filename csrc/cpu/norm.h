@@ -14,7 +14,7 @@ struct NormRows {
 // One struct for all of them; see fastvlm/reference/norm.py for what each computes. Vectors are
 // Matrix of one row, of any dtype. Results are contiguous and null where nobody wants them; those
 // of weights are float32.
-// rms_norm of a residual is that of residual + x, and y that sum.
+// rms_norm of a residual is that of residual + tanh(gate) x, and y that sum.
 struct NormArgs {
   DType dtype;  // of all rows
   int64_t rows, cols;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from fastvlm.checks import describe
 from fastvlm.compat import hf, pytorch
@@ -34,6 +34,8 @@ class Readers:
 
     layout: of the prefill. image_of: int64 [R], the image of each row; None where rows are still
     those of the prefill. in_groups: reordering changes places among the rows of an image only.
+    seen: of a step in which rows see some of the keys, which (`fastvlm.run.seen`), and the mask
+    that said so.
     """
 
     def __init__(self, in_groups: bool = False) -> None:
@@ -47,6 +49,7 @@ class Readers:
         self._mask: Tensor | None = None  # of the encoder, known to be the prefill's
         self._version: int | None = None  # of what is in it
         self._steps: dict[tuple[int, int], Layout] = {}
+        self.seen: tuple[Any, Tensor | None] | None = None
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Other rows than there were: change gives theirs from a tensor [R, ...] of those now."""
@@ -55,7 +58,13 @@ class Readers:
         now = self.layout.image_of.long() if self.image_of is None else self.image_of
         then = change(now)
         if then.shape != now.shape or not torch.equal(then, now):
-            self.image_of, self._mask, self._steps = then, None, {}
+            self.image_of, self._mask, self._steps, self.seen = then, None, {}, None
+
+    def images(self, batch: int) -> list[int]:
+        """The image of each of batch rows. ValueError where they are not as many as the cache's."""
+        assert self.layout is not None
+        rows = self._rows(self.layout, batch, None)
+        return rows.tolist() if isinstance(rows, Tensor) else list(rows)
 
     def step(
         self, batch: int, length: int, mask: Tensor | None, image_of: Tensor | None = None
@@ -137,15 +146,26 @@ class SharedCrossLayer(DynamicLayer):
         readers.layers += 1
         self.packed: tuple[Tensor, Tensor] | None = None
         self.layout: Layout | None = None
+        self._chosen: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def fill(self, k: Tensor, v: Tensor, layout: Layout, module: torch.nn.Module) -> None:
         _FILLED_BY[self] = weakref.ref(module)
-        self.packed, self.layout = (k, v), layout
+        self.packed, self.layout, self._chosen = (k, v), layout, None
         if self.first:
             self.readers.forget()
             self.readers.layout = layout
         self.dtype, self.device = k.dtype, k.device
         self.is_initialized = True
+
+    def at_steps(self) -> tuple[Tensor, Tensor] | None:
+        """What the rows of a step read: all keys and values, or those that all of them see."""
+        index = None if self.readers.seen is None else self.readers.seen[0].keys
+        if index is None or self.packed is None:
+            return self.packed
+        if self._chosen is None or self._chosen[0] is not index:
+            k, v = self.packed
+            self._chosen = index, (k.index_select(0, index), v.index_select(0, index))
+        return self._chosen[1]
 
     def _padded(self, which: int) -> Tensor | None:
         if self.packed is None or self.layout is None:
@@ -195,7 +215,7 @@ class SharedCrossLayer(DynamicLayer):
             self._changed(lambda rows: rows[beam_idx.to(rows.device)])
 
     def reset(self) -> None:
-        self.packed = self.layout = None
+        self.packed = self.layout = self._chosen = None
         self.is_initialized = False
         if self.first:
             self.readers.forget()
@@ -218,27 +238,42 @@ _IN_GROUPS = "fastvlm_in_groups"
 def in_groups(cache: Any) -> Iterator[None]:
     """A loop whose rows change places among those of one image only: nothing is to be compared.
 
-    cache: an EncoderDecoderCache, or another, to which this says nothing.
+    cache: an EncoderDecoderCache, one that holds both kinds of layers (`interleave`) or may come
+    to, or another, to which this says nothing.
     """
-    cross = getattr(cache, "cross_attention_cache", None)
-    if cross is None:
+    cross = getattr(cache, "cross_attention_cache", cache)
+    if not isinstance(cross, Cache):
         yield
         return
     cross.__dict__[_IN_GROUPS] = True
-    if is_shared(cross):
-        readers_of(cross).in_groups = True
+    if (readers := _readers_in(cross)) is not None:
+        readers.in_groups = True
     try:
         yield
     finally:
         cross.__dict__.pop(_IN_GROUPS, None)
-        if is_shared(cross):
-            readers_of(cross).in_groups = False
+        if (readers := _readers_in(cross)) is not None:
+            readers.in_groups = False
+
+
+def _readers_in(cross: Cache) -> Readers | None:
+    if is_shared(cross):
+        return readers_of(cross)
+    found = (layer.readers for layer in cross.layers if isinstance(layer, SharedCrossLayer))
+    return next(found, None)
 
 
 def share(cross: Cache) -> None:
     """Turn a still empty cross-attention cache into a shared one, in place."""
     readers = Readers(cross.__dict__.get(_IN_GROUPS, False))
     hf.set_layer_maker(cross, partial(SharedCrossLayer, readers))
+
+
+def interleave(cache: Cache, places: Sequence[int]) -> None:
+    """Put layers for the keys of images at these places of a still empty cache of others."""
+    readers = Readers(cache.__dict__.get(_IN_GROUPS, False))
+    for place in places:
+        cache.layers[place] = SharedCrossLayer(readers)
 
 
 def is_shared(cross: Cache) -> bool:
@@ -257,3 +292,11 @@ def layer_of(cross: Cache, index: int) -> SharedCrossLayer:
         cross.layers.append(hf.layer_maker(cross)())
     layer: SharedCrossLayer = cross.layers[index]
     return layer
+
+
+def cross_layer(cache: Any, index: int) -> SharedCrossLayer | None:
+    """A layer's keys of images in a cache of a decoder; None where it keeps none."""
+    if isinstance(cache, EncoderDecoderCache):
+        return layer_of(cache.cross_attention_cache, index)
+    layer = cache.layers[index] if isinstance(cache, Cache) and index < len(cache.layers) else None
+    return layer if isinstance(layer, SharedCrossLayer) else None

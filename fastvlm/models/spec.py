@@ -27,7 +27,9 @@ class Attention:
     their positions (RoPE). window, softcap: the attributes with these numbers; None where the
     class has none. mask: what it calls its mask. bias: the table of a bias of the scores by
     distance; of a class that shares_bias the first of a stack has it, and hands what it read on to
-    the others. aliases: what is called so here, and what the class calls it.
+    the others. norms: the modules that normalize each head of queries and of keys, before that.
+    keeps_states: whether a call without states reads those whose keys its cache holds. aliases:
+    what is called so here, and what the class calls it.
     """
 
     out: str | None
@@ -40,11 +42,13 @@ class Attention:
     cross: bool = False
     causal: str | None = "is_causal"
     rotary: bool = False
+    norms: tuple[str, str] | None = None
     window: str | None = None
     softcap: str | None = None
     mask: str = "attention_mask"
     bias: str | None = None
     shares_bias: bool = False
+    keeps_states: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
 
     def name(self, ours: str) -> str:
@@ -80,7 +84,8 @@ class Residual:
     norm: norms of what the branch reads, of what it gives, of the sum; None where there is none.
     optional: a cross-attention that is left out where there are no states to read. dropout: of what
     the branch gives, where it has one of its own. project: the linear layer behind an attention
-    that has none. Names lead to parts of parts: "layer.0.dropout".
+    that has none. factors: the argument of the layer, [B, 1, L, 1], with what the rows that a
+    branch gives are multiplied with. Names lead to parts of parts: "layer.0.dropout".
     """
 
     reads: str
@@ -92,6 +97,7 @@ class Residual:
     optional: bool = False
     dropout: str | None = None
     project: str | None = None
+    factors: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Layer:
     """Branches, one after the other.
 
     dropout: of what a branch gives, a number or a module. states: by what name cross-attention
-    gets the encoder's. hands: the arguments that all attentions get as well. named: whether they
+    gets the encoder's; given: by what name the layer itself does. hands: the arguments that all
+    attentions get as well. named: whether they
     get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
     clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them,
     "infinite": behind each branch, only if something is. mask: what attentions call theirs;
@@ -115,6 +122,7 @@ class Layer:
     arguments: tuple[str, ...]
     dropout: str | None = None
     states: str = "encoder_hidden_states"
+    given: str = "encoder_hidden_states"
     hands: tuple[str, ...] = ()
     named: bool = False
     splits_cache: bool = True
@@ -167,7 +175,9 @@ class Embedding:
 class Stack:
     """Layers between an embedding and a norm.
 
-    attentions: of each layer, that of its own rows first. rotary: the module with RoPE's tables.
+    attentions: of each layer, that of its own rows first; interleaved: a layer has one of them
+    alone, and one cache holds the keys of both kinds. states: the arguments with the encoder's
+    states and their mask. rotary: the module with RoPE's tables.
     hides_pads: whether pad tokens are padding where no mask is given. masks, cross_masks: the kinds
     of masks that layers choose from; none where all get the same. trains_cached: whether a cache is
     made in training where none is asked for. reads: its first argument, "input_features" for frames
@@ -187,6 +197,8 @@ class Stack:
     embedding: Embedding
     arguments: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ("self_attn",)
+    interleaved: bool = False
+    states: tuple[str, str] = ("encoder_hidden_states", "encoder_attention_mask")
     norm: str | None = None
     rotary: str | None = None
     hides_pads: bool = False
@@ -214,7 +226,7 @@ class Stack:
     @property
     def masks_encoder(self) -> bool:
         """Whether it takes a mask of the encoder's states."""
-        return "encoder_attention_mask" in self.arguments
+        return self.states[1] in self.arguments
 
     @property
     def packs_ids(self) -> bool:

@@ -63,6 +63,7 @@ class DecoderInputs:
     encoder_states: Tensor | None
     encoder_mask: Any
     readers: Tensor | None = None  # int64 [B], the encoder row that each query row reads
+    seen: Any = None  # a `fastvlm.run.seen.Seen`, where rows see some keys of an image
 
 
 class DecoderStack(PatchedStack):
@@ -81,8 +82,9 @@ class DecoderStack(PatchedStack):
         """The arguments that say what cross-attention reads."""
         if not self.spec.reads_encoder:
             return {}
-        masks = {"encoder_attention_mask": mask} if self.spec.masks_encoder else {}
-        return {"encoder_hidden_states": states, **masks}
+        named = self.spec.states
+        masks = {named[1]: mask} if self.spec.masks_encoder else {}
+        return {named[0]: states, **masks}
 
     def new_cache(self) -> Cache:
         """The cache that the model would make when asked to use one and given none."""
@@ -119,7 +121,7 @@ class DecoderStack(PatchedStack):
         past = hf.cache_in(given)
         for name in ("past_key_values", hf.cache_argument()):
             given.pop(name, None)
-        states = ("encoder_hidden_states", "encoder_attention_mask")
+        states = self.spec.states
         reads = [given.pop(n, None) for n in states] if self.spec.reads_encoder else [None, None]
         mask, embeds = given.pop("attention_mask", None), given.pop("inputs_embeds", None)
         call = DecoderInputs(input_ids, mask, past, embeds, *reads)
@@ -250,20 +252,10 @@ class DecoderStack(PatchedStack):
             arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
             arguments |= self._read(*self._expanded(call))
             return super().forward(**arguments)
-        own = call.past
-        if isinstance(call.past, EncoderDecoderCache):
-            own, cross = call.past.self_attention_cache, call.past.cross_attention_cache
-            if not cross_cache.is_shared(cross):
-                cross_cache.share(cross)
-        if own is not None and not beam_cache.keeps_rows(own):
-            beam_cache.keep_rows(own)
-        if self.spec.empty_mask and layouts.rows is not None and call.input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(call.input_ids, call.attention_mask)
+        self._share(call.past)
+        self._warn(call, layouts)
         arguments["attention_mask"] = self._no_mask() if layouts.fused_self else call.attention_mask
-        states = call.encoder_states
-        if layouts.packed and layouts.cross is not None and states is not None:
-            states = layouts.cross.pack_kv(states).unsqueeze(0)
-        arguments |= self._read(states, self._no_cross_mask())
+        arguments |= self._read(self._states_for(call, layouts), self._no_cross_mask())
         if call.past is not None and (layouts.rows is not None or not layouts.fused_self):
             STEPS.pop(call.past, None)  # a new prefill, perhaps of other images or weights
         if layouts.rows is None and layouts.fused_self:
@@ -273,6 +265,28 @@ class DecoderStack(PatchedStack):
         self._pack_ids(arguments, layouts)
         hand(arguments, layouts, self.spec.hands)
         return self._settled(super().forward(**arguments), layouts)
+
+    def _share(self, past: Any) -> None:
+        """Turn a still empty cache into one whose rows stay, with an image once for its readers."""
+        own = past
+        if isinstance(past, EncoderDecoderCache):
+            own, cross = past.self_attention_cache, past.cross_attention_cache
+            if not cross_cache.is_shared(cross):
+                cross_cache.share(cross)
+        if own is not None and not beam_cache.keeps_rows(own):
+            beam_cache.keep_rows(own)
+
+    def _warn(self, call: DecoderInputs, layouts: Layouts) -> None:
+        """What the stack's own forward says of a mask that it will not see."""
+        if self.spec.empty_mask and layouts.rows is not None and call.input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(call.input_ids, call.attention_mask)
+
+    def _states_for(self, call: DecoderInputs, layouts: Layouts) -> Tensor | None:
+        """The encoder's states as the layers get them."""
+        states = call.encoder_states
+        if layouts.packed and layouts.cross is not None and states is not None:
+            states = layouts.cross.pack_kv(states).unsqueeze(0)
+        return states
 
     def _fixed(self, past: Any) -> bool:
         """Whether the patched attention reads this static cache, and nothing stands in its way."""
@@ -299,7 +313,8 @@ class DecoderStack(PatchedStack):
     def _compiled(self, call: DecoderInputs, layouts: Layouts, kwargs: dict[str, Any]) -> Any:
         """The output of a decoding step that is written down; None where modules must be called."""
         ids = call.input_ids
-        if ids is None or (self.spec.reads_encoder and layouts.cross is None):
+        reads = self.spec.reads_encoder and not self.spec.interleaved
+        if ids is None or (reads and layouts.cross is None):
             return None
         if any(kwargs.get(name) is not None for name in self.spec.embedding.told):
             return None

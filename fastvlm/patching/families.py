@@ -18,6 +18,7 @@ from fastvlm.models import (
     gpt2,
     m2m100,
     marian,
+    mllama,
     t5,
     t5gemma,
     trocr,
@@ -28,6 +29,7 @@ from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
 from fastvlm.patching.decoder_stack import DecoderStack
 from fastvlm.patching.encoder_stack import EncoderStack, FrameEncoderStack
+from fastvlm.patching.interleaved_stack import InterleavedStack
 from fastvlm.patching.norms import choose_norm, choose_t5_norm, is_rms_norm
 from fastvlm.patching.rules import Alias, Rule, StackRule, Swap, mistaken
 from fastvlm.run.attention import PatchedAttention, is_causal
@@ -56,7 +58,7 @@ def _aliases(spec: Attention | Stack) -> tuple[tuple[str, Any], ...]:
 
 def _attention(module: Any, spec: Attention) -> Swap:
     crosses = spec.cross or (spec.states is not None and getattr(module, "is_decoder", True))
-    causal = is_causal(module, spec)
+    causal = not spec.cross and is_causal(module, spec)
     runs_on: tuple[str, ...] = ("cross_attention",) if crosses else ()
     if causal or not crosses:
         both = runs_on if spec.causal is None else ()
@@ -93,8 +95,9 @@ def _nested_mlp(read: Any, module: Any) -> Swap | str:
 
 def _stack(decodes: bool, module: Any, spec: Stack) -> Swap:
     encoder = EncoderStack if spec.reads == "input_ids" else FrameEncoderStack
+    decoder = InterleavedStack if spec.interleaved else DecoderStack
     attributes = (("spec", spec), *_aliases(spec))
-    return Swap(DecoderStack if decodes else encoder, ("Layout",), attributes)
+    return Swap(decoder if decodes else encoder, ("Layout",), attributes)
 
 
 def _attention_rule(matches: Any, read: Any) -> Rule:
@@ -131,6 +134,12 @@ _T5GEMMA = (
     *_GEMMA2,
 )
 _FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA)
+_MLLAMA = (
+    _attention_rule(mllama.is_cross_attention, mllama.read_cross_attention),
+    _attention_rule(mllama.is_self_attention, mllama.read_self_attention),
+    _layer_rule(mllama.is_layer, mllama.read_layer, "norm"),
+    *_GEMMA2[1:3],
+)
 
 _T5 = (
     _attention_rule(t5.is_attention, t5.read_attention),
@@ -186,6 +195,7 @@ STACKS: tuple[StackRule, ...] = (
     ),
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
+    _stack_rule(mllama.is_stack, mllama.read_stack, _MLLAMA, mllama.KNOWN),
     _stack_rule(gemma2.is_stack, lambda module: gemma2.STACK, _GEMMA2, gemma2.KNOWN),
 )
 
@@ -210,7 +220,8 @@ def prefix_decoders(model: nn.Module) -> set[nn.Module]:
     """Decoder-only stacks that an image-text model calls with masks of its own (PaliGemma)."""
     owners = [m for m in model.modules() if hasattr(m, "multi_modal_projector")]
     stacks = [getattr(m, "language_model", None) for m in owners]
-    return {m for m in stacks if isinstance(m, nn.Module)} - {model}
+    found = {m for m in stacks if isinstance(m, nn.Module) and not mllama.is_stack(m)}
+    return found - {model}
 
 
 def refusals(model: nn.Module) -> dict[nn.Module, str]:

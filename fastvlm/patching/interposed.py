@@ -70,17 +70,26 @@ class Interposed(NamedTuple):
 NOTHING = Interposed()
 
 
-def parts_of(stack: Any, names: tuple[str, ...]) -> list[tuple[str, Any]] | str:
-    """(path, module) of each attention in the layers of a stack, or why it has others.
+class Part(NamedTuple):
+    """An attention in a stack. layer: the number of its layer; which: of the names of its kind."""
 
-    names: of the attentions in each layer. Sees through wrappers.
-    """
+    path: str
+    module: Any
+    layer: int
+    which: int
+
+
+def parts_of(stack: Any, spec: Stack) -> list[Part] | str:
+    """The attentions in the layers of a stack, or why it has others. Sees through wrappers."""
     found = []
     for index, outer in enumerate(layers_of(stack)):
-        layer = layer_in(outer, names[0])
+        kinds = list(enumerate(spec.attentions))
+        if spec.interleaved:
+            kinds = [each for each in kinds if layer_in(outer, each[1]) is not None][:1]
+        layer = layer_in(outer, kinds[0][1]) if kinds else None
         if layer is None:
-            return f"its layer {index} ({type(outer).__name__}) has no {names[0]}"
-        for name in names:
+            return f"its layer {index} ({type(outer).__name__}) has no {spec.attentions[0]}"
+        for which, name in kinds:
             part = submodule(layer, name)
             inner = None if part is None else attention_in(part)
             if inner is None:
@@ -89,8 +98,14 @@ def parts_of(stack: Any, names: tuple[str, ...]) -> list[tuple[str, Any]] | str:
                 if not hands_down(wrapper):
                     kind = type(wrapper).__name__
                     return f"{kind} in its layer {index} hands no keyword arguments down"
-            found.append((f"layers.{index}.{name}", inner))
+            found.append(Part(f"layers.{index}.{name}", inner, index, which))
     return found
+
+
+def _layer_in(outer: Any, spec: Stack) -> Any:
+    """The layer in wrappers of a single child, by any of its attentions; None without one."""
+    found = (layer_in(outer, name) for name in spec.attentions)
+    return next((layer for layer in found if layer is not None), None)
 
 
 def _around(outer: Any, inner: Any) -> list[Any]:
@@ -102,10 +117,10 @@ def _around(outer: Any, inner: Any) -> list[Any]:
     return found
 
 
-def configs_of(stack: Any, names: tuple[str, ...]) -> list[Any]:
+def configs_of(stack: Any, spec: Stack) -> list[Any]:
     """The configs by which a stack and its attentions choose an implementation."""
-    parts = parts_of(stack, names)
-    modules = [stack] if isinstance(parts, str) else [stack, *(m for _, m in parts)]
+    parts = parts_of(stack, spec)
+    modules = [stack] if isinstance(parts, str) else [stack, *(part.module for part in parts)]
     configs = [getattr(module, "config", None) for module in modules]
     return list({id(config): config for config in configs if config is not None}.values())
 
@@ -129,16 +144,15 @@ def runs_ours(module: Any) -> bool:
 
 def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
     """What stands in the way in a stack. is_ours: whether a module is patched, or is to be."""
-    names = spec.attentions
-    attentions = parts_of(stack, names)
+    attentions = parts_of(stack, spec)
     if isinstance(attentions, str):
         return Interposed(attentions)
-    for path, module in attentions:
+    for path, module, *_ in attentions:
         if not is_ours(module):
             kind = type(module).__name__
             return Interposed(f"its {path} ({kind}) is no attention that fastvlm knows")
     outers, owner = layers_and_owner(stack)
-    layers = {layer_in(layer, names[0]) for layer in outers}
+    layers = {_layer_in(layer, spec) for layer in outers}
     by_layers = spec.hands is not None or spec.by_layers
     if by_layers and not all(map(is_ours, layers)):
         return Interposed(
@@ -219,15 +233,14 @@ class _Look:
     def __init__(self, stack: Any) -> None:
         self.stack = weakref.ref(stack)
         self.found = look(stack, stack.spec, runs_ours)
-        parts = parts_of(stack, stack.spec.attentions)
+        parts = parts_of(stack, stack.spec)
         self.attentions = [] if isinstance(parts, str) else parts
-        first = stack.spec.attentions[0]
-        self.layers = [layer_in(layer, first) for layer in layers_of(stack)]
+        self.layers = [_layer_in(layer, stack.spec) for layer in layers_of(stack)]
         self.own = _State.of(stack)._replace(module=None)
         self.states = [_State.of(m) for m in stack.modules() if m is not stack]
         bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
         self.forwards = [(base, base.forward) for base in bases]
-        self.configs = configs_of(stack, stack.spec.attentions)
+        self.configs = configs_of(stack, stack.spec)
         self.last = self.found  # with what lies outside of the stack
 
     def is_of(self, stack: Any) -> bool:
@@ -319,16 +332,15 @@ def check_taken(stack: Any, marks: Any, cross: bool) -> None:
     known: _Look | None = vars(stack).get(_LOOK)
     if marks.unknown or known is None or not known.is_of(stack):
         return
-    each = len(stack.spec.attentions) if cross else 1
-    if len(marks.attentions) == each * len(known.layers):
+    called = [part for part in known.attentions if cross or part.which == 0]
+    if len(marks.attentions) == len(called):
         return
     skips = stack.training and getattr(stack, "layerdrop", 0) > 0
     count = getattr(stack.config, "num_hidden_layers", len(known.layers))
-    for place, (path, module) in enumerate(known.attentions):
-        index, which = divmod(place, len(stack.spec.attentions))
+    for path, module, index, _ in called:
         layer = known.layers[index]
-        called = id(layer) in marks.layers if runs_ours(layer) else not skips and index < count
-        if called and which < each and id(module) not in marks.attentions:
+        runs = id(layer) in marks.layers if runs_ours(layer) else not skips and index < count
+        if runs and id(module) not in marks.attentions:
             raise RuntimeError(
                 f"fastvlm: {path} of {type(stack).__name__} ran without the layouts that its stack "
                 "hands down in place of masks, so its result would be wrong: something between "

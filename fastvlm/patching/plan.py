@@ -147,7 +147,7 @@ def _in_the_way(stack: Any, swap: Swap, patched: set[nn.Module]) -> str | None:
     spec = spec_of(swap)
     reason = interposed.look(stack, spec, patched.__contains__).unfused
     reason = reason or interposed.without_kernel(stack, spec)
-    return reason or foreign.attention_of_others(interposed.configs_of(stack, spec.attentions))
+    return reason or foreign.attention_of_others(interposed.configs_of(stack, spec))
 
 
 def _tried(
@@ -217,7 +217,8 @@ def _shares_states(module: Any, shared: dict[nn.Module, Stack]) -> bool:
         return True
     if module.config.is_encoder_decoder:
         return bool(shared)
-    return any(shared[part].wraps_cache for part in module.modules() if part in shared)
+    found = [shared[part] for part in module.modules() if part in shared]
+    return any(spec.wraps_cache or spec.interleaved for spec in found)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvlm.decoding.prefixes import decoder_stack
+from fastvlm.models.structure import takes
 from fastvlm.patching.room import RoomForAll
 from fastvlm.run.static import StaticMasks
 
@@ -18,6 +20,11 @@ _REFUSED = {
     ),
     "prefill_chunk_size": ((None,), "it cuts the encoder's mask to the length of each chunk"),
 }
+
+
+# of Mllama: what is one row for each text, and the mask that says which keys of it are seen
+_PICTURES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+_SEEN = "cross_attention_mask"
 
 
 class SharedEncoderStates(StaticMasks, RoomForAll):
@@ -41,9 +48,13 @@ class SharedEncoderStates(StaticMasks, RoomForAll):
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
-        names = ("encoder_outputs", "attention_mask")
+        names: tuple[str, ...] = ("encoder_outputs", "attention_mask")
         if not is_encoder_decoder:  # states that the caller brought (BLIP)
             names = ("encoder_hidden_states", "encoder_attention_mask")
+        # pictures, by whose mask the decoder knows what each row sees (Mllama)
+        sees = getattr(getattr(decoder_stack(self), "spec", None), "interleaved", False)
+        if sees and takes(self, *_PICTURES) and model_kwargs.get(_SEEN) is not None:
+            names = _PICTURES
         if expand_size == 1 or model_kwargs.get(names[0]) is None:
             return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         kept = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}

@@ -12,6 +12,7 @@ from fastvlm import ops
 from fastvlm.compat import hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
+from fastvlm.layout import Layout
 from fastvlm.models.spec import Attention
 from fastvlm.nn.wrapped import owns
 from fastvlm.run import static
@@ -73,18 +74,23 @@ class PatchedAttention(Mixin):
         given = by_name(spec.arguments, args, kwargs)
         states = None if spec.states is None else given.get(spec.states)
         mask, cache = given.get(spec.mask), hf.cache_in(given)
+        crosses = states is not None or (spec.keeps_states and cache is not None)
         fuses = layouts is not None
-        if layouts is not None and states is None:
+        if layouts is not None and not crosses:
             fuses = not spec.cross and layouts.fuses(mask, hidden_states)
         if layouts is None or not fuses:
             out: tuple[Any, ...] = super().forward(hidden_states, *args, **kwargs)
             return out
         bias = None
-        if states is not None:
+        if crosses:
             q = self._heads(self.q_proj(hidden_states))
+            if spec.norms is not None:
+                q = getattr(self, spec.norms[0])(q)
             y = self._cross(q, states, layouts, cache)
         else:
             q, k, v = self._queries_keys_values(hidden_states)
+            if spec.norms is not None:
+                q, k = (getattr(self, norm)(x) for norm, x in zip(spec.norms, (q, k)))
             if spec.rotary:
                 q, k = _rotated(q, k, *given["position_embeddings"])
             bias = self._position_bias(given)
@@ -114,10 +120,11 @@ class PatchedAttention(Mixin):
 
     def keys_values(self, states: Tensor) -> list[Tensor]:
         """Of the encoder's states [..., d] -> [..., heads, D] each."""
-        fused = self.spec.fused
+        fused, norms = self.spec.fused, self.spec.norms
         if fused is not None:
             return [self._heads(part) for part in getattr(self, fused)(states).chunk(2, -1)]
-        return [self._heads(part(states)) for part in (self.k_proj, self.v_proj)]
+        k, v = (self._heads(part(states)) for part in (self.k_proj, self.v_proj))
+        return [k if norms is None else getattr(self, norms[1])(k), v]
 
     def _dropout(self) -> float:
         dropout: Any = getattr(self, self.spec.dropout)
@@ -181,7 +188,7 @@ class PatchedAttention(Mixin):
         )
         return layouts.unpack(out.flatten(1))
 
-    def _cross(self, q: Tensor, states: Tensor, layouts: Layouts, cache: Any) -> Tensor:
+    def _cross(self, q: Tensor, states: Tensor | None, layouts: Layouts, cache: Any) -> Tensor:
         """q [R, L, H, D] against the encoder's states [I, S, d] -> [R, L, H * D].
 
         In a packed stack R and I are 1, L and S all tokens. K/V are projected once per image,
@@ -189,32 +196,52 @@ class PatchedAttention(Mixin):
         """
         scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
         if layouts.static is not None:
+            assert states is not None
             return static.cross_attend(
                 self, q, states, layouts.static, cache, scale=scale, softcap=softcap
             )
         layout = layouts.cross
         assert layout is not None
-        layer = None
-        if isinstance(cache, EncoderDecoderCache):
-            layer = cross_cache.layer_of(cache.cross_attention_cache, self.layer_idx)
-        if layer is not None and layer.packed is not None:
-            k, v = layer.packed
-        else:
-            k, v = self.keys_values(layouts.packed_states(states))
-            if layer is not None:
-                k, v = k.contiguous(), v.contiguous()  # each is read by itself, in every step
-                layer.fill(k, v, layout, self)
-                hf.set_cross_filled(cache, self.layer_idx)
         out = ops.cross_attention(
             layouts.pack(q),
-            k,
-            v,
+            *self._read(states, layouts, layout, cache),
             layout,
             scale=scale,
             softcap=softcap,
             dropout_p=self._dropout(),
         )
         return layouts.unpack(out.flatten(1))
+
+    def _read(
+        self, states: Tensor | None, layouts: Layouts, layout: Layout, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values that the rows see."""
+        layer, seen = cross_cache.cross_layer(cache, self.layer_idx), layouts.seen
+        known = None if layer is None else layer.packed
+        if known is not None and (states is None or not self.spec.keeps_states):
+            k, v = known
+            if layer is not None and layouts.rows is None and layouts.fused_self:
+                return layer.at_steps() or known
+        else:
+            assert states is not None
+            k, v = self.keys_values(layouts.packed_states(states))
+            if known is not None:  # of another image, behind those that are there
+                count = (layout if seen is None else seen.whole).num_images
+                k, v = (_behind(old, new, count) for old, new in zip(known, (k, v)))
+            if layer is not None:
+                k, v = k.contiguous(), v.contiguous()  # each is read by itself, in every step
+                layer.fill(k, v, layout if seen is None else seen.whole, self)
+                if isinstance(cache, EncoderDecoderCache):
+                    hf.set_cross_filled(cache, self.layer_idx)
+        if seen is not None and seen.keys is not None:
+            k, v = k.index_select(0, seen.keys), v.index_select(0, seen.keys)
+        return k, v
+
+
+def _behind(old: Tensor, new: Tensor, images: int) -> Tensor:
+    """Keys or values [images * K, ...] of each image, and behind them more."""
+    parts = (x.unflatten(0, (images, -1)) for x in (old, new))
+    return torch.cat(tuple(parts), 1).flatten(0, 1)
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,17 +68,25 @@ def _write(stack: Any, past: Any) -> Program:
     spec: Stack = stack.spec
     check_embedding(stack)
     ensure(spec.rotary is None or has_no_hooks(getattr(stack, spec.rotary)))
-    layers = [(layer, _spec_of(layer, Layer)) for layer in layers_of(stack)]
-    firsts = [each.residuals[0].before for _, each in layers]
-    following = [None if n is None else part_of(m, n) for (m, _), n in zip(layers, firsts)][1:]
+    layers = [(i, layer, _spec_of(layer, Layer)) for i, layer in enumerate(layers_of(stack))]
+    if spec.interleaved:  # a layer that reads images is left out where there are none
+        layers = [each for each in layers if _reads_what_is_there(*each, past)]
+    firsts = [each.residuals[0].before for _, _, each in layers]
+    following = [None if n is None else part_of(m, n) for (_, m, _), n in zip(layers, firsts)][1:]
     following.append(None if spec.norm is None else getattr(stack, spec.norm))
     program = Program(part_of(stack, spec.embedding.tokens).weight.shape[1])
     h, normed, bias = 0, None, None
-    for index, (layer, each) in enumerate(layers):
+    for (index, layer, each), behind in zip(layers, following):
         writer = _Writer(program, layer, each, past, index, bias)
-        h, normed = run_layer(writer, layer, each.residuals, h, normed, following[index])
+        h, normed = run_layer(writer, layer, each.residuals, h, normed, behind)
         bias = writer.position_bias
     return program
+
+
+def _reads_what_is_there(index: int, layer: Any, spec: Layer, past: Any) -> bool:
+    reads = any(residual.reads == "cross" for residual in spec.residuals)
+    kept = cross_cache.cross_layer(past, index) if reads else None
+    return not reads or (kept is not None and kept.packed is not None)
 
 
 def _spec_of(module: Any, kind: Any) -> Any:
@@ -102,9 +110,9 @@ class _Writer:
     ) -> None:
         self.program, self.layer, self.index = program, layer, index
         self.position_bias = position_bias
-        self.own, self.cross = past, None
+        self.past = self.own = past
         if isinstance(past, EncoderDecoderCache):
-            self.own, self.cross = past.self_attention_cache, past.cross_attention_cache
+            self.own = past.self_attention_cache
         paths = {spec.dropout, *(residual.dropout for residual in spec.residuals)}
         for dropout in (part_of(layer, path) for path in paths if path is not None):
             ensure(not isinstance(dropout, nn.Module) or has_no_hooks(dropout))
@@ -115,12 +123,15 @@ class _Writer:
     def norm(self, x: int, norm: Any) -> int:
         return self._norm(x, norm)[0]
 
-    def _norm(self, x: int, norm: Any, residual: int | None = None) -> list[int]:
-        """norm(x); with residual residual + x, and the norm of that."""
+    def _norm(
+        self, x: int, norm: Any, residual: int | None = None, gate: Tensor | None = None
+    ) -> list[int]:
+        """norm(x); with residual residual + tanh(gate) * x, and the norm of that."""
         if isinstance(norm, nn.LayerNorm):
+            ensure(gate is None)
             return self.program.layer_norm(x, norm, residual)
         ensure(is_plain_rms_norm(norm))
-        return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset, residual)
+        return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset, residual, gate=gate)
 
     def branch(self, x: int, residual: Residual) -> int:
         if isinstance(residual.branch, Mlp):
@@ -144,6 +155,8 @@ class _Writer:
             q, k, v = self.program.linear(x, getattr(part, spec.fused), parts=3)
         else:
             q, k, v = self.program.linear(x, part.q_proj, part.k_proj, part.v_proj)
+        if spec.norms is not None:
+            q, k = (self._normed_heads(y, part, name) for y, name in zip((q, k), spec.norms))
         if spec.rotary:
             q, k = self.program.rope(q, k, part.head_dim)
         cache = beam_cache.layer_of(self.own, self.index)
@@ -151,6 +164,13 @@ class _Writer:
         return self.program.self_attention(
             q, k, v, part, cache, *numbers, self._bias_of(part, spec)
         )
+
+    def _normed_heads(self, x: int, part: Any, name: str) -> int:
+        """x, each of its heads normalized by itself."""
+        norm = getattr(part, name)
+        ensure(is_plain_rms_norm(norm))
+        heads = self.program.widths[x] // part.head_dim
+        return self.program.rms_norm(x, norm.weight, norm.eps, norm.offset, parts=heads)[0]
 
     def _bias_of(self, part: Any, spec: Attention) -> Tensor | None:
         """A copy: what is written into its table makes the program stale."""
@@ -167,9 +187,11 @@ class _Writer:
         return bias
 
     def _cross_attention(self, x: int, part: Any, spec: Attention) -> int:
-        ensure(self.cross is not None)
+        cache = cross_cache.cross_layer(self.past, self.index)
+        ensure(cache is not None)
         (q,) = self.program.linear(x, part.q_proj)
-        cache = cross_cache.layer_of(self.cross, self.index)
+        if spec.norms is not None:
+            q = self._normed_heads(q, part, spec.norms[0])
         return self.program.cross_attention(q, cache, scale_of(part, spec), softcap_of(part, spec))
 
     def join(self, x: int, h: int, residual: Residual, following: Any) -> tuple[int, int | None]:
@@ -178,8 +200,9 @@ class _Writer:
             ensure(residual.after is None and residual.gate is None and following is None)
             return self.program.residual_layer_norm(x, h, norm), None
         if residual.after is None:  # a sum is an instruction with the norm of it
-            ensure(following is not None and residual.gate is None)
-            h, normed = self._norm(x, following, h)
+            ensure(following is not None)
+            gate = None if residual.gate is None else getattr(self.layer, residual.gate)
+            h, normed = self._norm(x, following, h, gate)
             return h, normed
         after = getattr(self.layer, residual.after)
         norms = [after] if following is None else [after, following]

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvlm.layout import Layout
 from fastvlm.loss.request import Packed, loss_request
 from fastvlm.run import static
+from fastvlm.run.seen import Seen
 from fastvlm.run.static import Static
 
 KEYWORD = "fastvlm_layouts"
@@ -50,6 +51,7 @@ class Layouts:
         tokens on a filled cache).
     packed: the whole stack runs on the tokens alone: hidden states are [1, tokens, d], the
         encoder's states too, and padding is neither computed nor differentiated.
+    seen: of cross, where a text's rows may each see other keys of its image.
     static: of a call with transformers' StaticCache, which has no layouts.
     marks: who took them; None where nobody counts (a static cache, whose mask goes along).
     """
@@ -59,6 +61,7 @@ class Layouts:
     visible: Tensor | None = None
     fused_self: bool = True
     packed: bool = False
+    seen: Seen | None = None
     static: Static | None = None
     marks: Marks | None = field(default_factory=Marks)
 
@@ -103,7 +106,8 @@ class Layouts:
     def packed_states(self, encoder_states: Tensor) -> Tensor:
         """The encoder's states as the layers get them -> [encoder tokens, d]."""
         assert self.cross is not None
-        return encoder_states.flatten(0, 1) if self.packed else self.cross.pack_kv(encoder_states)
+        packed = self.packed or self.seen is not None
+        return encoder_states.flatten(0, 1) if packed else self.cross.pack_kv(encoder_states)
 
 
 class Handed(NamedTuple):

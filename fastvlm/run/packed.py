@@ -26,7 +26,7 @@ from fastvlm.run.mixin import Mixin, by_name
 
 # what a cache is called: by this transformers, and in the specs
 _CACHES = (hf.cache_argument(), "past_key_values")
-_STATES, _STATES_MASK = "encoder_hidden_states", "encoder_attention_mask"
+_STATES_MASK = "encoder_attention_mask"
 _BIAS = "position_bias"
 # what the attention of a layer's own rows gets besides; the rest goes to each of its attentions
 _OF_ROWS = ("position_embeddings", "position_ids", _BIAS)
@@ -46,7 +46,7 @@ class PatchedLayer(Mixin):
             return super().forward(hidden_states, *args, **kwargs)
         # a stack that adds positions by column leaves it to its first layer to pack
         h = hidden_states if layouts is None else layouts.enter(hidden_states)
-        reads = given.get(_STATES) is not None
+        reads = given.get(spec.given) is not None
         residuals = [r for r in spec.residuals if reads or not r.optional]
         modules = _Modules(self, given)
         h, _ = run_layer(modules, self, residuals, h)
@@ -109,7 +109,7 @@ class _Modules:
         given, spec, cache = self.given, self.spec, self.cache
         arguments = dict(self.shared)
         if residual.reads == "cross":
-            arguments[spec.states] = given.get(_STATES)
+            arguments[spec.states] = given.get(spec.given)
             arguments[spec.cross_mask or spec.mask] = given.get(_STATES_MASK)
             arguments[_CACHES[0]] = cache
             return arguments
@@ -130,6 +130,8 @@ class _Modules:
         after: Any = None if residual.after is None else getattr(layer, residual.after)
         norm: Any = None if residual.norm is None else part_of(layer, residual.norm)
         gate = None if residual.gate is None else getattr(layer, residual.gate)
+        factors = None if residual.factors is None else self.given.get(residual.factors)
+        x = x if factors is None else factors[:, 0] * x
         path = residual.dropout or self.spec.dropout
         dropout = None if path is None else part_of(layer, path)
         watched, p = False, dropout

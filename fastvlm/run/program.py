@@ -138,12 +138,20 @@ class Program:
         return self._add("layer_norm", widths, rows, (norm.weight, norm.bias), (norm.eps,))
 
     def rms_norm(
-        self, x: int, weight: Tensor, eps: float, offset: float, residual: int | None = None
+        self,
+        x: int,
+        weight: Tensor,
+        eps: float,
+        offset: float,
+        residual: int | None = None,
+        parts: int = 1,
+        gate: Tensor | None = None,
     ) -> list[int]:
-        """As `layer_norm`."""
+        """As `layer_norm`; of each of so many parts of x, where it is heads. With a gate
+        h = residual + tanh(gate) * x."""
         rows = (x,) if residual is None else (x, residual)
         widths = [self.widths[x]] * len(rows)
-        return self._add("rms_norm", widths, rows, (weight,), (eps, offset))
+        return self._add("rms_norm", widths, rows, (weight, gate), (eps, offset, parts))
 
     def residual_rms_norm(
         self,
@@ -196,9 +204,10 @@ class Program:
         self, q: int, layer: Any, scale: float, softcap: float | None = None
     ) -> int:
         """The new token of each row against the image of its prompt, cached in `layer`."""
-        ensure(layer.packed is not None)
+        keys = layer.at_steps()
+        ensure(keys is not None)
         settings = (scale, softcap or 0.0)
-        return self._add("cross_attention", [self.widths[q]], (q,), layer.packed, settings)[0]
+        return self._add("cross_attention", [self.widths[q]], (q,), keys, settings)[0]
 
 
 def _transposed(modules: Sequence[Any]) -> bool:

@@ -229,12 +229,17 @@ def _layer_norm(instruction: Instruction) -> OpCall:
 
 def _rms_norm(instruction: Instruction) -> OpCall:
     first, *residual = instruction.rows
-    norm, (weight,), settings = _OPS.rms_norm.default, instruction.tensors, instruction.settings
+    norm, (weight, gate) = _OPS.rms_norm.default, instruction.tensors
+    *settings, parts = instruction.settings
 
     def run(r: Registers, at: StepInputs) -> list[Tensor]:
+        x = r[first]
+        if parts > 1:
+            heads = x.reshape(int(parts) * x.shape[0], -1)
+            return [norm(heads, weight, *settings).view(x.shape)]
         if not residual:
-            return [norm(r[first], weight, *settings)]
-        h = r[residual[0]] + r[first]
+            return [norm(x, weight, *settings)]
+        h = r[residual[0]] + (x if gate is None else (torch.tanh(gate) * x).to(x.dtype))
         return [h, norm(h, weight, *settings)]
 
     return run

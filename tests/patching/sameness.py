@@ -37,12 +37,16 @@ def assert_trains_the_same(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 def assert_writes_the_same(
-    model: Any, inputs: dict[str, Tensor], cases: dict[str, dict[str, Any]], steps: list[Any]
+    model: Any,
+    inputs: dict[str, Tensor],
+    cases: dict[str, dict[str, Any]],
+    steps: list[Any],
+    strict: bool = True,
 ) -> None:
     """Patched here: the same tokens, by steps that are written down. steps: the fixture."""
     expected = {case: generate(model, inputs, **settings) for case, settings in cases.items()}
     assert len({tuple(t.flatten().tolist()) for t in expected.values()}) > 2
-    fastvlm.patch(model, strict=True)
+    fastvlm.patch(model, strict=strict)
     for case, settings in cases.items():
         assert torch.equal(generate(model, inputs, **settings), expected[case]), case
     assert len(steps) >= 3

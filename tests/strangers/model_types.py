@@ -30,7 +30,7 @@ from batches import (
     typed,
     waveform,
 )
-from models import FAMILIES
+from models import FAMILIES, RELATIVES
 from sizes import EOS, PAD, VOCAB, small
 from torch import nn
 
@@ -72,7 +72,7 @@ def _of(names: str, batches: Batches | None = None, **settings: Any) -> dict[str
 
 
 def _family(name: str) -> ModelType:
-    family = FAMILIES[name]
+    family = {**FAMILIES, **RELATIVES}[name]
 
     def batches() -> tuple[Batch, Batch]:
         return family.inputs(nn.Module()), family.training(nn.Module())
@@ -238,6 +238,7 @@ PAIRS = {
 
 TYPES: dict[str, ModelType] = {
     **{name: _family(name) for name in FAMILIES if name not in ("florenz", "whisper")},
+    "mllama": _family("mllama"),
     **_of(
         "whisper=WhisperForConditionalGeneration",
         numbers("input_features", 3, 8, 24),
@@ -309,7 +310,7 @@ TYPES: dict[str, ModelType] = {
         "canary=CanaryForConditionalGeneration cohere_asr=CohereAsrForConditionalGeneration "
         "dia=DiaForConditionalGeneration "
         "pix2struct=Pix2StructForConditionalGeneration udop=UdopForConditionalGeneration "
-        "blip-2=Blip2ForConditionalGeneration mllama=MllamaForConditionalGeneration "
+        "blip-2=Blip2ForConditionalGeneration "
         "instructblip=InstructBlipForConditionalGeneration idefics=IdeficsForVisionText2Text "
         "instructblipvideo=InstructBlipVideoForConditionalGeneration "
         "evolla=EvollaForProteinText2Text kosmos-2=Kosmos2ForConditionalGeneration "
