@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvlm import extension
 from fastvlm.reference.mlp import ACTIVATIONS
 
-ROWS = (0, 1, 3, 7, 16, 17, 70)
+ROWS = (0, 1, 3, 7, 16, 17, 31, 70)
 SIZES = [(1, 577), (17, 1), (63, 100), (100, 63), (577, 17), (100, 768), (48, 2305)]
 
 

@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "columns.h"
 #include "gemm.h"
+#include "transposed.h"
 
 namespace fastvlm {
 namespace CPU_CAPABILITY {
@@ -20,12 +21,34 @@ const void* element(const void* data, DType dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size;
 }
 
-// Rows of contiguous elements, float32 or, for products of bfloat16 pairs, bfloat16.
+// Rows of contiguous elements, float32 or, for products of bfloat16 pairs, bfloat16; or, where
+// lanes is not 0, their transpose, float32 [columns][lanes].
 struct Rows {
   const void* data;
   int64_t stride;
   bool narrow;
+  int64_t lanes = 0;
 };
+
+int64_t lanes_of(int64_t rows) { return round_up(rows, kLanes); }
+
+// Whether products of so many rows with these weights take the transpose of the rows.
+bool takes_transpose(int64_t rows, bool narrow, bool columns) {
+  return rows >= kTransposedRows && !narrow && !columns;
+}
+
+// The transpose of rows [rows][cols], float32 [cols][lanes_of(rows)].
+template <class T>
+Rows transposed(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to) {
+  const int64_t lanes = lanes_of(rows);
+  auto task = [&](int64_t index, int64_t) {
+    const int64_t first = index * kPart;
+    pack_columns(from + first, stride, rows, smaller(kPart, cols - first), to + first * lanes,
+                 lanes);
+  };
+  for_each_task(divide_up(cols, kPart), rows * cols, task);
+  return {to, cols, false, lanes};
+}
 
 // Whether products with these weights (null: no such weight) take bfloat16 rows as they are.
 bool multiplies_narrow(const Matrix& x, const Matrix& w, const Matrix* w2 = nullptr,
@@ -36,18 +59,27 @@ bool multiplies_narrow(const Matrix& x, const Matrix& w, const Matrix* w2 = null
   return has_bfloat16_products() && fits(&x) && fits(&w) && fits(w2) && fits(w3);
 }
 
-// The rows of x, block by block: in place where they can be multiplied as they are, else as
-// float32.
+// The rows of x, block by block: transposed where there are many, in place where they can be
+// multiplied as they are, else as float32. columns: whether they meet a weight of such.
 class Input {
  public:
-  Input(const Matrix& x, bool narrow)
+  Input(const Matrix& x, bool narrow, bool columns)
       : x_(x),
         narrow_(narrow),
+        columns_(columns),
         in_place_(narrow || x.dtype == DType::kFloat),
-        copy_(in_place_ ? 0 : smaller(x.rows, kRowBlock) * x.cols) {}
+        copy_(size() * x.cols) {}
 
   Rows block(int64_t begin, int64_t rows) {
     const void* first = element(x_.data, x_.dtype, begin * x_.stride);
+    if (takes_transpose(rows, narrow_, columns_)) {
+      Rows found{};
+      with_type(x_.dtype, [&](auto type) {
+        found = transposed(static_cast<const decltype(type)*>(first), x_.stride, rows, x_.cols,
+                           copy_.data());
+      });
+      return found;
+    }
     if (in_place_) return {first, x_.stride, narrow_};
     with_type(x_.dtype, [&](auto type) {
       using T = decltype(type);
@@ -59,16 +91,26 @@ class Input {
   }
 
  private:
+  // of the largest block
+  int64_t size() const {
+    const int64_t rows = smaller(x_.rows, kRowBlock);
+    return takes_transpose(rows, narrow_, columns_) ? lanes_of(rows) : in_place_ ? 0 : rows;
+  }
+
   const Matrix& x_;
-  bool narrow_, in_place_;
+  bool narrow_, columns_, in_place_;
   Scratch<float> copy_;
 };
 
 // What lies between the products of an MLP, in what the second one takes.
 class Hidden {
  public:
-  Hidden(int64_t rows, int64_t cols, bool narrow)
-      : cols_(cols), narrow_(narrow), data_(smaller(rows, kRowBlock) * cols) {}
+  Hidden(int64_t rows, const Matrix& next, bool narrow)
+      : cols_(next.cols),
+        narrow_(narrow),
+        columns_(next.step != 1),
+        data_(smaller(rows, kRowBlock) * cols_),
+        turned_(turns(smaller(rows, kRowBlock)) ? lanes_of(smaller(rows, kRowBlock)) * cols_ : 0) {}
 
   template <class F>
   void write(int64_t row, int64_t first, int64_t count, F f) {
@@ -76,15 +118,22 @@ class Hidden {
     if (narrow_) return map_to(reinterpret_cast<BFloat16*>(data_.data()) + at, count, f);
     map_to(data_.data() + at, count, f);
   }
-  Rows rows() const { return {data_.data(), cols_, narrow_}; }
+  Rows rows(int64_t count) const {
+    if (turns(count)) return transposed(data_.data(), cols_, count, cols_, turned_.data());
+    return {data_.data(), cols_, narrow_};
+  }
 
  private:
+  bool turns(int64_t rows) const { return takes_transpose(rows, narrow_, columns_); }
+
   int64_t cols_;
-  bool narrow_;
-  Scratch<float> data_;
+  bool narrow_, columns_;
+  Scratch<float> data_, turned_;
 };
 
-void multiply(const Matrix& w, int64_t begin, int64_t count, Rows x, int64_t rows, float* out) {
+// spare: as chunk_scratch has it.
+void multiply(const Matrix& w, int64_t begin, int64_t count, Rows x, int64_t rows, float* spare,
+              float* out) {
   if (w.step != 1) {
     return with_type(w.dtype, [&](auto type) {
       using T = decltype(type);
@@ -95,6 +144,12 @@ void multiply(const Matrix& w, int64_t begin, int64_t count, Rows x, int64_t row
   with_weight_type(w.dtype, [&](auto type) {
     using T = decltype(type);
     const T* first = static_cast<const T*>(w.data) + begin * w.stride;
+    if (x.lanes > 0) {
+      float* sums = spare + kGroupScratch;
+      transposed_products(first, w.stride, count, static_cast<const float*>(x.data), x.lanes,
+                          w.cols, spare, sums);
+      return pack_columns(sums, x.lanes, count, rows, out, kChunk);
+    }
     auto run = [&](auto* data) {
       products(first, w.stride, count, data, x.stride, rows, w.cols, out, kChunk);
     };
@@ -137,15 +192,19 @@ void project_chunk(Rows x, int64_t rows, const Matrix& w, const Matrix* w2, cons
   float* first = scratch;
   float* second = first + rows * kChunk;
   float* shift = second + rows * kChunk;
-  multiply(w, begin, count, x, rows, first);
-  if (w2 != nullptr) multiply(*w2, begin, count, x, rows, second);
+  float* spare = shift + kChunk;
+  multiply(w, begin, count, x, rows, spare, first);
+  if (w2 != nullptr) multiply(*w2, begin, count, x, rows, spare, second);
   load_bias(bias, begin, count, shift);
   for (int64_t r = 0; r < rows; ++r) {
     finish(r, begin, count, first + r * kChunk, second + r * kChunk, shift);
   }
 }
 
-constexpr int64_t chunk_scratch(int64_t rows) { return (2 * rows + 1) * kChunk; }
+int64_t chunk_scratch(int64_t rows) {
+  const int64_t transposed = rows < kTransposedRows ? 0 : kGroupScratch + lanes_of(rows) * kChunk;
+  return (2 * rows + 1) * kChunk + transposed;
+}
 
 // The products with all rows of w, a chunk at a time.
 template <class Finish>
@@ -202,9 +261,12 @@ void project_out(Rows x, int64_t rows, const Matrix& w, const Matrix& bias, DTyp
 }  // namespace
 
 void linear(const Matrix& x, const Product* products, int64_t count, DType dtype) {
-  bool narrow = true;
-  for (int64_t i = 0; i < count; ++i) narrow = narrow && multiplies_narrow(x, products[i].weight);
-  Input input(x, narrow);
+  bool narrow = true, columns = false;
+  for (int64_t i = 0; i < count; ++i) {
+    narrow = narrow && multiplies_narrow(x, products[i].weight);
+    columns = columns || products[i].weight.step != 1;
+  }
+  Input input(x, narrow, columns);
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
     project_out(input.block(begin, rows), rows, products, count, dtype, begin);
@@ -214,8 +276,8 @@ void linear(const Matrix& x, const Product* products, int64_t count, DType dtype
 void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,
               const Matrix& b2, Activation activation, void* out) {
   const bool narrow = multiplies_narrow(x, w1, &w2);
-  Input input(x, narrow);
-  Hidden hidden(x.rows, w1.rows, narrow);
+  Input input(x, narrow, w1.step != 1);
+  Hidden hidden(x.rows, w2, narrow);
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
     project(input.block(begin, rows), rows, w1, nullptr, b1,
@@ -225,7 +287,7 @@ void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix&
                 return activated(load_some(sums + i, n) + load_some(shift + i, n), activation);
               });
             });
-    project_out(hidden.rows(), rows, w2, b2, x.dtype, out, begin);
+    project_out(hidden.rows(rows), rows, w2, b2, x.dtype, out, begin);
   }
 }
 
@@ -233,8 +295,8 @@ void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matr
                Activation activation, void* out) {
   const Matrix no_bias{};
   const bool narrow = multiplies_narrow(x, gate, &up, &down);
-  Input input(x, narrow);
-  Hidden hidden(x.rows, gate.rows, narrow);
+  Input input(x, narrow, gate.step != 1 || up.step != 1);
+  Hidden hidden(x.rows, down, narrow);
   for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, x.rows - begin);
     project(input.block(begin, rows), rows, gate, &up, no_bias,
@@ -244,7 +306,7 @@ void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matr
                 return activated(load_some(gates + i, n), activation) * load_some(ups + i, n);
               });
             });
-    project_out(hidden.rows(), rows, down, no_bias, x.dtype, out, begin);
+    project_out(hidden.rows(rows), rows, down, no_bias, x.dtype, out, begin);
   }
 }
 

@@ -40,8 +40,8 @@ class PackedWeight {
       if (w.step != 1) return copy(from, w.step);
       auto task = [&](int64_t index, int64_t) {
         const int64_t first = index * kPanel;
-        pack(from + first * w.stride, w.stride, smaller(kPanel, rows - first),
-             data_.data() + first * depth);
+        pack_columns(from + first * w.stride, w.stride, smaller(kPanel, rows - first), depth,
+                     data_.data() + first * depth, kPanel);
       };
       for_each_task(divide_up(rows, kPanel), rows * depth, task);
     });
@@ -52,21 +52,6 @@ class PackedWeight {
   const int64_t rows, depth;
 
  private:
-  template <class T>
-  void pack(const T* from, int64_t stride, int64_t count, float* to) {
-    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        const int64_t n = smaller(kLanes, depth - k);
-        Vec square[kLanes];
-        for (int j = 0; j < kLanes; ++j) {
-          square[j] = lane + j < count ? load_some(from + (lane + j) * stride + k, n) : Vec{};
-        }
-        transpose(square);
-        for (int64_t j = 0; j < n; ++j) store(to + (k + j) * kPanel + lane, square[j]);
-      }
-    }
-  }
-
   // Of a transpose, whose columns are rows in memory: a few of these at a time, from end to end.
   template <class T>
   void copy(const T* from, int64_t step) {

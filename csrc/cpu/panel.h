@@ -13,6 +13,24 @@ struct Strided {
   int64_t row, step;
 };
 
+// to[k][lanes] = from[lane][k] as float32 for `count` rows of `depth` elements; zeros in the lanes
+// beyond them, whose number is one of whole vectors.
+template <class T>
+void pack_columns(const T* from, int64_t stride, int64_t count, int64_t depth, float* to,
+                  int64_t lanes) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      const int64_t n = smaller(kLanes, depth - k);
+      Vec square[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        square[j] = lane + j < count ? load_some(from + (lane + j) * stride + k, n) : Vec{};
+      }
+      transpose(square);
+      for (int64_t j = 0; j < n; ++j) store(to + (k + j) * lanes + lane, square[j]);
+    }
+  }
+}
+
 // c[M][N vectors] (+)= a[M][k] b[k][N vectors], a element by element, b vector by vector. What is
 // added to c is summed apart from it first: short sums of short sums round less than one long one.
 template <int M, int N>
@@ -22,7 +40,7 @@ void panel_tile(Strided a, const float* b, int64_t b_stride, int64_t k, bool acc
   for (int64_t i = 0; i < k; ++i) {
     Vec bs[N];
     for (int n = 0; n < N; ++n) bs[n] = load(b + i * b_stride + n * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 24
     for (int m = 0; m < M; ++m) {
       const Vec am = broadcast(a.data[m * a.row + i * a.step]);
 #pragma GCC unroll 4
