@@ -43,7 +43,16 @@ TARGETS = "the same with six targets to an image, by samples a second"
 QUICK = "one caption, `weights` and `compute` int8"
 STEP = "a decoding step of Florence-2-base, 3 beams"
 STORED = {None: STEP, "bf16": 'the same, `weights="bf16"`', "int8": 'the same, `weights="int8"`'}
-ROWS = (WHOLE, BATCH, QUICK, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS, *STORED.values())
+FAMILIES = {
+    "Whisper-small": "a decoding step of Whisper-small, 5 beams",
+    "Flan-T5-base, 512": "the same of Flan-T5-base, 4 beams",
+    "NLLB-600M": "eight sentences through NLLB-600M, 4 beams, whole call",
+}
+ROWS = (
+    *(WHOLE, BATCH, QUICK, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS),
+    *STORED.values(),
+    *FAMILIES.values(),
+)
 _JOBS = {"one photo": WHOLE, "photos": BATCH, "step": LONG, "step, small images": SHORT}
 
 
@@ -71,6 +80,11 @@ def ratios(folder: Path) -> Iterator[Ratio]:
                 yield Ratio(work, case["ratio"]["fastvlm"], run)
                 if work == WHOLE and "fastvlm, int8" in case["ratio"]:
                     yield Ratio(QUICK, case["ratio"]["fastvlm, int8"], run)
+    for run in _runs(folder, "families"):
+        for case in run["cases"]:
+            for name, work in FAMILIES.items():
+                if case["case"].startswith(name):
+                    yield Ratio(work, case["ratio"]["transformers"], case)
     for run in _runs(folder, "decoding"):
         for case in run["cases"]:
             if "6 languages" in case["case"]:
@@ -95,7 +109,10 @@ def table(folder: Path = RESULTS) -> str:
         values = sorted(each.ratio for each in found if each.work == work)
         if values:
             rows.append((work, _range(values[0], values[-1])))
-    machines = sorted({_machine(each.run) for each in found})
+    days: dict[str, set[str]] = {}
+    for each in found:
+        days.setdefault(_machine(each.run), set()).add(each.run["date"][:10])
+    machines = [f"{machine}: {', '.join(sorted(days[machine]))}" for machine in sorted(days)]
     headers = ("against transformers, in float32 unless said", "times as fast")
     return f"{markdown_table(headers, rows)}\n\nMeasured on {'; '.join(machines)}.\n"
 
@@ -109,7 +126,7 @@ def _machine(run: Figures) -> str:
     cpu, versions = run["machine"]["cpu"], run["versions"]
     wide = next((f for f in ("avx512_bf16", "avx512f", "avx2") if f in cpu["features"]), "no AVX")
     return (
-        f"{cpu['model']} ({cpu['cores']} cores, {wide}, {run['date'][:10]}, "
+        f"{cpu['model']} ({cpu['cores']} cores, {wide}, "
         f"torch {versions['torch'].split('+')[0]}, transformers {versions['transformers']})"
     )
 
