@@ -75,6 +75,8 @@ def test_pictures(pictures: str, steps: list[Any]) -> None:
     # a text without a picture: its rows are left out of an MLP, which no program knows
     assert bool(steps) == ("none" not in pictures)
     assert None not in steps
+    with fastvlm.use("reference"):  # the same program, op by op
+        assert torch.equal(generate(model.eval(), inputs, num_beams=3), expected[1])
 
 
 def test_training_with_checkpoints() -> None:
@@ -130,6 +132,7 @@ def test_the_text_model_by_itself() -> None:
     ids = torch.randint(3, VOCAB, (2, 6), generator=random)
     hidden = torch.zeros(2, 1, 6, 10)
     hidden[0, :, 2:, 7:] = torch.finfo(torch.float32).min
+    hidden[1, :, 5, :4] = torch.finfo(torch.float32).min  # the last step sees others
     for attention in ("sdpa", "eager"):
         for mask in (hidden, None):
             read = {"cross_attention_states": states, "cross_attention_mask": mask}
@@ -250,17 +253,13 @@ def test_changed_weights_are_seen_by_the_next_step(write: Any) -> None:
             fastvlm.patch(model)
         parts, past = [], None
         for new in (inputs["input_ids"], *([[9]] * 3, [[10]] * 3, [[11]] * 3)):
-            given = {"input_ids": torch.as_tensor(new)}
-            if past is None:
-                given = inputs
-            else:
-                seen = inputs["cross_attention_mask"][:, -1:]
-                given["cross_attention_mask"] = seen
-                filled = past.get_seq_length() + 1
-                mask = inputs["attention_mask"]
-                given["attention_mask"] = torch.cat(
-                    [mask, mask.new_ones(3, filled - mask.shape[1])], 1
-                )
+            given = {**inputs, "input_ids": torch.as_tensor(new)}
+            if past is not None:
+                grown = past.get_seq_length() + 1 - inputs["attention_mask"].shape[1]
+                for name in ("attention_mask", "cross_attention_mask"):
+                    last = inputs[name][:, -1:]
+                    given[name] = torch.cat([inputs[name], *[last] * grown], 1)
+                del given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"]
             with torch.no_grad():
                 out = model(**given, past_key_values=past, use_cache=True)
             past = out.past_key_values
