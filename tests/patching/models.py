@@ -291,7 +291,7 @@ def mllama(**settings: Any) -> nn.Module:
         "intermediate_layers_indices": [0],
     }  # fmt: skip
     config = tf.MllamaConfig(
-        text_config={**text, **settings}, vision_config=vision, image_token_index=VOCAB
+        text_config={**text, **settings}, vision_config=vision, image_token_index=VOCAB - 1
     )
     model: Any = _spread(tf.MllamaForConditionalGeneration(config), 0.2)
     open_gates(model)
@@ -382,7 +382,7 @@ def _with_pictures(inputs: dict[str, Tensor], tiles: list[list[int]]) -> dict[st
     for row, counts in enumerate(tiles):
         first = int(inputs["attention_mask"][row].argmax()) + 1
         for place, count in enumerate(counts):
-            ids[row, first + place] = VOCAB
+            ids[row, first + place] = VOCAB - 1
             ratios[row, place] = (0, 1, 2, 3, 6)[count]
             there[row, place, :count] = 1
             stop = first + place + 1 if place + 1 < len(counts) else ids.shape[1]
@@ -404,7 +404,7 @@ def _mllama_inputs(model: nn.Module) -> dict[str, Tensor]:
 def _mllama_training(model: nn.Module) -> dict[str, Tensor]:
     """The last text has no picture."""
     batch = _with_pictures(_causal_training(model), [[1, 3], [2], []])
-    return {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] == VOCAB, -100)}
+    return {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] == VOCAB - 1, -100)}
 
 
 def _paligemma_inputs(model: nn.Module) -> dict[str, Tensor]:

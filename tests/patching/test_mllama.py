@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no cache": {"use_cache": False, "num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4},
     "static": {"cache_implementation": "static", "num_beams": 2, "disable_compile": True},
 }
+if "_prepare_static_cache" not in vars(tf.MllamaForConditionalGeneration):
+    del CASES["static"]  # to 5.17, where pictures do not fit into it
 # pictures of so many tiles for each text
 PICTURES = {
     "of all tiles": [[4], [4], [4]],
@@ -66,7 +68,7 @@ def test_the_same_tokens_by_a_step_that_is_written_down(steps: list[Any]) -> Non
 def test_pictures(pictures: str, steps: list[Any]) -> None:
     model, inputs = mllama(), inputs_of(PICTURES[pictures])
     expected = [generate(model, inputs, num_beams=n) for n in (1, 3)]
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VOCAB, -100)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VOCAB - 1, -100)
     want = numbers(copy.deepcopy(model), {**inputs, "labels": labels})
     fastvlm.patch(model)
     for n, tokens in zip((1, 3), expected):
