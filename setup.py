@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -83,4 +84,11 @@ class MaybeBinary(Distribution):
         return WANTED or cuda_wanted()
 
 
-setup(cmdclass={"build_py": BuildPy}, distclass=MaybeBinary)
+class BdistWheel(bdist_wheel):
+    """One wheel of a platform serves every Python: the libraries know torch's stable ABI alone."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel}, distclass=MaybeBinary)

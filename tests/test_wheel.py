@@ -26,10 +26,10 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 """
 
 
-def _build(kind: str, tree: Path, to: Path) -> Path:
+def _build(kind: str, tree: Path, to: Path, **settings: str) -> Path:
     """As pip does it, without torch: nothing is compiled."""
     to.mkdir(exist_ok=True)
-    env = {**os.environ, "FASTVLM_CPU": "0", "FASTVLM_CUDA": "0"}
+    env = {**os.environ, "FASTVLM_CPU": "0", "FASTVLM_CUDA": "0", **settings}
     done = subprocess.run(
         [sys.executable, "-c", BUILD, f"build_{kind}", str(to)],
         cwd=tree, env=env, capture_output=True, text=True, check=False,
@@ -79,6 +79,15 @@ def test_it_carries_the_package_and_its_sources(wheel: Path) -> None:
     assert "fastvlm/py.typed" in ours
     assert ours == package | sources
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_one_with_a_library_is_of_a_platform_and_of_every_python(
+    wheel: Path, tmp_path: Path
+) -> None:
+    (tree,) = wheel.parent.parent.glob("fastvlm-*")
+    told = {"FASTVLM_CPU": "1", "CXX": "no-such-compiler"}  # the tag is there before the library
+    found = _build("wheel", tree, tmp_path / "dist", **told)
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", found.name), found.name
 
 
 def test_its_sources_are_those_that_a_build_reads(wheel: Path) -> None:
