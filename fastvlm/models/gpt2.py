@@ -56,6 +56,7 @@ ALONE = Stack(
     norm="ln_f",
     reshapes=True,
     empty_mask=True,
+    warns=True,
     aliases=(("layers", "h"),),
     by_layers=True,
 )

@@ -183,7 +183,8 @@ class Stack:
     made in training where none is asked for. reads: its first argument, "input_features" for frames
     of which none is padding. reshapes: whether it gives its rows the shape of what it was given.
     empty_mask: whether it takes a mask of four dimensions as it is, and makes one where it gets
-    none. ignores_mask: it takes a mask of them and never looks at it.
+    none. warns: whether it says so where pads come without a mask. ignores_mask: it takes a mask of
+    them and never looks at it.
     drops_cache: whether layers get no cache where use_cache is False. hands: the argument that
     reaches its layers where those that it does not know do not; None where they do. aliases: as of
     an `Attention`. has_bias: whether scores have a bias of the distance, in columns. causal: where
@@ -208,6 +209,7 @@ class Stack:
     reads: str = "input_ids"
     reshapes: bool = False
     empty_mask: bool = False
+    warns: bool = False
     ignores_mask: bool = False
     drops_cache: bool = False
     hands: str | None = None

@@ -278,7 +278,7 @@ class DecoderStack(PatchedStack):
 
     def _warn(self, call: DecoderInputs, layouts: Layouts) -> None:
         """What the stack's own forward says of a mask that it will not see."""
-        if self.spec.empty_mask and layouts.rows is not None and call.input_ids is not None:
+        if self.spec.warns and layouts.rows is not None and call.input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(call.input_ids, call.attention_mask)
 
     def _states_for(self, call: DecoderInputs, layouts: Layouts) -> Tensor | None:

@@ -16,6 +16,7 @@ from fastvlm.models import (
     florenz,
     gemma2,
     gpt2,
+    llama,
     m2m100,
     marian,
     mllama,
@@ -134,6 +135,11 @@ _T5GEMMA = (
     *_GEMMA2,
 )
 _FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA)
+_LLAMA = (
+    _attention_rule(llama.is_attention, llama.read_attention),
+    _layer_rule(llama.is_layer, llama.read_layer, "norm"),
+    *_GEMMA2[1:3],
+)
 _MLLAMA = (
     _attention_rule(mllama.is_cross_attention, mllama.read_cross_attention),
     _attention_rule(mllama.is_self_attention, mllama.read_self_attention),
@@ -196,6 +202,7 @@ STACKS: tuple[StackRule, ...] = (
     *_two_stacks(t5gemma, _T5GEMMA),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
     _stack_rule(mllama.is_stack, mllama.read_stack, _MLLAMA, mllama.KNOWN),
+    _stack_rule(llama.is_stack, lambda module: llama.STACK, _LLAMA, llama.KNOWN),
     _stack_rule(gemma2.is_stack, lambda module: gemma2.STACK, _GEMMA2, gemma2.KNOWN),
 )
 
@@ -220,7 +227,8 @@ def prefix_decoders(model: nn.Module) -> set[nn.Module]:
     """Decoder-only stacks that an image-text model calls with masks of its own (PaliGemma)."""
     owners = [m for m in model.modules() if hasattr(m, "multi_modal_projector")]
     stacks = [getattr(m, "language_model", None) for m in owners]
-    found = {m for m in stacks if isinstance(m, nn.Module) and not mllama.is_stack(m)}
+    modules = [m for m in stacks if isinstance(m, nn.Module)]
+    found = {m for m in modules if not (mllama.is_stack(m) or llama.is_stack(m))}
     return found - {model}
 
 

@@ -157,9 +157,6 @@ class InterleavedStack(DecoderStack):
             kwargs = {**kwargs, FACTORS: None}
         return super()._run(call, use_cache, kwargs)
 
-    def _warn(self, call: DecoderInputs, layouts: Layouts) -> None:
-        pass  # its own forward says nothing
-
     def _states_for(self, call: DecoderInputs, layouts: Layouts) -> Tensor | None:
         states = call.encoder_states
         return None if states is None else states.reshape(1, -1, states.shape[-1])

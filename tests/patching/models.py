@@ -270,6 +270,14 @@ def paligemma2(**settings: Any) -> nn.Module:
     return _spread(tf.PaliGemmaForConditionalGeneration(config), 0.2)
 
 
+def llama(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    text = {n: v for n, v in _gemma().items() if "sliding" not in n and "softcap" not in n}
+    for name in ("query_pre_attn_scalar", "layer_types"):
+        del text[name]
+    return _spread(tf.LlamaForCausalLM(tf.LlamaConfig(**{**text, **settings})), 0.2)
+
+
 def mllama(**settings: Any) -> nn.Module:
     """Layers that read images stand second and last; the gates, 0 at first, are open."""
     torch.manual_seed(0)
@@ -374,7 +382,7 @@ def _with_pictures(inputs: dict[str, Tensor], tiles: list[list[int]]) -> dict[st
     which the text sees that picture until the next one."""
     ids, batch = inputs["input_ids"].clone(), len(tiles)
     most = max(map(len, tiles))
-    pixels = torch.randn(batch, most, 4, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    pixels = torch.randn(batch, most, 4, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     ratios = torch.zeros(batch, most, dtype=torch.int64)
     there = torch.zeros(batch, most, 4, dtype=torch.int64)
     there[:, :, 0] = 1
@@ -443,7 +451,7 @@ FAMILIES = {
     "paligemma2": Family(paligemma2, _paligemma_inputs, _paligemma_training),
 }
 # relatives of BART and mBART, which differ in embeddings, activations and the order of norms; T5;
-# GPT-2 behind a vision tower and alone; Mllama
+# GPT-2 behind a vision tower and alone; Llama alone; Mllama
 RELATIVES = {
     "m2m_100": _seq2seq(m2m100),
     "marian": _seq2seq(marian),
@@ -455,5 +463,6 @@ RELATIVES = {
     "umt5": _seq2seq(umt5),
     "vit_gpt2": Family(vit_gpt2, _image_inputs, lambda m: _with_labels(_image_inputs(m))),
     "gpt2": Family(gpt2, _causal_inputs, _causal_training),
+    "llama": Family(llama, _causal_inputs, _causal_training),
     "mllama": Family(mllama, _mllama_inputs, _mllama_training),
 }
