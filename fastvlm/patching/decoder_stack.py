@@ -104,9 +104,16 @@ class DecoderStack(PatchedStack):
         owners = (self, layers_and_owner(self)[1])
         return any(getattr(owner, "gradient_checkpointing", False) for owner in owners)
 
+    def sees_all(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether rows are to see those behind them too, as whoever makes an encoder of a decoder
+        says: transformers' masks go by the configuration, its attention by the call."""
+        return not getattr(self.config, "is_causal", True) or kwargs.get("is_causal") is False
+
     def _is_causal(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether rows see only those before them in this call."""
         says = self.spec.causal
+        if self.sees_all(kwargs):
+            return False
         if says is None:
             return True
         named = says.startswith("config.")

@@ -171,7 +171,7 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
         decoder = _decoder_of(self)
         if decoder is None or mask is not None or labels.dim() != 2 or not self.shifts_as_known:
             return
-        if interposed(decoder) != NOTHING:
+        if interposed(decoder) != NOTHING or decoder.sees_all(kwargs):
             return  # somebody looks at these rows
         if wants_hidden_states(decoder, kwargs) or wants_attentions(decoder, kwargs):
             return

@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from models import PAD, VOCAB, _causal_inputs, _causal_training, _spread, llama
+from models import (
+    FAMILIES,
+    PAD,
+    RELATIVES,
+    VOCAB,
+    _causal_inputs,
+    _causal_training,
+    _spread,
+    llama,
+)
 from sameness import assert_the_same, assert_trains_the_same, assert_writes_the_same, numbers
 from test_families import generate
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import fastvlm
+from fastvlm.decoding.prefixes import decoder_stack
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -113,3 +124,25 @@ def test_behind_a_vision_tower() -> None:
     for n, tokens in zip((1, 3), expected):
         assert torch.equal(generate(model.eval(), inputs, num_beams=n), tokens)
     assert_the_same(numbers(model, batch), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mllama"])
+def test_an_encoder_made_of_a_decoder(name: str) -> None:
+    """Its configuration says that rows see all others; with a mask, and with labels that end."""
+    family = {**FAMILIES, **RELATIVES}[name]
+    plain = family.build()
+    ours = copy.deepcopy(plain)
+    fastvlm.patch(ours)
+    batch = family.training(nn.Module())
+    whole = {n: value for n, value in batch.items() if n != "attention_mask"}
+    for given in (batch, whole):
+        causal = numbers(ours, given)
+        found = []
+        for model in (plain, ours):
+            config = decoder_stack(model).config
+            config.is_causal = False
+            found.append(numbers(model, given))
+            del config.is_causal
+        assert_the_same(found[1], found[0])
+        if given is batch and hasattr(masking_utils, "create_bidirectional_mask"):
+            assert not torch.equal(causal[0], found[1][0])
