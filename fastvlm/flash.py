@@ -54,6 +54,7 @@ class Call(NamedTuple):
     max_readers: int
     dropout_p: float
     position_bias: Tensor | None = None
+    grad_lse: Tensor | None = None
 
 
 # a rule that does not hold says why flash-attn does not serve the call
@@ -64,6 +65,7 @@ RULES: list[tuple[Callable[[Call], bool], str]] = [
     ),
     (lambda c: c.q.dtype in (torch.float16, torch.bfloat16), "it has float16 and bfloat16 only"),
     (lambda c: c.position_bias is None, "it has no position_bias"),
+    (lambda c: c.grad_lse is None, "its backward takes no gradient of the logsumexp"),
     (lambda c: c.dropout_p == 0, "its dropout draws another mask than every other backend's"),
     (lambda c: c.rows_by_image is None, "readers of an image do not stand together"),
     (lambda c: c.v.shape[-1] == c.k.shape[-1], "the head dimension of v is not that of k"),
@@ -113,10 +115,11 @@ def _reason(call: Call) -> str | None:
 
 def _settings(
     reader_offsets: Tensor, kv_offsets: Tensor, max_readers: int, max_kv: int, causal: bool,
-    window: int, scale: float, softcap: float,
+    window: int, scale: float, softcap: float, window_after: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The keyword arguments that forward and backward share."""
     left = window - 1 if window > 0 else -1
+    right = window_after - 1 if window_after > 0 else left
     return {
         "cu_seqlens_q": reader_offsets,
         "cu_seqlens_k": kv_offsets,
@@ -126,7 +129,7 @@ def _settings(
         "softmax_scale": scale,
         "causal": causal,
         "window_size_left": left,
-        "window_size_right": 0 if causal else left,
+        "window_size_right": 0 if causal else right,
         "softcap": softcap,
         "alibi_slopes": None,
     }
@@ -136,11 +139,12 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, image_of: Tensor,
     rows_by_image: Tensor | None, reader_offsets: Tensor, seed: Tensor | None, max_q: int,
     max_kv: int, max_readers: int, causal: bool, window: int, scale: float, softcap: float,
-    dropout_p: float, position_bias: None = None,
+    dropout_p: float, position_bias: None = None, window_after: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     settings = _settings(
-        reader_offsets, kv_offsets, max_readers, max_kv, causal, window, scale, softcap
-    )
+        reader_offsets, kv_offsets, max_readers, max_kv, causal, window, scale, softcap,
+        window_after,
+    )  # fmt: skip
     out, lse, *_ = _interface()._flash_attn_varlen_forward(q, k, v, **settings)
     # [H, Tq]; +inf where a row sees nothing
     none = lse.isposinf()
@@ -153,11 +157,13 @@ def _backward(
     q_offsets: Tensor, kv_offsets: Tensor, image_of: Tensor, rows_by_image: Tensor | None,
     reader_offsets: Tensor, seed: Tensor | None, max_q: int, max_kv: int, max_readers: int,
     causal: bool, window: int, scale: float, softcap: float, dropout_p: float, needs: list[bool],
-    position_bias: None = None, need_bias: bool = False,
+    position_bias: None = None, need_bias: bool = False, window_after: int = 0,
+    grad_lse: None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     settings = _settings(
-        reader_offsets, kv_offsets, max_readers, max_kv, causal, window, scale, softcap
-    )
+        reader_offsets, kv_offsets, max_readers, max_kv, causal, window, scale, softcap,
+        window_after,
+    )  # fmt: skip
     largest, total = stats.unbind(-1)
     lse = (largest / _LOG2E + total.log()).masked_fill(total == 0, float("inf"))
     if not aligned(grad_out):
@@ -176,9 +182,14 @@ def _kernel(run: Callable[..., Any], first: int, where: int) -> Kernel:
     def unsupported(*args: Any) -> str | None:
         q, k, v = args[first : first + 3]
         dropout_p = args[where + 10]
-        # the last argument but what is wanted of a backward; left out where there is none
-        bias = next((x for x in args[where + 11 :] if isinstance(x, Tensor)), None)
-        return _reason(Call(q, k, v, args[where], args[where + 5], dropout_p, bias))
+        # behind the numbers, and what is wanted of a backward; left out where there are none
+        behind = [*args[where + 11 + min(first, 1) :], *[None] * 4]
+        return _reason(
+            Call(
+                *(q, k, v, args[where], args[where + 5], dropout_p),
+                *(behind[0], behind[3] if first else None),
+            )
+        )
 
     return Kernel("flash", run, unavailable, unsupported, calls="what fastvlm/flash.py lists")
 

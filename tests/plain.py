@@ -23,7 +23,7 @@ def attention(
     image_of: list[int],
     *,
     causal: bool = False,
-    window: int | None = None,
+    window: int | tuple[int, int] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
@@ -54,10 +54,59 @@ def attention(
         if causal:
             scores = scores.masked_fill(distance < 0, float("-inf"))
         if window is not None:
-            scores = scores.masked_fill(distance.abs() >= window, float("-inf"))
+            before, behind = window if isinstance(window, tuple) else (window - 1, window - 1)
+            scores = scores.masked_fill((distance > before) | (-distance > behind), float("-inf"))
         out.append(torch.matmul(scores.softmax(-1), values.transpose(0, 1)).transpose(0, 1))
     unread = 0 * (k.sum() + v.sum())  # an image that nobody reads has a gradient too: zero
     return (torch.cat(out) if out else q * 0) + unread
+
+
+def merged_scores(
+    q: Tensor,
+    k: Tensor,
+    other_k: Tensor,
+    lengths: list[int],
+    kv_lengths: list[int],
+    image_of: list[int],
+    window: int | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    """Of each segment [H, L, L + K]: those of the rows before, in the window, and of an image."""
+    group, found = q.shape[1] // k.shape[1], []
+    images = other_k.split(kv_lengths)
+    for rows, own, image in zip(q.split(lengths), k.split(lengths), image_of):
+        keys = torch.cat([own, images[image]]).repeat_interleave(group, 1)
+        scores = torch.einsum("lhd,khd->hlk", rows, keys) * q.shape[-1] ** -0.5
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        places = torch.arange(len(rows))
+        distance = places[:, None] - places
+        hidden = (distance < 0) | (distance >= (len(rows) + 1 if window is None else window))
+        hidden = torch.nn.functional.pad(hidden, (0, len(images[image])))
+        found.append(scores.masked_fill(hidden, float("-inf")))
+    return found
+
+
+def merged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other_k: Tensor,
+    other_v: Tensor,
+    lengths: list[int],
+    kv_lengths: list[int],
+    image_of: list[int],
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One softmax over the rows of a segment up to each row and the image that it reads."""
+    scores = merged_scores(q, k, other_k, lengths, kv_lengths, image_of, window, softcap)
+    group, out = q.shape[1] // k.shape[1], []
+    images = other_v.split(kv_lengths)
+    for of_segment, own, image in zip(scores, v.split(lengths), image_of):
+        values = torch.cat([own, images[image]]).repeat_interleave(group, 1)
+        out.append(torch.einsum("hlk,khd->lhd", of_segment.softmax(-1), values))
+    return torch.cat(out) + 0 * (other_k.sum() + other_v.sum())
 
 
 def cached_attention(

@@ -31,8 +31,8 @@ EXPECTED_CPU = (
     "linear_cross_entropy",
     "linear_topk",
 )
-# DaViT's, whose blocks run on a GPU as transformers wrote them, on the parts that are patched, and
-# int8 arithmetic
+# DaViT's, whose blocks run on a GPU as transformers wrote them, on the parts that are patched, int8
+# arithmetic, and what joins two attentions
 CPU_ONLY = (
     "residual_linear",
     "residual_gelu_mlp",
@@ -41,6 +41,7 @@ CPU_ONLY = (
     "depthwise_conv_norm",
     "int8_linear",
     "int8_gelu_mlp",
+    "merge_attention",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,6 +52,7 @@ def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
     heads = torch.randn(rows, 2, 8).to(dtype)
     layout = fastvlm.Layout.from_lengths([rows])
     cache = torch.randn(rows, 4, 2, 8).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
         "linear": lambda: ops.linear(x, w),
         "low_precision_linear": lambda: ops.low_precision_linear(x, *ops.quantize_rows(w)),
@@ -60,6 +62,9 @@ def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
         "self_attention": lambda: ops.self_attention(heads, heads, heads, layout),
         "cached_attention": lambda: ops.cached_attention(
             heads, cache, cache, torch.full((rows,), 4)
+        ),
+        "merge_attention": lambda: ops.merge_attention(
+            heads, heads[..., 0].to(wide), heads, heads[..., 1].to(wide)
         ),
         "rms_norm": lambda: ops.rms_norm(x, w[0]),
         "residual_rms_norm": lambda: ops.residual_rms_norm(x, x, w[0]),

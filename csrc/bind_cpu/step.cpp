@@ -1,13 +1,15 @@
 // A whole decoding step in one call: the kernels of a stack's layers, one after the other, as
 // fastvlm/cpu/step.py has written them down. What lies between them stays in one arena.
 #include <chrono>
+#include <cmath>
 #include <vector>
 
+#include "../cpu/merge.h"
 #include "../cpu/norm.h"
 #include "../cpu/rope.h"
 #include "attention.h"
 #include "bind.h"
-#include "reader.h"
+#include "registers.h"
 #include "weights.h"
 
 namespace fastvlm {
@@ -26,14 +28,8 @@ enum Op : int64_t {
   kSelfAttention,
   kCrossAttention,
   kLayerNorm,
+  kMergedAttention,
   kOps
-};
-
-// A register: rows [R, cols] of the arena, or the step's first or last ones.
-struct Register {
-  void* data;
-  int64_t width;  // elements a row may have
-  int64_t cols;   // and has; 0 until it is written
 };
 
 struct Inputs {
@@ -43,48 +39,18 @@ struct Inputs {
   const Tensor& lengths;
   const std::optional<Tensor>& ancestry;
   const std::vector<Tensor>& where;     // q_offsets, kv_offsets, image_of
-  const std::vector<Tensor>& rotation;  // cos, sin
+  const std::vector<Tensor>& rotation;  // cos and sin, once for each way to turn
 };
 
-class Step {
+class Step : public Registers {
  public:
   Step(const Tensor& x, const Inputs& inputs, const Tensor& numbers)
-      : in_(inputs), dtype_(dtype_of(x, "x")), rows_(x.size(0)) {
-    size_ = dtype_ == DType::kFloat ? 4 : 2;
-    STD_TORCH_CHECK(
-        numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous(),
-        "numbers: expected contiguous float64 on the CPU");
-    numbers_ = static_cast<const double*>(numbers.const_data_ptr());
-    count_ = numbers.numel();
-  }
-
-  // Register 0 is x, the last one is out, and those between lie in the arena.
-  void place(Reader widths, const Tensor& x, Tensor& arena, Tensor& out) {
-    check(x, "x", 2);
-    check(out, "out", 2);
-    STD_TORCH_CHECK(x.is_contiguous() && out.is_contiguous() && out.size(0) == rows_ &&
-                        dtype_of(out, "out") == dtype_ && dtype_of(arena, "arena") == dtype_,
-                    "x, arena, out: expected contiguous rows of one dtype");
-    char* free = static_cast<char*>(arena.mutable_data_ptr());
-    int64_t left = arena.numel();
-    registers_.push_back({const_cast<void*>(x.const_data_ptr()), x.size(1), x.size(1)});
-    while (!widths.done()) {
-      const int64_t width = widths.next();
-      STD_TORCH_CHECK(width >= 0 && width * rows_ <= left, "arena: too small");
-      registers_.push_back({free, width, 0});
-      free += width * rows_ * size_;
-      left -= width * rows_;
-    }
-    registers_.push_back({out.mutable_data_ptr(), out.size(1), 0});
-  }
+      : Registers(x, inputs.tensors, numbers), in_(inputs) {}
 
   void run(Reader code, double* seconds) {
     while (!code.done()) {
       const int64_t op = code.next();
-      out_ = code.list();
-      rows_of_ = code.list();
-      tensors_ = code.list();
-      settings_ = code.list();
+      operands(code);
       const auto begin = std::chrono::steady_clock::now();
       STD_TORCH_CHECK(op >= 0 && op < kOps, "code: no op ", op);
       dispatch(static_cast<Op>(op));
@@ -92,7 +58,7 @@ class Step {
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
       seconds[op] += taken.count();
     }
-    STD_TORCH_CHECK(registers_.back().cols == registers_.back().width, "code: out is not written");
+    check_written();
   }
 
  private:
@@ -109,57 +75,10 @@ class Step {
       case kSelfAttention: return self_attention();
       case kCrossAttention: return cross_attention();
       case kLayerNorm: return layer_norm();
+      case kMergedAttention: return merged_attention();
       case kOps: return;
     }
   }
-
-  Register& at(int64_t index) {
-    STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(registers_.size()),
-                    "code: no register ", index);
-    return registers_[index];
-  }
-  const Register& read(int64_t i) {
-    const Register& found = at(rows_of_[i]);
-    STD_TORCH_CHECK(found.cols > 0, "code: register ", rows_of_[i],
-                    " is read before it is written");
-    return found;
-  }
-  Matrix rows(int64_t i) {
-    const Register& r = read(i);
-    return {r.data, dtype_, rows_, r.cols, r.cols};
-  }
-  void* write(int64_t i, int64_t cols) {
-    Register& to = at(out_[i]);
-    STD_TORCH_CHECK(out_[i] > 0 && cols > 0 && cols <= to.width, "code: register ", out_[i],
-                    " has no room for rows of ", cols);
-    to.cols = cols;
-    return to.data;
-  }
-  std::optional<Tensor> optional(int64_t i) {
-    const int64_t index = tensors_[i];
-    if (index < 0) return std::nullopt;
-    STD_TORCH_CHECK(index < static_cast<int64_t>(in_.tensors.size()), "code: no tensor ", index);
-    return in_.tensors[index];
-  }
-  Tensor tensor(int64_t i) {
-    const std::optional<Tensor> found = optional(i);
-    STD_TORCH_CHECK(found.has_value(), "code: an instruction without its tensor ", i);
-    return *found;
-  }
-  double number(int64_t i) {
-    const int64_t index = settings_[i];
-    STD_TORCH_CHECK(index >= 0 && index < count_, "code: no number ", index);
-    return numbers_[index];
-  }
-  int64_t integer(int64_t i) { return static_cast<int64_t>(number(i)); }
-  Activation activation() { return activation_of(integer(0)); }
-  int64_t heads_in(int64_t cols, int64_t dim) {
-    STD_TORCH_CHECK(dim > 0 && cols % dim == 0, "code: rows of ", cols, " are no heads of ", dim);
-    return cols / dim;
-  }
-
-  // Whether an instruction's weights lie as [inputs, outputs], by its setting of this number.
-  bool transposed(int64_t i) { return settings_.size > i && integer(i) != 0; }
 
   void linear() {
     const Matrix x = rows(0);
@@ -290,9 +209,10 @@ class Step {
     args.tokens = rows_;
     args.heads = heads_in(q.cols, args.dim);
     args.kv_heads = heads_in(k.cols, args.dim);
-    STD_TORCH_CHECK(in_.rotation.size() == 2, "rotation: expected cos and sin");
-    args.cos = matrix(in_.rotation[0], "cos");
-    args.sin = matrix(in_.rotation[1], "sin");
+    const int64_t pair = 2 * integer_or(1, 0), tables = static_cast<int64_t>(in_.rotation.size());
+    STD_TORCH_CHECK(pair >= 0 && pair + 1 < tables, "rotation: expected cos and sin at ", pair);
+    args.cos = matrix(in_.rotation[pair], "cos");
+    args.sin = matrix(in_.rotation[pair + 1], "sin");
     for (const Matrix& table : {args.cos, args.sin}) {
       STD_TORCH_CHECK(table.rows == rows_ && table.cols == args.cos.cols && table.cols % 2 == 0 &&
                           table.cols <= args.dim,
@@ -308,7 +228,8 @@ class Step {
     FASTVLM_KERNEL(rope)(args);
   }
 
-  void self_attention() {
+  // The new token of each row against its cache, to which it is appended. lse: or null.
+  void attend_cache(const std::optional<Tensor>& bias, void* out, float* lse) {
     const Matrix q = rows(0), k = rows(1), v = rows(2);
     const size_t layer = static_cast<size_t>(integer(1));
     STD_TORCH_CHECK(2 * layer + 1 < in_.caches.size(), "caches: none of layer ", layer);
@@ -326,17 +247,18 @@ class Step {
     args.window = bounded(integer(2));
     args.scale = static_cast<float>(number(3));
     args.softcap = static_cast<float>(number(4));
-    const std::optional<Tensor> bias = tensors_.size > 0 ? optional(0) : std::nullopt;
     args.bias = bias_of(bias, args.heads);
     int bad_ancestor = 0;
     args.bad_ancestor = &bad_ancestor;
-    args.out = write(0, q.cols);
+    args.out = out;
+    args.lse = lse;
     FASTVLM_KERNEL(cached_attention)(args);
     STD_TORCH_CHECK(bad_ancestor == 0, "ancestry: names a row beyond the cache's ",
                     args.cache_rows);
   }
 
-  void cross_attention() {
+  // The new token of each row against the image of its prompt; stats_ are then those of its heads.
+  void attend_image(double scale, double softcap, void* out) {
     const Matrix q = rows(0);
     const Tensor k = tensor(0), v = tensor(1);
     STD_TORCH_CHECK(k.dim() == 3 && in_.where.size() == 3,
@@ -349,23 +271,43 @@ class Step {
     args.heads = heads_in(q.cols, args.dim);
     args.q = {q.data, q.cols, args.dim};
     set_keys(args, k, v, in_.where[0], in_.where[1], in_.where[2]);
-    args.scale = static_cast<float>(number(0));
-    args.softcap = static_cast<float>(number(1));
-    args.out = write(0, q.cols);
+    args.scale = static_cast<float>(scale);
+    args.softcap = static_cast<float>(softcap);
+    args.out = out;
     stats_.resize(static_cast<size_t>(2 * rows_ * args.heads));
     args.stats = stats_.data();
     FASTVLM_KERNEL(attention)(args);
   }
 
+  void self_attention() {
+    const std::optional<Tensor> bias = tensors_.size > 0 ? optional(0) : std::nullopt;
+    attend_cache(bias, write(0, rows(0).cols), nullptr);
+  }
+
+  void cross_attention() { attend_image(number(0), number(1), write(0, rows(0).cols)); }
+
+  // Both, as one softmax over the keys of the cache and of the image.
+  void merged_attention() {
+    const Matrix q = rows(0);
+    const int64_t dim = integer(0), heads = rows_ * heads_in(q.cols, dim);
+    const int64_t bytes = rows_ * q.cols * (dtype_ == DType::kFloat ? 4 : 2);
+    parts_.resize(static_cast<size_t>(2 * bytes));
+    lse_.resize(static_cast<size_t>(2 * heads));
+    float *of_cache = lse_.data(), *of_image = lse_.data() + heads;
+    attend_cache(std::nullopt, parts_.data(), of_cache);
+    attend_image(number(3), number(4), parts_.data() + bytes);
+    for (int64_t i = 0; i < heads; ++i) {
+      of_image[i] = stats_[2 * i] * 0.693147181f + std::log(stats_[2 * i + 1]);
+    }
+    FASTVLM_KERNEL(merge_attention)
+    ({dtype_, heads, dim, parts_.data(), parts_.data() + bytes, of_cache, of_image,
+      write(0, q.cols)});
+  }
+
   const Inputs& in_;
-  DType dtype_;
-  int64_t rows_, size_;
-  const double* numbers_;
-  int64_t count_;
-  std::vector<Register> registers_;
   std::vector<Product> products_;
-  std::vector<float> stats_;
-  Reader::List out_{}, rows_of_{}, tensors_{}, settings_{};
+  std::vector<float> stats_, lse_;
+  std::vector<char> parts_;
 };
 
 void step(const Tensor& x, const Tensor& code, const Tensor& widths, const Tensor& numbers,

@@ -30,7 +30,7 @@ struct AttentionArgs {
   int64_t segments, images;
   float scale, softcap;
   bool causal;
-  int64_t window;
+  int64_t window, window_after;  // how near keys must be before a row, and behind it; 0 for none
   PositionBias bias;
   void* out;     // [rows, heads, dim]
   float* stats;  // [rows, heads, 2]: largest score times log2 e, sum of exp(score - largest)
@@ -43,7 +43,8 @@ struct AttentionBackwardArgs {
   Heads grad_out;
   int64_t keys;  // rows of k and v
   void *dq, *dk, *dv;
-  float* dbias;  // as the bias of forward
+  float* dbias;           // as the bias of forward
+  const float* grad_lse;  // [rows, heads], of the logsumexp of a row's scores; null for zeros
 };
 
 // A cache is [cache rows, positions, kv heads, dim].
@@ -66,6 +67,7 @@ struct CachedAttentionArgs {
   int64_t window;
   PositionBias bias;  // a query stands at the last of its positions
   void* out;
+  float* lse;         // [rows, heads], the logsumexp of a row's scores; null where nobody wants it
   int* bad_ancestor;  // set to 1 where ancestry names a row the cache does not have
 };
 

@@ -288,7 +288,9 @@ void AttentionBackward<T>::score_gradients(int64_t index, int64_t head, int64_t 
   float* dbias = b_.dbias == nullptr
                      ? nullptr
                      : m.dbias + head % group_ * bias_.width() + bias_.begin(place, begin);
-  const Vec delta = broadcast(sum(products)) * factor;
+  const float of_lse =
+      b_.grad_lse == nullptr ? 0.0f : b_.grad_lse[readers_.row(index) * a_.heads + head];
+  const Vec delta = broadcast(sum(products)) * factor - broadcast(of_lse);
   for (int64_t i = begin; i < end; i += kLanes) {
     const Vec probability = load(p + i) * factor;
     const Vec gradient = probability * (load(ds + i) - delta);

@@ -1,4 +1,6 @@
 // cached_attention: one new token per row against the positions of its own ancestry in a cache.
+#include <cmath>
+
 #include "attention.h"
 #include "softmax.h"
 
@@ -39,6 +41,7 @@ class CachedAttention {
         combine(parts.data() + r * blocks_ * padded_, running.data() + r * blocks_, blocks_,
                 padded_, sums, result);
         write_row(sums, result, a_.dim, static_cast<T*>(a_.out) + r * a_.dim);
+        if (a_.lse != nullptr) a_.lse[r] = result.largest + std::log(result.total);
       }
     };
     for_each_task(a_.rows, finish);

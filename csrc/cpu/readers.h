@@ -39,7 +39,7 @@ class Readers {
   }
   int64_t last_visible(int64_t index, int64_t keys) const {
     if (a_.causal) return smaller(keys, place(index) + 1);
-    return a_.window > 0 ? smaller(keys, place(index) + a_.window) : keys;
+    return a_.window > 0 ? smaller(keys, place(index) + a_.window_after) : keys;
   }
 
  private:

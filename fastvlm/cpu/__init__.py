@@ -1,10 +1,11 @@
 """The CPU backend: which calls the C++ extension serves, and how they reach it."""
 
-from fastvlm.cpu import attention, int8, loss, mlp, norm, residual, rope, vision
+from fastvlm.cpu import attention, int8, loss, merge, mlp, norm, residual, rope, vision
 from fastvlm.ops.dispatch import register
 
 KERNELS = {
     **attention.KERNELS,
+    **merge.KERNELS,
     **mlp.KERNELS,
     **norm.KERNELS,
     **rope.KERNELS,

@@ -35,11 +35,13 @@ def _attention(
     softcap: float,
     dropout_p: float,
     position_bias: Tensor | None = None,
+    window_after: int = 0,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     where = (q_offsets, kv_offsets, image_of)
     return torch.ops.fastvlm_cpu.attention(
-        q, k, v, *where, seed, scale, softcap, causal, window, dropout_p, _dense(position_bias)
+        *(q, k, v, *where, seed, scale, softcap, causal, window, dropout_p, _dense(position_bias)),
+        window_after,
     )
 
 
@@ -67,12 +69,14 @@ def _attention_backward(
     needs: list[bool],
     position_bias: Tensor | None = None,
     need_bias: bool = False,
+    window_after: int = 0,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (dense_last(x) for x in (grad_out, q, k, v))
     where = (q_offsets, kv_offsets, image_of)
     return torch.ops.fastvlm_cpu.attention_backward(
         *(*rows, *where, seed, scale, softcap, causal, window, dropout_p, _dense(position_bias)),
-        *(*needs, need_bias),
+        *(*needs, need_bias, window_after, _dense(grad_lse)),
     )
 
 
@@ -90,6 +94,24 @@ def _cached_attention(
     q, k_cache, v_cache = dense_last(q), dense_last(k_cache), dense_last(v_cache)
     lengths = lengths.contiguous()
     return torch.ops.fastvlm_cpu.cached_attention(
+        *(q, k_cache, v_cache, lengths, ancestry, scale, softcap, window, _dense(position_bias))
+    )
+
+
+def _cached_attention_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    ancestry: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float,
+    position_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    q, k_cache, v_cache = dense_last(q), dense_last(k_cache), dense_last(v_cache)
+    lengths = lengths.contiguous()
+    return torch.ops.fastvlm_cpu.cached_attention_lse(
         *(q, k_cache, v_cache, lengths, ancestry, scale, softcap, window, _dense(position_bias))
     )
 
@@ -118,4 +140,5 @@ KERNELS = {
     "self_attention": _packed(_attention, 0),
     "self_attention_backward": _packed(_attention_backward, 1),
     "cached_attention": Kernel("cpu", _cached_attention, unavailable, _cached_unsupported),
+    "cached_attention_lse": Kernel("cpu", _cached_attention_lse, unavailable, _cached_unsupported),
 }

@@ -22,6 +22,7 @@ from fastvlm.ops import dispatch
 OPS = (
     "linear", "gelu_mlp", "geglu_mlp", "activate", "residual_layer_norm", "rms_norm",
     "residual_rms_norm", "rope", "self_attention", "cross_attention", "layer_norm",
+    "merged_attention",
 )  # fmt: skip
 _seconds: Tensor | None = None
 

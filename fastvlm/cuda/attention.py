@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvlm.triton.common import (
     NO_BIAS,
     Launcher,
+    beyond_kernels,
     cdiv,
     dense_last,
     has_bias,
@@ -59,6 +60,7 @@ def _cross_attention(
     softcap: float,
     dropout_p: float,
     position_bias: None = None,
+    window_after: int = 0,
 ) -> tuple[Tensor, Tensor]:
     kv_heads, images = k.shape[1], kv_offsets.shape[0] - 1
     tiles = cdiv(max_readers * (q.shape[1] // kv_heads), TILE)
@@ -115,8 +117,8 @@ def _unsupported_cross(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | Non
         return "a causal mask or window over the tokens of an image"
     if dropout_p > 0:
         return "dropout"
-    if has_bias(rest, 14):
-        return NO_BIAS
+    if missing := beyond_kernels(rest, 14, backward=False):
+        return missing
     if k.shape[1] and max_readers * (q.shape[1] // k.shape[1]) > TILE * MOST_TILES:
         return f"more than {TILE * MOST_TILES} query rows to a head of an image"
     return _misfit(k=k, v=v, q=q)

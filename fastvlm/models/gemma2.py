@@ -36,6 +36,8 @@ STACK = Stack(
 )
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
+NORMS = ("q_norm", "k_norm")
+
 is_attention = has(*PROJECTIONS, "num_key_value_groups", "sliding_window")
 is_mlp = has(*_MLP)
 is_layer = has(*LAYER.parts)

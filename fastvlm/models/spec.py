@@ -24,12 +24,15 @@ class Attention:
     whether they are always there; otherwise rows read themselves without them. causal: the
     attribute that says whether rows see only those before them; None where they always do, and a
     module does not tell which of the two it is for. rotary: whether queries and keys are turned by
-    their positions (RoPE). window, softcap: the attributes with these numbers; None where the
-    class has none. mask: what it calls its mask. bias: the table of a bias of the scores by
-    distance; of a class that shares_bias the first of a stack has it, and hands what it read on to
-    the others. norms: the modules that normalize each head of queries and of keys, before that.
-    keeps_states: whether a call without states reads those whose keys its cache holds. aliases:
-    what is called so here, and what the class calls it.
+    their positions (RoPE). way: the attribute that says by which of a stack's tables, where it has
+    several (`Stack.ways`). norms: the modules that normalize each head of queries and of keys,
+    before that. window, softcap: the attributes with these numbers; None where the class has none.
+    splits_window: whether a window that reaches both ways is half before a row and half behind it.
+    merged: whether rows read themselves and the states in one softmax, keys and values of both by
+    the same projections, and only their own turned. mask: what it calls its mask. bias: the table
+    of a bias of the scores by distance; of a class that shares_bias the first of a stack has it,
+    and hands what it read on to the others. keeps_states: whether a call without states reads those
+    whose keys its cache holds. aliases: what is called so here, and what the class calls it.
     """
 
     out: str | None
@@ -42,9 +45,12 @@ class Attention:
     cross: bool = False
     causal: str | None = "is_causal"
     rotary: bool = False
+    way: str | None = None
     norms: tuple[str, str] | None = None
     window: str | None = None
     softcap: str | None = None
+    splits_window: bool = False
+    merged: bool = False
     mask: str = "attention_mask"
     bias: str | None = None
     shares_bias: bool = False
@@ -79,7 +85,8 @@ class Mlp:
 class Residual:
     """h -> norm(h + tanh(gate) * after(branch(before(h)))): a branch, and how it joins the stream.
 
-    reads: "self" for attention of rows to themselves, "cross" to the encoder's states, "mlp".
+    reads: "self" for attention of rows to themselves, "cross" to the encoder's states, "merged" to
+    both at once, "mlp".
     branch: the module that computes it, or the Mlp whose parts are the layer's own. before, after,
     norm: norms of what the branch reads, of what it gives, of the sum; None where there is none.
     optional: a cross-attention that is left out where there are no states to read. dropout: of what
@@ -109,8 +116,9 @@ class Layer:
     attentions get as well. named: whether they
     get the rows by name. splits_cache: whether self-attention gets its part of a cache alone.
     clamps: where float16 is kept off its ends, "always" or "overflow": only if something left them,
-    "infinite": behind each branch, only if something is. mask: what attentions call theirs;
-    cross_mask: what those that read the encoder do, where they have another name for it.
+    "infinite": behind each branch, only if something is. mask: what attentions call theirs, and the
+    layer too where its own is of that name; cross_mask: what those that read the encoder do, where
+    they have another name for it.
     shares_bias: it gets `position_bias` and gives (rows, that of its first attention, None).
     bypasses: where it is handed no layouts its own forward runs: modules with forwards of their own
     stand between it and its branches, or what they get from it is not all that it is given.
@@ -191,7 +199,10 @@ class Stack:
     a call says whether rows see only those before them, an argument or "config." and its name; None
     where they always do. holders: modules of a layer whose parts our layer reads, and which it does
     not call. by_layers: whether its layers as they are hand nothing on to their attentions.
-    ignores_cross_mask: the mask of the encoder's states is never looked at. wraps_cache: whether it
+    ignores_cross_mask: the mask of the encoder's states is never looked at. ways: whether layers of
+    each kind of its config's layer_types have cosines and sines of their own. merged: whether its
+    attentions read the encoder's states beside their own rows. on_cpu: what of its attentions only
+    the CPU has kernels for; None where others do. wraps_cache: whether it
     takes a cache of its own rows alone, and makes one for the encoder's beside it.
     """
 
@@ -220,10 +231,13 @@ class Stack:
     by_layers: bool = False
     ignores_cross_mask: bool = False
     wraps_cache: bool = False
+    ways: bool = False
+    merged: bool = False
+    on_cpu: str | None = None
 
     @property
     def reads_encoder(self) -> bool:
-        return len(self.attentions) > 1
+        return self.merged or len(self.attentions) > 1
 
     @property
     def masks_encoder(self) -> bool:

@@ -48,6 +48,7 @@ _STACK = {
     "norm": "final_layer_norm",
     "aliases": (("layers", "block"),),
     "has_bias": True,
+    "on_cpu": "its scores have a bias of the distance",
     "holders": ("layer.0", "layer.1", "layer.2"),
 }
 ENCODER = Stack(_EMBEDDING, ("attention_mask",), (_SELF,), **_STACK)  # type: ignore[arg-type]

@@ -21,12 +21,12 @@ CROSS_ATTENTION = Attention(
     cross=True,
     softcap="attn_logit_softcapping",
 )
-_SELF = Residual("self", "self_attn", "pre_self_attn_layernorm", "post_self_attn_layernorm")
+SELF = Residual("self", "self_attn", "pre_self_attn_layernorm", "post_self_attn_layernorm")
 _CROSS = Residual("cross", "cross_attn", "pre_cross_attn_layernorm", "post_cross_attn_layernorm")
 _STATES = ("encoder_hidden_states", "encoder_attention_mask")
-ENCODER_LAYER = Layer((_SELF, gemma2.MLP), gemma2.POSITIONS, "dropout", named=True)
+ENCODER_LAYER = Layer((SELF, gemma2.MLP), gemma2.POSITIONS, "dropout", named=True)
 DECODER_LAYER = Layer(
-    (_SELF, _CROSS, gemma2.MLP),
+    (SELF, _CROSS, gemma2.MLP),
     (*gemma2.POSITIONS, "past_key_values", "use_cache", *_STATES),
     "dropout",
     hands=("use_cache",),

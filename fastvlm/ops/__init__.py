@@ -7,6 +7,7 @@ import fastvlm.triton  # noqa: F401 - each backend registers its kernels
 from fastvlm.ops.attention import cached_attention, cross_attention, self_attention
 from fastvlm.ops.int8 import int8_gelu_mlp, int8_linear
 from fastvlm.ops.loss import linear_cross_entropy, linear_topk
+from fastvlm.ops.merge import merge_attention
 from fastvlm.ops.mlp import geglu_mlp, gelu_mlp, linear, low_precision_linear, quantize_rows
 from fastvlm.ops.norm import residual_layer_norm, residual_rms_norm, rms_norm
 from fastvlm.ops.residual import residual_gelu_mlp, residual_linear
@@ -26,6 +27,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_topk",
     "low_precision_linear",
+    "merge_attention",
     "quantize_rows",
     "residual_gelu_mlp",
     "residual_layer_norm",

@@ -74,9 +74,7 @@ class DecoderStack(PatchedStack):
     reads_static_caches = True
 
     def _no_cross_mask(self) -> Any:
-        if self.spec.empty_mask:
-            return self._no_mask()
-        return dict.fromkeys(self.spec.cross_masks) or None
+        return self._nothing_hidden(self.spec.cross_masks)
 
     def _read(self, states: Tensor | None, mask: Any) -> dict[str, Any]:
         """The arguments that say what cross-attention reads."""
@@ -168,6 +166,8 @@ class DecoderStack(PatchedStack):
             return None  # several texts in a row, which transformers tells by their positions
         if filled == 0 and hides(mask) and not knows_its_readers(self, mask):
             # rows that nobody should see, and that somebody may read: as transformers computes them
+            if self.spec.merged:
+                return None
             cross = self._cross(call, None, batch, length, filled, device)
             return Layouts(cross=cross, fused_self=False)
         cross = self._cross(call, mask, batch, length, filled, device)
@@ -176,7 +176,7 @@ class DecoderStack(PatchedStack):
             packed = call.past is None and self._runs_packed(rows, kwargs, found)
             return Layouts(rows=rows, cross=cross, packed=packed)
         if length > 1:
-            return Layouts(cross=cross, fused_self=False)
+            return None if self.spec.merged else Layouts(cross=cross, fused_self=False)
         return Layouts(cross=cross, visible=visible_positions(mask))
 
     def _knows(self, past: Any, encodes: bool) -> bool:
@@ -297,7 +297,7 @@ class DecoderStack(PatchedStack):
 
     def _fixed(self, past: Any) -> bool:
         """Whether the patched attention reads this static cache, and nothing stands in its way."""
-        if not static.knows(past, self.spec.reads_encoder):
+        if self.spec.merged or not static.knows(past, self.spec.reads_encoder):
             return False
         # with keys of an image once for all its rows, it goes on as it began
         begun = self.spec.reads_encoder and static.is_shared(past.cross_attention_cache)

@@ -47,9 +47,14 @@ class PatchedStack(Mixin):
 
     def _no_mask(self) -> Any:
         """What to pass as attention_mask so that transformers builds no 4-D mask."""
-        if self.spec.empty_mask:  # of a shape that fits no scores: nobody reads it in silence
-            return torch.empty(1, 1, 0, 0, dtype=torch.bool)
-        return dict.fromkeys(self.spec.masks) or None
+        return self._nothing_hidden(self.spec.masks)
+
+    def _nothing_hidden(self, kinds: tuple[str, ...]) -> Any:
+        if not self.spec.empty_mask:
+            return dict.fromkeys(kinds) or None
+        # of a shape that fits no scores: nobody reads it in silence
+        empty = torch.empty(1, 1, 0, 0, dtype=torch.bool)
+        return dict.fromkeys(kinds, empty) or empty
 
     def _runs_packed(self, rows: Layout, kwargs: Mapping[str, Any], found: Interposed) -> bool:
         """Whether there is padding, and every layer can do without it."""

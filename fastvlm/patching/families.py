@@ -15,6 +15,7 @@ from fastvlm.models import (
     blip,
     florenz,
     gemma2,
+    gemma3,
     gpt2,
     llama,
     m2m100,
@@ -22,6 +23,7 @@ from fastvlm.models import (
     mllama,
     t5,
     t5gemma,
+    t5gemma2,
     trocr,
     whisper,
 )
@@ -134,6 +136,13 @@ _T5GEMMA = (
     _layer_rule(t5gemma.is_layer, t5gemma.read_layer, "norm"),
     *_GEMMA2,
 )
+_GEMMA3 = (_attention_rule(gemma3.is_attention, gemma3.read_attention), *_GEMMA2)
+_T5GEMMA2 = (
+    _attention_rule(t5gemma2.is_merged_attention, t5gemma2.read_merged_attention),
+    _attention_rule(gemma3.is_attention, t5gemma2.read_attention),
+    _layer_rule(t5gemma2.is_layer, t5gemma2.read_layer, "norm"),
+    *_GEMMA2,
+)
 _FLORENZ = (_layer_rule(florenz.is_layer, florenz.read_layer, "norm"), *_T5GEMMA)
 _LLAMA = (
     _attention_rule(llama.is_attention, llama.read_attention),
@@ -182,8 +191,9 @@ def _two_stacks(family: Any, rules: tuple[Rule, ...]) -> tuple[StackRule, StackR
     return rule(False), rule(True)
 
 
-# T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more; Marian's
-# and TrOCR's before BART's: BlenderbotSmall and TrOCR have all names of it
+# T5Gemma and Florenz before Gemma-2: their stacks have all that Gemma-2's have, and more, as do
+# Gemma-3's and T5Gemma 2's, which normalize queries and keys; Marian's and TrOCR's before BART's:
+# BlenderbotSmall and TrOCR have all names of it
 STACKS: tuple[StackRule, ...] = (
     _stack_rule(trocr.is_stack, trocr.read_stack, _TROCR, trocr.KNOWN),
     *_two_stacks(marian, _BART),
@@ -199,7 +209,9 @@ STACKS: tuple[StackRule, ...] = (
         _GPT2,
         gpt2.KNOWN if gpt2_hides_states() else (),  # else each is tried, and found out
     ),
+    *_two_stacks(t5gemma2, _T5GEMMA2),
     *_two_stacks(t5gemma, _T5GEMMA),
+    _stack_rule(gemma3.is_stack, gemma3.read_stack, _GEMMA3, gemma3.KNOWN),
     _stack_rule(florenz.is_stack, florenz.read_stack, _FLORENZ, florenz.KNOWN),
     _stack_rule(mllama.is_stack, mllama.read_stack, _MLLAMA, mllama.KNOWN),
     _stack_rule(llama.is_stack, lambda module: llama.STACK, _LLAMA, llama.KNOWN),

@@ -127,12 +127,12 @@ def configs_of(stack: Any, spec: Stack) -> list[Any]:
 
 def without_kernel(stack: Any, spec: Any) -> str | None:
     """Why the attention of a stack is faster as transformers computes it; None where it is not."""
-    if not spec.has_bias:
+    if spec.on_cpu is None:
         return None
     device = part_of(stack, spec.embedding.tokens).weight.device.type
     if device in ("cpu", "meta"):
         return None
-    return f"its scores have a bias of the distance, for which there is no kernel on {device} yet"
+    return f"{spec.on_cpu}, for which there is no kernel on {device} yet"
 
 
 def runs_ours(module: Any) -> bool:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.compat.versions import is_tested
+from fastvlm.models.embedding import with_own_row
 from fastvlm.models.spec import Layer
-from fastvlm.models.structure import layers_of, submodule, takes
+from fastvlm.models.structure import layers_of, takes
 from fastvlm.nn.linear import inputs_of
 from fastvlm.ops import dispatch
+from fastvlm.patching import trials
 from fastvlm.patching.classes import become, swapped, unpatched_class
 from fastvlm.patching.replica import DTYPE, ROWS, Float64, Replica, signature, without_weights
 from fastvlm.patching.rules import StackRule, Swap
@@ -37,13 +39,6 @@ _SLOTS = frozenset((
     "dense", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "wi", "wi_0", "wi_1", "wo",
     "c_attn", "q_attn", "c_proj", "c_fc",
 ))  # fmt: skip
-# where the attentions of a layer stand
-_OWN = ("self_attn", "layer.0.SelfAttention", "attention.self", "attn")
-_CROSS = (
-    *("encoder_attn", "cross_attn", "layer.1.EncDecAttention", "crossattention.self"),
-    "crossattention",
-)
-_KEYS = ("k_proj", "k", "key", "c_attn")
 # what is called, whatever it computes, or has nothing to compute
 _HARMLESS_HOMES = (
     "torch",
@@ -147,7 +142,7 @@ def _try_layer(
         return
     replica = Replica(index)
     copied = replica.of(stack, layers_of(stack))
-    base, failed = _run(lambda: _answers(copied))
+    base, failed = _run(lambda: trials.answers(copied))
     if base is None:
         trial.refuse([*together, *layers], f"{why}, and it could not be tried: {failed}")
         return
@@ -167,7 +162,7 @@ def _difference(
 ) -> str | None:
     """How the answers change with these swaps, in words; None where they do not."""
     with _swapped(replica, swaps):
-        ours, failed = _run(lambda: _answers(copied))
+        ours, failed = _run(lambda: trials.answers(copied))
     if ours is None:
         return f"fastvlm's way of it fails ({failed})"
     return difference_of(base, ours)
@@ -269,7 +264,8 @@ def try_embedding(
     theirs, failed = _run(lambda: [copied(ids).detach()])
     if theirs is None:
         return f"{why}, and it could not be tried: {failed}"
-    difference = difference_of(theirs, [copied.weight[ids].detach() * (factor_of(copied) or 0)])
+    ours = with_own_row(copied, ids, copied.weight[ids] * (factor_of(copied) or 0)).detach()
+    difference = difference_of(theirs, [ours])
     return None if difference is None else f"{why}, and {difference}"
 
 
@@ -322,79 +318,3 @@ def _first(module: Any, names: str) -> Any:
 
 def _random(replica: Replica, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=DTYPE).normal_(generator=replica.random)
-
-
-def _answers(stack: Any) -> list[Tensor]:
-    """What a stack of one layer gives: trained on a padded batch; if it decodes, by steps too."""
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, ROWS - 2, (2, 9), generator=random)
-    own, cross = (_attention(layers_of(stack)[0], paths) for paths in (_OWN, _CROSS))
-    states: dict[str, Any] = {"is_decoder": True} if takes(stack, "is_decoder") else {}
-    decodes = bool(states) or cross is not None or getattr(own, "is_causal", False)
-    if cross is not None:
-        keys = next(cross._modules[name] for name in _KEYS if name in cross._modules)
-        read = torch.empty(2, 5, inputs_of(keys), dtype=DTYPE)
-        states["encoder_hidden_states"] = read.normal_(generator=random)
-        if takes(stack, "encoder_attention_mask"):
-            states["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
-    found = []
-    for padded in (True, False):  # which run by ways of their own, in theirs and in ours
-        found += _trained(stack, ids, states, padded)
-        found += _stepped(stack, ids, states, padded) if decodes else []
-    return found
-
-
-def _attention(layer: Any, paths: tuple[str, ...]) -> Any:
-    found = (submodule(layer, path) for path in paths)
-    return next((part for part in found if part is not None), None)
-
-
-def _trained(stack: Any, ids: Tensor, states: dict[str, Any], padded: bool) -> list[Tensor]:
-    """Outputs and gradients, in training mode without dropout; padded: behind the second row."""
-    mask = torch.ones_like(ids)
-    mask[1, 6 if padded else 9 :] = 0
-    settings = dict(states)
-    if (read := states.get("encoder_hidden_states")) is not None:
-        read = read.clone().requires_grad_()
-        settings |= {"encoder_hidden_states": read, "use_cache": False}
-    wanted = [p for p in stack.parameters() if p.requires_grad]
-    if read is not None:
-        wanted.append(read)
-    stack.train()
-    try:
-        if takes(stack, "input_features"):  # frames, of which none is padding
-            tokens = stack(_features(stack))[0].flatten(0, 1)
-        else:
-            tokens = stack(input_ids=ids, attention_mask=mask, **settings)[0][mask == 1]
-    finally:
-        stack.eval()
-    grads = torch.autograd.grad(tokens, wanted, torch.cos(tokens.detach()), allow_unused=True)
-    shapes = zip(wanted, grads)
-    return [tokens.detach(), *(p.new_zeros(p.shape) if g is None else g for p, g in shapes)]
-
-
-def _features(stack: Any) -> Tensor:
-    """Of as many frames as a stack with two convolutions before its positions makes one each of."""
-    strides = stack.conv1.stride[0] * stack.conv2.stride[0]
-    shape = (2, stack.conv1.in_channels, strides * stack.embed_positions.num_embeddings)
-    random = torch.Generator().manual_seed(2)
-    return torch.empty(shape, dtype=DTYPE).normal_(generator=random)
-
-
-@torch.no_grad()
-def _stepped(stack: Any, ids: Tensor, states: dict[str, Any], padded: bool) -> list[Tensor]:
-    """A prefill and two steps of one token on its cache; padded: in front of the second row."""
-    mask = torch.ones_like(ids)
-    mask[1, : 2 if padded else 0] = 0
-    filled, found, past = ids.shape[1] - 2, [], None
-    for first, last in ((0, filled), (filled, filled + 1), (filled + 1, filled + 2)):
-        out = stack(
-            input_ids=ids[:, first:last],
-            attention_mask=mask[:, :last],
-            past_key_values=past,
-            use_cache=True,
-            **states,
-        )
-        past = out.past_key_values
-        found.append(out[0][mask[:, first:last] == 1])
-    return found

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvlm.compat import pytorch
 from fastvlm.loss.request import LossRequest, loss_request
-from fastvlm.models.embedding import factor_of
+from fastvlm.models.embedding import factor_of, with_own_row
 from fastvlm.nn.linear import is_plain
 from fastvlm.patching.classes import is_patched
 from fastvlm.patching.rules import Swap
@@ -130,7 +130,7 @@ class TiedEmbedding(Mixin):
                 rows = _Lookup.apply(
                     self.weight, input, factor_of(self), padding, _SharedGradient()
                 )
-                return rows
+                return with_own_row(self, input, rows)
         elif trains:
             _SHARED[self] = shares and request is not None
         if request is None or not shares:
@@ -141,7 +141,7 @@ class TiedEmbedding(Mixin):
             request.table = self.weight, _Table.apply(self.weight, shared), shared
         _, table, shared = request.table
         rows = _Lookup.apply(table, input, factor_of(self), padding, shared)
-        return rows
+        return with_own_row(self, input, rows)
 
 
 def choose(module: Any) -> Swap | str:

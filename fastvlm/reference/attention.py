@@ -37,6 +37,7 @@ class _Block:
         scale: float,
         softcap: float,
         position_bias: Tensor | None,
+        window_after: int,
     ):
         dtype = compute_dtype(q)
         heads, kv_heads = q.shape[1], k.shape[1]
@@ -58,7 +59,7 @@ class _Block:
             distance = positions[rows].unsqueeze(1) - torch.arange(self.k.shape[0], device=q.device)
             hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
             if window > 0:
-                hidden = hidden | (distance.abs() >= window)
+                hidden = hidden | (distance >= window) | (-distance >= (window_after or window))
             raw = raw.masked_fill(hidden, float("-inf"))
         self.scores = raw
 
@@ -105,6 +106,7 @@ def _blocks(
     scale: float,
     softcap: float,
     position_bias: Tensor | None,
+    window_after: int,
 ) -> Iterator[_Block]:
     starts, ends = q_offsets[:-1].tolist(), q_offsets[1:].tolist()
     bounds, images = kv_offsets.tolist(), image_of.tolist()
@@ -119,7 +121,8 @@ def _blocks(
         keys = slice(bounds[image], bounds[image + 1])
         if keys.stop > keys.start:
             rows = torch.cat(segments)
-            yield _Block(q, k, rows, keys, positions, causal, window, scale, softcap, position_bias)
+            mask = (causal, window, scale, softcap, position_bias, window_after)
+            yield _Block(q, k, rows, keys, positions, *mask)
 
 
 def attention(
@@ -141,20 +144,22 @@ def attention(
     softcap: float,
     dropout_p: float,
     position_bias: Tensor | None = None,
+    window_after: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Forward of cross_attention and self_attention: out [Tq, H, D] and stats [Tq, H, 2].
 
     stats: the largest score of each row, times log2 e (kernels count in powers of two), and the sum
     of exp(score - largest). Their logsumexp in one float would lose digits that a backward needs.
-    window 0 and softcap 0 stand for none. A row without a visible key gives zeros, (-inf, 0).
+    window 0 and softcap 0 stand for none. A row sees keys less than window before it and, where it
+    sees what comes, less than window_after behind it (0: as many as before). A row without a
+    visible key gives zeros, (-inf, 0).
     """
     dtype = compute_dtype(q)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     stats = q.new_zeros(*q.shape[:2], 2, dtype=dtype)
     stats[..., 0] = float("-inf")
-    for block in _blocks(
-        q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap, position_bias
-    ):
+    mask = (causal, window, scale, softcap, position_bias, window_after)
+    for block in _blocks(q, k, q_offsets, kv_offsets, image_of, *mask):
         largest = block.scores.amax(-1)  # [Hkv, G, R]
         base = largest.masked_fill(largest.isneginf(), 0)
         total = torch.exp(block.scores - base.unsqueeze(-1)).sum(-1)
@@ -193,11 +198,14 @@ def attention_backward(
     needs: list[bool],
     position_bias: Tensor | None = None,
     need_bias: bool = False,
+    window_after: int = 0,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dQ, dK, dV, those that needs[i] asks for, and with need_bias the gradient of position_bias;
     the probabilities are recomputed.
 
-    out and stats are there for kernels, which get by with them instead of whole rows. dK and dV
+    grad_lse [Tq, H]: that of the logsumexp of a row's scores, where somebody has read it. out and
+    stats are there for kernels, which get by with them instead of whole rows. dK and dV
     of an image are sums over all its readers, in one product: deterministic.
     """
     dtype = compute_dtype(q)
@@ -208,9 +216,8 @@ def attention_backward(
     if need_bias and position_bias is not None:
         dbias = torch.zeros_like(position_bias, dtype=dtype)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    for block in _blocks(
-        q, k, q_offsets, kv_offsets, image_of, causal, window, scale, softcap, position_bias
-    ):
+    mask = (causal, window, scale, softcap, position_bias, window_after)
+    for block in _blocks(q, k, q_offsets, kv_offsets, image_of, *mask):
         rows, keys = block.rows, block.keys
         p = block.probabilities()
         g = grad_out[rows].to(dtype).unflatten(1, (kv_heads, group))  # [R, Hkv, G, D]
@@ -223,7 +230,11 @@ def attention_backward(
         dp = torch.einsum("rhgd,khd->hgrk", g, v[keys].to(dtype))
         if keep is not None:
             dp = dp * keep
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        delta = (p * dp).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            of_lse = grad_lse[rows].to(dtype).unflatten(1, (kv_heads, group))  # [R, Hkv, G]
+            delta = delta - of_lse.permute(1, 2, 0).unsqueeze(-1)
+        ds = p * (dp - delta)
         if need_bias and block.entries is not None:
             _add_at(dbias, block.entries.flatten(), ds.flatten(0, 1).flatten(1))
         if block.cap_slope is not None:
@@ -247,7 +258,24 @@ def cached_attention(
     softcap: float,
     position_bias: Tensor | None = None,
 ) -> Tensor:
-    """One new token per row: q [R, H, D] against caches [N, T, Hkv, D] -> [R, H, D].
+    """`cached_attention_lse` without the logsumexp."""
+    settings = (lengths, ancestry, window, scale, softcap, position_bias)
+    return cached_attention_lse(q, k_cache, v_cache, *settings)[0]
+
+
+def cached_attention_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    ancestry: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float,
+    position_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One new token per row: q [R, H, D] against caches [N, T, Hkv, D] -> [R, H, D], and the
+    logsumexp of its scores [R, H], -inf for a row without a visible key.
 
     Position t of row r is read from cache row ancestry[r, t] (row r itself without ancestry); a
     negative entry is not visible. Only 0 <= t < lengths[r], and with a window t >= lengths[r] - w.
@@ -280,4 +308,8 @@ def cached_attention(
     scores = scores.masked_fill(~mask, float("-inf"))
     any_visible = visible.any(1).view(-1, 1, 1, 1)
     p = torch.softmax(scores.masked_fill(~any_visible, 0), -1) * any_visible
-    return torch.einsum("rhgt,rthd->rhgd", p, values).flatten(1, 2).to(q.dtype)
+    out = torch.einsum("rhgt,rthd->rhgd", p, values).flatten(1, 2).to(q.dtype)
+    # of a row that sees nothing a gradient must be 0, and not what becomes of -inf - -inf
+    seen = scores.masked_fill(~any_visible, 0).logsumexp(-1)
+    lse = torch.where(any_visible.squeeze(-1), seen, float("-inf"))
+    return out, lse.flatten(1, 2)

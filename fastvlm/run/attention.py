@@ -36,12 +36,14 @@ def softcap_of(module: Any, spec: Attention) -> float | None:
     return None if cap is None or _leaves_out_softcap(module) else cap
 
 
-def window_of(module: Any, spec: Attention) -> int | None:
-    """The positions that a row sees, its own included; None: all."""
+def window_of(module: Any, spec: Attention) -> int | tuple[int, int] | None:
+    """The positions that a row sees, its own included, as `ops.self_attention` takes them."""
     window: int | None = None if spec.window is None else getattr(module, spec.window)
-    if window is not None and not is_causal(module, spec):
-        window += 1  # transformers' bidirectional window includes its far end
-    return window
+    if window is None or is_causal(module, spec):
+        return window
+    if spec.splits_window:
+        return (window + 1) // 2 - 1, window // 2
+    return window + 1  # transformers' bidirectional window includes its far end
 
 
 def is_causal(module: Any, spec: Attention) -> bool:
@@ -76,13 +78,13 @@ class PatchedAttention(Mixin):
         mask, cache = given.get(spec.mask), hf.cache_in(given)
         crosses = states is not None or (spec.keeps_states and cache is not None)
         fuses = layouts is not None
-        if layouts is not None and not crosses:
+        if layouts is not None and (spec.merged or not crosses):
             fuses = not spec.cross and layouts.fuses(mask, hidden_states)
         if layouts is None or not fuses:
             out: tuple[Any, ...] = super().forward(hidden_states, *args, **kwargs)
             return out
         bias = None
-        if crosses:
+        if crosses and not spec.merged:
             q = self._heads(self.q_proj(hidden_states))
             if spec.norms is not None:
                 q = getattr(self, spec.norms[0])(q)
@@ -94,11 +96,14 @@ class PatchedAttention(Mixin):
             if spec.rotary:
                 q, k = _rotated(q, k, *given["position_embeddings"])
             bias = self._position_bias(given)
-            y = self._self(q, k, v, layouts, cache, mask, bias)
+            if spec.merged and states is not None:
+                y = self._merged(q, k, v, states, layouts, cache)
+            else:
+                y = self._self(q, k, v, layouts, cache, mask, bias)
         y = y if spec.out is None else getattr(self, spec.out)(y)
         if spec.out_dropout is not None:
             y = getattr(self, spec.out_dropout)(y)
-        return (y, bias, None) if spec.shares_bias else (y, None)
+        return (y, bias, None) if spec.shares_bias or spec.merged else (y, None)
 
     def _position_bias(self, given: dict[str, Any]) -> Tensor | None:
         """[H, 2D + 1], as `fastvlm.ops.self_attention` takes it: another's, or our own."""
@@ -145,14 +150,31 @@ class PatchedAttention(Mixin):
 
         In a packed stack B is 1 and L all tokens of the batch. mask: of a static cache's step.
         """
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
         if layouts.static is not None:
+            scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
+            cache = getattr(cache, "self_attention_cache", cache)
             index = self.layer_idx
             return static.self_attend(
                 *(q, k, v, mask, cache, index), scale=scale, softcap=softcap, position_bias=bias
             )
+        out: Tensor = self._own_rows(q, k, v, layouts, cache, position_bias=bias).flatten(1)
+        return out.unsqueeze(1) if layouts.rows is None else layouts.unpack(out)
+
+    def _merged(
+        self, q: Tensor, k: Tensor, v: Tensor, states: Tensor, layouts: Layouts, cache: Any
+    ) -> Tensor:
+        """As `_self`, the keys of the encoder's states among those of the rows."""
+        own = self._own_rows(q, k, v, layouts, cache, return_lse=True)
+        other = self._images_rows(q, states, layouts, cache, return_lse=True)
+        return layouts.unpack(ops.merge_attention(*own, *other).flatten(1))
+
+    def _own_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, layouts: Layouts, cache: Any, **more: Any
+    ) -> Any:
+        """Of rows that read themselves, packed; more: of what the ops take."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        more |= {"scale": scale_of(self, self.spec), "softcap": softcap_of(self, self.spec)}
         window = window_of(self, self.spec)
         if cache is not None:
             layer = beam_cache.layer_of(cache, self.layer_idx)
@@ -160,57 +182,57 @@ class PatchedAttention(Mixin):
             if layouts.rows is None:
                 lengths = layer.rows.lengths
                 assert lengths is not None
-                out = ops.cached_attention(
-                    q[:, 0],
-                    keys,
-                    values,
-                    lengths,
-                    ancestry=layouts.ancestry(layer.rows.ancestry),
-                    window=window,
-                    scale=scale,
-                    softcap=softcap,
-                    position_bias=bias,
+                assert not isinstance(window, tuple)  # of rows that see what comes
+                moved = layouts.ancestry(layer.rows.ancestry)
+                return ops.cached_attention(
+                    q[:, 0], keys, values, lengths, ancestry=moved, window=window, **more
                 )
-                return out.flatten(1).unsqueeze(1)
         rows = layouts.rows
         assert rows is not None  # a decoding step always has a cache
-        out = ops.self_attention(
+        return ops.self_attention(
             layouts.pack(q),
             layouts.pack(k),
             layouts.pack(v),
             rows,
             causal=is_causal(self, self.spec),
             window=window,
-            scale=scale,
-            softcap=softcap,
-            position_bias=bias,
             dropout_p=self._dropout(),
+            **more,
         )
-        return layouts.unpack(out.flatten(1))
 
     def _cross(self, q: Tensor, states: Tensor | None, layouts: Layouts, cache: Any) -> Tensor:
         """q [R, L, H, D] against the encoder's states [I, S, d] -> [R, L, H * D].
 
-        In a packed stack R and I are 1, L and S all tokens. K/V are projected once per image,
-        packed, and kept in the shared cross cache if there is one.
+        In a packed stack R and I are 1, L and S all tokens.
         """
-        scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
         if layouts.static is not None:
             assert states is not None
+            scale, softcap = scale_of(self, self.spec), softcap_of(self, self.spec)
             return static.cross_attend(
                 self, q, states, layouts.static, cache, scale=scale, softcap=softcap
             )
+        return layouts.unpack(self._images_rows(q, states, layouts, cache).flatten(1))
+
+    def _images_rows(
+        self,
+        q: Tensor,
+        states: Tensor | None,
+        layouts: Layouts,
+        cache: Any,
+        return_lse: bool = False,
+    ) -> Any:
+        """Of rows that read the encoder's states, packed."""
         layout = layouts.cross
         assert layout is not None
-        out = ops.cross_attention(
+        return ops.cross_attention(
             layouts.pack(q),
             *self._read(states, layouts, layout, cache),
             layout,
-            scale=scale,
-            softcap=softcap,
+            scale=scale_of(self, self.spec),
+            softcap=softcap_of(self, self.spec),
             dropout_p=self._dropout(),
+            return_lse=return_lse,
         )
-        return layouts.unpack(out.flatten(1))
 
     def _read(
         self, states: Tensor | None, layouts: Layouts, layout: Layout, cache: Any

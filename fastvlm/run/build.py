@@ -18,7 +18,7 @@ from fastvlm.nn.norm import is_plain_rms_norm
 from fastvlm.nn.wrapped import owns
 from fastvlm.run.attention import scale_of, softcap_of, window_of
 from fastvlm.run.embedded import embeds_alike
-from fastvlm.run.embedding import check_embedding, embed_step, rotation_of
+from fastvlm.run.embedding import check_embedding, embed_step, rotation_of, ways_to_turn
 from fastvlm.run.layer import run_layer
 from fastvlm.run.program import NotCompilable, Program, ensure, has_no_hooks
 from fastvlm.run.step import STEPS, DecodeStep
@@ -75,9 +75,10 @@ def _write(stack: Any, past: Any) -> Program:
     following = [None if n is None else part_of(m, n) for (_, m, _), n in zip(layers, firsts)][1:]
     following.append(None if spec.norm is None else getattr(stack, spec.norm))
     program = Program(part_of(stack, spec.embedding.tokens).weight.shape[1])
+    ways = ways_to_turn(stack)
     h, normed, bias = 0, None, None
     for (index, layer, each), behind in zip(layers, following):
-        writer = _Writer(program, layer, each, past, index, bias)
+        writer = _Writer(program, layer, each, past, index, bias, ways)
         h, normed = run_layer(writer, layer, each.residuals, h, normed, behind)
         bias = writer.position_bias
     return program
@@ -107,8 +108,9 @@ class _Writer:
         past: Any,
         index: int,
         position_bias: Tensor | None,
+        ways: list[str],
     ) -> None:
-        self.program, self.layer, self.index = program, layer, index
+        self.program, self.layer, self.index, self.ways = program, layer, index, ways
         self.position_bias = position_bias
         self.past = self.own = past
         if isinstance(past, EncoderDecoderCache):
@@ -158,9 +160,17 @@ class _Writer:
         if spec.norms is not None:
             q, k = (self._normed_heads(y, part, name) for y, name in zip((q, k), spec.norms))
         if spec.rotary:
-            q, k = self.program.rope(q, k, part.head_dim)
+            way = 0 if spec.way is None else self.ways.index(getattr(part, spec.way))
+            q, k = self.program.rope(q, k, part.head_dim, way)
         cache = beam_cache.layer_of(self.own, self.index)
-        numbers = scale_of(part, spec), window_of(part, spec), softcap_of(part, spec)
+        window = window_of(part, spec)
+        if isinstance(window, tuple):  # of rows that see what comes
+            raise NotCompilable
+        numbers = scale_of(part, spec), window, softcap_of(part, spec)
+        if spec.merged:
+            image = cross_cache.cross_layer(self.past, self.index)
+            ensure(image is not None)
+            return self.program.merged_attention(q, k, v, part, cache, image, *numbers)
         return self.program.self_attention(
             q, k, v, part, cache, *numbers, self._bias_of(part, spec)
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import only_counts, starts_of
-from fastvlm.models.embedding import factor_of
+from fastvlm.models.embedding import factor_of, with_own_row
 from fastvlm.models.spec import Embedding
 from fastvlm.models.structure import part_of
 from fastvlm.nn.linear import is_plain
@@ -59,6 +59,7 @@ def embed_step(
     factor = factor_of(tokens)
     if factor is not None and factor != 1:
         x = x * factor
+    x = with_own_row(tokens, ids[:, 0], x)
     if spec.scaled:
         x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
     if spec.factor is not None:
@@ -104,10 +105,19 @@ def _places(
 
 
 def rotation_of(stack: Any, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:
-    """cos and sin [R, head_dim] of the new tokens x [R, d]; () for a stack without RoPE."""
+    """cos and sin [R, head_dim] of the new tokens x [R, d], for each way to turn; () for a stack
+    without RoPE."""
     if stack.spec.rotary is None:
         return ()
     if position_ids is None:
         position_ids = torch.full((1, 1), filled, device=x.device)
-    tables = getattr(stack, stack.spec.rotary)(x.unsqueeze(1), position_ids)
+    rotary: Any = getattr(stack, stack.spec.rotary)
+    ways: list[tuple[Any, ...]] = [(way,) for way in ways_to_turn(stack)] or [()]
+    tables = [t for way in ways for t in rotary(x.unsqueeze(1), position_ids, *way)]
     return tuple(t[:, 0].expand(x.shape[0], -1) for t in tables)
+
+
+def ways_to_turn(stack: Any) -> list[str]:
+    """The kinds of layers that have cosines and sines of their own, in order; none where all have
+    the same."""
+    return sorted(set(stack.config.layer_types)) if stack.spec.ways else []

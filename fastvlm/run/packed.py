@@ -108,12 +108,14 @@ class _Modules:
         """What an attention is called with, besides the rows."""
         given, spec, cache = self.given, self.spec, self.cache
         arguments = dict(self.shared)
-        if residual.reads == "cross":
+        if residual.reads in ("cross", "merged"):
             arguments[spec.states] = given.get(spec.given)
+        if residual.reads == "cross":
             arguments[spec.cross_mask or spec.mask] = given.get(_STATES_MASK)
             arguments[_CACHES[0]] = cache
             return arguments
-        arguments[spec.mask] = given.get("attention_mask")
+        mask = spec.mask if spec.mask in spec.arguments else "attention_mask"
+        arguments[spec.mask] = given.get(mask)
         for name in _OF_ROWS:
             if name in spec.arguments:
                 arguments[name] = given.get(name)

@@ -34,10 +34,10 @@ class NotCompilable(Exception):
 class Instruction(NamedTuple):
     """One op: results and rows are numbers of registers, each of which holds rows [R, n].
 
-    settings: the numbers that the op takes; of `self_attention` the head dimension and the number
-    of its cache come first. The weights of `linear` and `gelu_mlp` are as their layers keep them,
-    the last of their settings 1 where that is [inputs, outputs]; what one product of `linear` gives
-    is split evenly among the results.
+    settings: the numbers that the op takes; of `self_attention` and `merged_attention` the head
+    dimension and the number of their cache come first. The weights of `linear` and `gelu_mlp` are
+    as their layers keep them, the last of their settings 1 where that is [inputs, outputs]; what
+    one product of `linear` gives is split evenly among the results.
     """
 
     op: str
@@ -169,8 +169,9 @@ class Program:
         tensors = (weight, gate, next_weight)
         return self._add("residual_rms_norm", widths, (x, residual), tensors, (eps, offset))
 
-    def rope(self, q: int, k: int, head_dim: int) -> list[int]:
-        return self._add("rope", [self.widths[q], self.widths[k]], (q, k), (), (head_dim,))
+    def rope(self, q: int, k: int, head_dim: int, way: int = 0) -> list[int]:
+        """way: which of the step's pairs of cos and sin turns them."""
+        return self._add("rope", [self.widths[q], self.widths[k]], (q, k), (), (head_dim, way))
 
     def self_attention(
         self,
@@ -208,6 +209,26 @@ class Program:
         ensure(keys is not None)
         settings = (scale, softcap or 0.0)
         return self._add("cross_attention", [self.widths[q]], (q,), keys, settings)[0]
+
+    def merged_attention(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        attention: Any,
+        layer: Any,
+        image: Any,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> int:
+        """Both, as one softmax over the keys of the cache `layer` and of the image in `image`."""
+        keys = image.at_steps()
+        ensure(keys is not None)
+        number = len(self.layers)
+        self.layers.append(layer)
+        settings = (attention.head_dim, number, window or 0, scale, softcap or 0.0)
+        return self._add("merged_attention", [self.widths[q]], (q, k, v), keys, settings)[0]
 
 
 def _transposed(modules: Sequence[Any]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastvlm.cpu.step import CpuStep
 from fastvlm.nn.weight_mark import WrittenTo
 from fastvlm.ops.attention import arguments_of
+from fastvlm.reference.merge import lse_of
 from fastvlm.reference.mlp import activated
 from fastvlm.run import graphs
 from fastvlm.run.layouts import wants_attentions, wants_hidden_states
@@ -34,14 +35,14 @@ class StepInputs(NamedTuple):
     ancestry: int32 [R, T], the cache row of each position, -1 where it is padding; None where each
     row reads itself. lengths: int32 [R]. start: the position that is written; int64 [1] in a
     captured step, where T is the capacity of the caches. where: `arguments_of` the layout of
-    cross-attention. rotation: cos and sin of RoPE, [R, head_dim] each.
+    cross-attention. rotation: cos and sin of RoPE, [R, head_dim] each, for each way to turn.
     """
 
     ancestry: Tensor | None
     lengths: Tensor
     start: int | Tensor
     where: tuple[Any, ...]
-    rotation: tuple[Tensor, Tensor] | tuple[()]
+    rotation: tuple[Tensor, ...]
 
 
 OpCall = Callable[[Registers, StepInputs], Any]
@@ -184,10 +185,12 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
             tail = _OPS.residual_rms_norm.default
             return lambda r, at: tail(r[first], r[last], *tensors, *settings)
         case "rope":
-            rope, shape = _OPS.rope.default, (-1, int(settings[0]))
+            rope, shape, pair = _OPS.rope.default, (-1, int(settings[0])), 2 * int(settings[1])
             return lambda r, at: [
                 turned.flatten(1)
-                for turned in rope(*(r[i].unflatten(1, shape) for i in rows), *at.rotation)
+                for turned in rope(
+                    *(r[i].unflatten(1, shape) for i in rows), *at.rotation[pair : pair + 2]
+                )
             ]
         case "self_attention":
             return _self_attention(instruction, layers)
@@ -199,6 +202,8 @@ def _call(instruction: Instruction, layers: list[Any]) -> OpCall:
             return lambda r, at: [
                 cross(r[first].unflatten(1, shape), *tensors, *at.where, *asked)[0].flatten(1)
             ]
+        case "merged_attention":
+            return _merged_attention(instruction, layers)
     raise AssertionError(instruction.op)
 
 
@@ -269,5 +274,22 @@ def _self_attention(instruction: Instruction, layers: list[Any]) -> OpCall:
         keys, values = layer.write(at.start, *(r[i].unflatten(1, shape) for i in (k, v)))
         query = r[q].unflatten(1, shape)
         return [attend(query, keys, values, at.lengths, at.ancestry, *settings, *bias).flatten(1)]
+
+    return run
+
+
+def _merged_attention(instruction: Instruction, layers: list[Any]) -> OpCall:
+    (q, k, v), (dim, number, window, scale, softcap) = instruction.rows, instruction.settings
+    layer, shape = layers[int(number)], (-1, int(dim))
+    own, cross = _OPS.cached_attention_lse.default, _OPS.cross_attention.default
+    settings, asked = (int(window), scale, softcap), (False, 0, scale, softcap, 0.0)
+    image, merge = instruction.tensors, _OPS.merge_attention.default
+
+    def run(r: Registers, at: StepInputs) -> list[Tensor]:
+        keys, values = layer.write(at.start, *(r[i].unflatten(1, shape) for i in (k, v)))
+        query = r[q].unflatten(1, shape)
+        first = own(query, keys, values, at.lengths, at.ancestry, *settings)
+        other, stats = cross(query, *image, *at.where, *asked)
+        return [merge(*first, other, lse_of(stats)).flatten(1)]
 
     return run

@@ -12,6 +12,7 @@ from fastvlm.triton import configs
 from fastvlm.triton.common import (
     NO_BIAS,
     Launcher,
+    beyond_kernels,
     cdiv,
     dense_last,
     device_of,
@@ -128,6 +129,7 @@ def _attention(
     softcap: float,
     dropout_p: float,
     position_bias: None = None,
+    window_after: int = 0,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     rows, heads, _ = q.shape
@@ -186,6 +188,8 @@ def _attention_backward(
     needs: list[bool],
     position_bias: None = None,
     need_bias: bool = False,
+    window_after: int = 0,
+    grad_lse: None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_out, q, k, v = (dense_last(x) for x in (grad_out, q, k, v))
     out, stats = out.contiguous(), stats.contiguous()
@@ -291,9 +295,8 @@ def _packed(run: Callable[..., Any], first: int, masks: int, of_itself: bool) ->
         causal, window = args[masks : masks + 2]
         if not of_itself and (causal or window):
             return "a causal mask or window over the tokens of an image"
-        if has_bias(args, masks + 5 + first):
-            return NO_BIAS
-        return _head_dim(args[first + 1], args[first + 2])
+        missing = beyond_kernels(args, masks + 5 + first, backward=first > 0)
+        return missing or _head_dim(args[first + 1], args[first + 2])
 
     return Launcher(run, unsupported)
 

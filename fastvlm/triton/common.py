@@ -49,6 +49,19 @@ def has_bias(args: tuple[Any, ...], place: int) -> bool:
     return len(args) > place and args[place] is not None
 
 
+def beyond_kernels(args: tuple[Any, ...], place: int, backward: bool) -> str | None:
+    """What a call of packed attention has that no kernel here knows, in words. place: of its
+    position_bias; whatever comes from there on may be left out at the end of the arguments."""
+    if has_bias(args, place):
+        return NO_BIAS
+    after = place + (2 if backward else 1)
+    if len(args) > after and args[after] != 0:
+        return "a window of another length behind a row than before it"
+    if backward and has_bias(args, after + 1):
+        return "a gradient of the logsumexp"
+    return None
+
+
 @dataclass(frozen=True)
 class Launcher:
     """run has the signature of the schema; unsupported(*args) says why a call cannot be served."""

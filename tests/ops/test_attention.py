@@ -78,6 +78,22 @@ def test_self_attention(
     )
 
 
+@pytest.mark.parametrize("window", [(3, 0), (0, 5), (2, 3), (400, 1), (0, 0)])
+@pytest.mark.parametrize("batch", ["odd", "one"])
+def test_a_window_of_two_sides(
+    batch: str, window: tuple[int, int], on: Any, randn: Any, follows_the_error_rule: Any
+) -> None:
+    lengths = SELF[batch]
+    layout = Layout.from_lengths(lengths)
+    same = (lengths, lengths, list(range(len(lengths))))
+    settings = {"causal": False, "window": window}
+    follows_the_error_rule(
+        lambda q, k, v: on(ops.self_attention, q, k, v, layout, **settings),
+        lambda q, k, v: plain.attention(q, k, v, *same, **settings),
+        [randn(sum(lengths), h, 24, grad=True) for h in (4, 2, 2)],
+    )
+
+
 def test_strides_of_any_kind(on: Any, randn: Any, follows_the_error_rule: Any) -> None:
     """Heads before rows, a slice of a fused projection, and a last dimension that is not dense."""
     lengths = [5, 12]

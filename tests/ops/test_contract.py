@@ -32,6 +32,11 @@ class Case:
     dropout: Callable[..., Any] | None = None  # takes dropout_p as well
 
 
+def _with_lse(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    out, lse = ops.self_attention(q, k, v, SEGMENTS, return_lse=True, **settings)
+    return out + lse.unsqueeze(-1).to(out.dtype)
+
+
 CASES = {
     "cross_attention": Case(
         lambda q, k, v: ops.cross_attention(q, k, v, READERS, softcap=5.0),
@@ -52,6 +57,8 @@ CASES = {
         lambda q, k, v: ops.cached_attention(q, k, v, FILLED, ancestry=ANCESTRY, softcap=5.0),
         [(3, 2, 4), (3, 4, 1, 4), (3, 4, 1, 4)],
     ),
+    "lse": Case(_with_lse, [(7, 2, 4), (7, 1, 4), (7, 1, 4)], _with_lse),
+    "merge_attention": Case(ops.merge_attention, [(3, 2, 4), (3, 2), (3, 2, 4), (3, 2)]),
     "linear": Case(ops.linear, [(3, 5), (4, 5), (4,)]),
     "gelu_mlp": Case(
         ops.gelu_mlp,
@@ -169,6 +176,7 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outs = _outs(CASES[name].run(*inputs))
     wide = {"rms_norm", "residual_rms_norm", "residual_layer_norm", "rope", "linear_cross_entropy"}
+    wide.add("merge_attention")  # of what it is given
     assert all(o.dtype == (torch.float32 if name in wide else torch.bfloat16) for o in outs)
     total(outs if len(outs) > 1 else outs[0]).backward()
     assert all(x.grad.dtype == torch.float32 for x in inputs)

@@ -52,6 +52,12 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
             *(t(3, 4, 8), t(3, 6, 2, 8), t(3, 6, 2, 8)),
             *(torch.tensor([1, 6, 3], dtype=torch.int32), None, 0, 0.3, 0.0),
         ),
+        "cached_attention_lse": (
+            *(t(3, 4, 8), t(3, 6, 2, 8), t(3, 6, 2, 8)),
+            *(torch.tensor([1, 6, 3], dtype=torch.int32), None, 0, 0.3, 0.0),
+        ),
+        "merge_attention": (t(3, 4, 8), t(3, 4), t(3, 4, 8), t(3, 4)),
+        "merge_attention_backward": (t(3, 4, 8), t(3, 4, 8), t(3, 4), t(3, 4, 8), t(3, 4)),
         "linear": (mlp[0], mlp[1], mlp[2]),
         "low_precision_linear": (mlp[0], *ops.quantize_rows(mlp[1]), mlp[2]),
         "low_precision_hidden": (

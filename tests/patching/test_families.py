@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from bert_models import BERTS
+from gemma3_models import GEMMA3
 from models import FAMILIES, PAD, RELATIVES, Family
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 
-BY_TURNS = {**RELATIVES, **BERTS}
+BY_TURNS = {**RELATIVES, **BERTS, **GEMMA3}
 ALL = {**FAMILIES, **BY_TURNS}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},

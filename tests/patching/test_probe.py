@@ -13,7 +13,7 @@ import trainer_copy
 from torch import Tensor, nn
 
 import fastvlm
-from fastvlm.patching import probe
+from fastvlm.patching import probe, trials
 from fastvlm.patching.classes import is_patched
 
 FAMILIES = {**models.FAMILIES, **models.RELATIVES}
@@ -279,8 +279,8 @@ def test_a_subclass_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_untested_version_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[nn.Module] = []
-    run = probe._answers
-    monkeypatch.setattr(probe, "_answers", lambda stack: tried.append(stack) or run(stack))
+    run = trials.answers
+    monkeypatch.setattr(trials, "answers", lambda stack: tried.append(stack) or run(stack))
     monkeypatch.setattr(probe, "is_tested", lambda package: False)
     assert not fastvlm.patch(models.bart()).skipped
     assert tried
