@@ -124,7 +124,7 @@ TURNS = {
     **dict.fromkeys(("test_int8", "test_int8_compute", "test_florenz_training"), 2),
     **dict.fromkeys(("test_caption", "test_faults", "test_ranked", "test_misuses"), 2),
     **dict.fromkeys(("test_cpu_step", "test_t5", "test_trocr", "test_registered_attention"), 2),
-    "test_gpt2": 2,
+    **dict.fromkeys(("test_gpt2", "test_mllama", "test_llama", "test_t5gemma2"), 2),
     "test_extension": 3,
     **dict.fromkeys(("test_job_processes", "test_distributed", "test_accelerate"), 3),
 }
