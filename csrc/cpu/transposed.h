@@ -23,26 +23,73 @@ constexpr int64_t kGroupScratch = kGroup * kPart;
 // Vectors of sums of a tile: as many as there are registers for.
 constexpr int kSums = kRegisters == 32 ? 24 : 12;
 
+// What is read next, asked for a few cache lines at a time: more than that at once would wait for
+// each other, and the products for them.
+class Ahead {
+ public:
+  // rows of so many bytes, so many bytes apart, in so many calls of more().
+  Ahead(const void* first, int64_t rows, int64_t stride, int64_t bytes, int64_t calls)
+      : at_(static_cast<const char*>(first)),
+        rows_(rows),
+        stride_(stride),
+        bytes_(bytes),
+        share_(divide_up(rows * divide_up(bytes, kLine), calls)) {}
+
+  void more() {
+    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
+      prefetch_far(at_ + done_);
+      done_ += kLine;
+      if (done_ < bytes_) continue;
+      done_ = 0;
+      at_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  const char* at_;
+  int64_t rows_, stride_, bytes_, share_, done_ = 0;
+};
+
 // out[n][lane] (+)= w[n] . x[.][lane] for `count` rows of w and N vectors of lanes.
 template <int N>
 inline void group_products(Strided w, int64_t count, const float* x, int64_t lanes, int64_t k,
-                           bool accumulate, float* out) {
+                           bool accumulate, float* out, Ahead& ahead) {
   constexpr int M = kSums / N;
   int64_t n = 0;
   for (; n + M <= count; n += M) {
+    ahead.more();
     panel_tile<M, N>({w.data + n * w.row, w.row, 1}, x, lanes, k, accumulate, out + n * lanes,
                      lanes);
   }
   for (; n < count; ++n) {
+    ahead.more();
     panel_tile<1, N>({w.data + n * w.row, w.row, 1}, x, lanes, k, accumulate, out + n * lanes,
                      lanes);
   }
 }
 
+// Vectors of lanes that a tile takes where so many are left.
+constexpr int tile_vectors(int64_t left) { return left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3; }
+
+// Tiles of a group of weight rows.
+inline int64_t tiles_of(int64_t lanes) {
+  int64_t tiles = 0;
+  for (int64_t left = lanes / kLanes; left > 0;) {
+    const int vectors = tile_vectors(left);
+    tiles += kGroup * vectors / kSums;
+    left -= vectors;
+  }
+  return tiles;
+}
+
 // The same for all lanes, and for weights of any type.
 template <class T>
 inline void part_products(const T* w, int64_t w_stride, int64_t count, const float* x,
-                          int64_t lanes, int64_t k, bool accumulate, float* scratch, float* out) {
+                          int64_t lanes, int64_t k, bool accumulate, float* scratch, float* out,
+                          Ahead ahead) {
   Strided rows{scratch, kPart, 1};
   if constexpr (std::is_same_v<T, float>) {
     rows = {w, w_stride, 1};
@@ -52,14 +99,13 @@ inline void part_products(const T* w, int64_t w_stride, int64_t count, const flo
   int64_t lane = 0;
   auto run = [&](auto vectors) {
     constexpr int N = decltype(vectors)::value;
-    group_products<N>(rows, count, x + lane, lanes, k, accumulate, out + lane);
+    group_products<N>(rows, count, x + lane, lanes, k, accumulate, out + lane, ahead);
     lane += N * kLanes;
   };
   while (lane < lanes) {
-    switch ((lanes - lane) / kLanes) {
+    switch (tile_vectors((lanes - lane) / kLanes)) {
       case 1: run(std::integral_constant<int, 1>{}); break;
-      case 2:
-      case 4: run(std::integral_constant<int, 2>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
       default: run(std::integral_constant<int, 3>{});
     }
   }
@@ -69,19 +115,17 @@ inline void part_products(const T* w, int64_t w_stride, int64_t count, const flo
 template <class T>
 void transposed_products(const T* w, int64_t w_stride, int64_t count, const float* x, int64_t lanes,
                          int64_t k, float* scratch, float* out) {
+  const int64_t tiles = tiles_of(lanes), row = w_stride * int64_t{sizeof(T)};
   for (int64_t n = 0; n < count; n += kGroup) {
     const int64_t rows = smaller(kGroup, count - n);
     const T* from = w + n * w_stride;
     for (int64_t begin = 0; begin < k || begin == 0; begin += kPart) {
       const int64_t depth = smaller(kPart, k - begin);
-      // what comes next: the same rows further on, or the next ones from their beginning
-      const int64_t ahead = begin + kPart < k ? begin + kPart : rows * w_stride;
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* next = from + r * w_stride + ahead;
-        for (int64_t i = 0; i < depth; i += 64 / int64_t{sizeof(T)}) prefetch_far(next + i);
-      }
+      // the same rows further on, or the next ones from their beginning
+      const int64_t next = begin + kPart < k ? begin + kPart : rows * w_stride;
+      const Ahead ahead(from + next, rows, row, depth * int64_t{sizeof(T)}, tiles);
       part_products(from + begin, w_stride, rows, x + begin * lanes, lanes, depth, begin > 0,
-                    scratch, out + n * lanes);
+                    scratch, out + n * lanes, ahead);
     }
   }
 }
