@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,3 +53,25 @@ def assert_writes_the_same(
         assert torch.equal(generate(model, inputs, **settings), expected[case]), case
     assert len(steps) >= 3
     assert None not in steps
+
+
+def assert_adapted_is_the_same(
+    build: Callable[[], nn.Module],
+    adapted: Callable[[nn.Module], Any],
+    inputs: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    when: str,
+) -> Any:
+    """A model that is patched "before" its adapters come or "behind" them; that model. adapted:
+    puts the same adapters into any of them."""
+    plain = adapted(build()).eval()
+    expected, want = generate(plain, inputs, num_beams=3), numbers(copy.deepcopy(plain), batch)
+    model = build()
+    if when == "before":
+        fastvlm.patch(model)
+    model = adapted(model).eval()
+    if when == "behind":
+        fastvlm.patch(model)
+    assert torch.equal(generate(model, inputs, num_beams=3), expected)
+    assert_the_same(numbers(model, batch), want)
+    return model

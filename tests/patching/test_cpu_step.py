@@ -9,6 +9,7 @@ import pytest
 import torch
 from bert_models import BERTS
 from gemma3_models import GEMMA3
+from llama_models import LLAMAS
 from models import FAMILIES, RELATIVES
 from test_families import generate
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ PLANNED = [
     *("m2m_100", "marian", "t5", "flan_t5", "umt5", "roberta", "blip", "vit_gpt2", "gpt2"),
     *("t5gemma2", "gemma3"),
 ]
-MODELS = {**FAMILIES, **RELATIVES, **BERTS, **GEMMA3}
+MODELS = {**FAMILIES, **RELATIVES, **BERTS, **GEMMA3, **LLAMAS}
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from bert_models import BERTS
 from gemma3_models import GEMMA3
+from llama_models import LLAMAS
 from models import FAMILIES, PAD, RELATIVES, Family
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 
-BY_TURNS = {**RELATIVES, **BERTS, **GEMMA3}
+BY_TURNS = {**RELATIVES, **BERTS, **GEMMA3, **LLAMAS}
 ALL = {**FAMILIES, **BY_TURNS}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},

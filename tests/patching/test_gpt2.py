@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from models import PAD, RELATIVES, VOCAB, _gpt2, _spread, gpt2, vit_gpt2
 from packaging.version import Version
-from sameness import assert_the_same, assert_writes_the_same, numbers
+from sameness import assert_adapted_is_the_same, assert_the_same, assert_writes_the_same, numbers
 from test_families import generate
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -168,16 +168,8 @@ def test_lora_is_called_not_bypassed(when: str) -> None:
         torch.manual_seed(1)
         return peft.get_peft_model(model, config)
 
-    plain = adapted(vit_gpt2()).eval()
-    expected, want = generate(plain, inputs, num_beams=3), numbers(copy.deepcopy(plain), batch)
-    model = vit_gpt2()
-    if when == "before":
-        fastvlm.patch(model)
-    model = adapted(model).eval()
-    if when == "behind":
-        fastvlm.patch(model)
-    assert torch.equal(generate(model, inputs, num_beams=3), expected)
-    assert_the_same(numbers(model, batch), want)
+    model = assert_adapted_is_the_same(vit_gpt2, adapted, inputs, batch, when)
+    expected = generate(model.eval(), inputs, num_beams=3)
     model.merge_adapter()
     assert torch.equal(generate(model.eval(), inputs, num_beams=3), expected)
 

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from llama_models import LLAMAS, llama
 from models import (
     FAMILIES,
     PAD,
-    RELATIVES,
     VOCAB,
     _causal_inputs,
     _causal_training,
     _spread,
-    llama,
 )
 from sameness import assert_the_same, assert_trains_the_same, assert_writes_the_same, numbers
 from test_families import generate
@@ -129,7 +128,7 @@ def test_behind_a_vision_tower() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mllama"])
 def test_an_encoder_made_of_a_decoder(name: str) -> None:
     """Its configuration says that rows see all others; with a mask, and with labels that end."""
-    family = {**FAMILIES, **RELATIVES}[name]
+    family = {**FAMILIES, **LLAMAS}[name]
     plain = family.build()
     ours = copy.deepcopy(plain)
     fastvlm.patch(ours)

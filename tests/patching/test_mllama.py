@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from models import RELATIVES, VOCAB, _causal_inputs, _with_pictures, mllama, open_gates
-from sameness import assert_the_same, assert_writes_the_same, numbers
+from llama_models import LLAMAS, _with_pictures, mllama, open_gates
+from models import RELATIVES, VOCAB, _causal_inputs
+from sameness import assert_adapted_is_the_same, assert_the_same, assert_writes_the_same, numbers
 from test_families import generate
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def inputs_of(tiles: list[list[int]]) -> dict[str, Tensor]:
 
 
 def batch_of() -> dict[str, Tensor]:
-    return RELATIVES["mllama"].training(nn.Module())
+    return LLAMAS["mllama"].training(nn.Module())
 
 
 def test_all_of_it_is_patched_and_nothing_else_changes() -> None:
@@ -225,16 +226,7 @@ def test_lora_is_called_not_bypassed(when: str) -> None:
         torch.manual_seed(1)
         return peft.get_peft_model(model, config)
 
-    plain = adapted(mllama()).eval()
-    expected, want = generate(plain, inputs, num_beams=3), numbers(copy.deepcopy(plain), batch)
-    model = mllama()
-    if when == "before":
-        fastvlm.patch(model)
-    model = adapted(model).eval()
-    if when == "behind":
-        fastvlm.patch(model)
-    assert torch.equal(generate(model, inputs, num_beams=3), expected)
-    assert_the_same(numbers(model, batch), want)
+    assert_adapted_is_the_same(mllama, adapted, inputs, batch, when)
 
 
 def _write_gates(model: Any) -> None:

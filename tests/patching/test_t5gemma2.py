@@ -10,7 +10,13 @@ import torch
 import transformers as tf
 from gemma3_models import END_OF_IMAGE, GEMMA3, gemma3, t5gemma2
 from models import PAD, VOCAB
-from sameness import assert_the_same, assert_trains_the_same, assert_writes_the_same, numbers
+from sameness import (
+    assert_adapted_is_the_same,
+    assert_the_same,
+    assert_trains_the_same,
+    assert_writes_the_same,
+    numbers,
+)
 from test_families import generate
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -160,16 +166,7 @@ def test_lora_is_called_not_bypassed(when: str) -> None:
         torch.manual_seed(1)
         return peft.get_peft_model(model, config)
 
-    plain = adapted(t5gemma2()).eval()
-    expected, want = generate(plain, inputs, num_beams=3), numbers(copy.deepcopy(plain), batch)
-    model = t5gemma2()
-    if when == "before":
-        fastvlm.patch(model)
-    model = adapted(model).eval()
-    if when == "behind":
-        fastvlm.patch(model)
-    assert torch.equal(generate(model, inputs, num_beams=3), expected)
-    assert_the_same(numbers(model, batch), want)
+    assert_adapted_is_the_same(t5gemma2, adapted, inputs, batch, when)
 
 
 def test_beams_read_one_copy_of_a_picture() -> None:

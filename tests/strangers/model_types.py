@@ -30,6 +30,7 @@ from batches import (
     typed,
     waveform,
 )
+from llama_models import LLAMAS
 from models import FAMILIES, RELATIVES
 from sizes import EOS, PAD, VOCAB, small
 from torch import nn
@@ -72,7 +73,7 @@ def _of(names: str, batches: Batches | None = None, **settings: Any) -> dict[str
 
 
 def _family(name: str) -> ModelType:
-    family = {**FAMILIES, **RELATIVES}[name]
+    family = {**FAMILIES, **RELATIVES, **LLAMAS}[name]
 
     def batches() -> tuple[Batch, Batch]:
         return family.inputs(nn.Module()), family.training(nn.Module())
