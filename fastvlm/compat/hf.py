@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,12 @@ def set_layer_maker(cache: Any, make: Callable[[], Any]) -> None:
     """Let a cache without layers call make() for each of them."""
     cache.layers = []
     cache.layer_class_to_replicate = make
+
+
+def layers_of(cache: Any) -> Sequence[Any]:
+    """What a cache holds for each layer; empty on transformers 4.48 to 4.53, which keep tensors."""
+    layers: Sequence[Any] = getattr(cache, "layers", ())
+    return layers
 
 
 def is_offloaded(cache: Any) -> bool:

@@ -259,7 +259,8 @@ def in_groups(cache: Any) -> Iterator[None]:
 def _readers_in(cross: Cache) -> Readers | None:
     if is_shared(cross):
         return readers_of(cross)
-    found = (layer.readers for layer in cross.layers if isinstance(layer, SharedCrossLayer))
+    layers = hf.layers_of(cross)
+    found = (layer.readers for layer in layers if isinstance(layer, SharedCrossLayer))
     return next(found, None)
 
 
@@ -298,5 +299,6 @@ def cross_layer(cache: Any, index: int) -> SharedCrossLayer | None:
     """A layer's keys of images in a cache of a decoder; None where it keeps none."""
     if isinstance(cache, EncoderDecoderCache):
         return layer_of(cache.cross_attention_cache, index)
-    layer = cache.layers[index] if isinstance(cache, Cache) and index < len(cache.layers) else None
+    layers = hf.layers_of(cache) if isinstance(cache, Cache) else ()
+    layer = layers[index] if index < len(layers) else None
     return layer if isinstance(layer, SharedCrossLayer) else None

@@ -214,11 +214,16 @@ def test_sentences_that_end_make_room(loaded: models.Loaded, steps: Steps) -> No
         loaded, 60, batch_size=1, languages=["en", "de"], stopping_criteria=criteria
     ) as told:
         assert told.why_batched is None
-        steps.before = {10: lambda: opened(told, 1)}
-        first = told.submit(noise(0))
-        second = told.submit(noise(1), tasks="<OD>")
+        late: list[Any] = []
+
+        def more() -> None:
+            late.append(told.submit(noise(1), tasks="<OD>"))
+            opened(told, 1)
+
+        steps.before = {10: more}
+        found = told.submit(noise(0)).result(60)
+        (second,) = late
         assert len(second.result(60)) == 1
-        found = first.result(60)
     lengths = {one.language: len(one.tokens) for one in found}
     assert lengths["de"] < lengths["en"] == 60
     # the second was there while the first still decoded its English
