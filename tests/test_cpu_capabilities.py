@@ -21,13 +21,14 @@ FILES = (
     "ops/test_low_precision.py",
     "ops/test_finite_differences.py",
 )
-LESSER = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
+LESSER = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX")
 # PyTorch, whose errors bound ours, is held to the same instructions: without fused multiply-add a
 # sum of products rounds twice as often, ours and PyTorch's
 PYTORCH = {
     "DEFAULT": ("default", "SSE41", "SSE4_2"),
     "AVX2": ("avx2", "AVX2", "AVX2"),
     "AVX512": ("avx512", "AVX512_CORE", "AVX512"),
+    "AVX512_BF16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
 }
 
 
