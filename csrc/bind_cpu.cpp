@@ -8,6 +8,12 @@
 #include <new>
 #include <string>
 
+#if defined(FASTVLM_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "bind_cpu/bind.h"
 
 namespace fastvlm {
@@ -52,6 +58,21 @@ void release(void* memory) { ::operator delete(memory, kAlignment); }
 
 namespace {
 
+// Whether the CPU multiplies tiles of bfloat16, and Linux lets this process keep some.
+bool amx() {
+#if defined(FASTVLM_X86) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) {
+    return false;
+  }
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // The best the machine has; `wanted` (empty for any) names one of them.
 Capability choose(std::string wanted) {
   for (char& c : wanted) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
@@ -61,6 +82,7 @@ Capability choose(std::string wanted) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && (wanted.empty() || wanted == "AMX") && amx()) return Capability::kAMX;
   if (bf16 && (wanted.empty() || wanted == "AVX512_BF16")) return Capability::kAVX512BF16;
   if (avx512 && (wanted.empty() || wanted == "AVX512")) return Capability::kAVX512;
   if (avx2 && (wanted.empty() || wanted == "AVX2")) return Capability::kAVX2;
@@ -72,6 +94,7 @@ Capability choose(std::string wanted) {
 
 std::string capability_name() {
   switch (capability()) {
+    case Capability::kAMX: return "AMX";
     case Capability::kAVX512BF16: return "AVX512_BF16";
     case Capability::kAVX512: return "AVX512";
     case Capability::kAVX2: return "AVX2";
@@ -89,7 +112,9 @@ Capability capability() {
   return chosen;
 }
 
-bool has_bfloat16_products() { return capability() == Capability::kAVX512BF16; }
+bool has_bfloat16_products() { return capability() >= Capability::kAVX512BF16; }
+
+bool has_tiles() { return capability() == Capability::kAMX; }
 
 bool has_int8_quads() {
 #if defined(FASTVLM_X86)

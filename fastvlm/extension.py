@@ -90,7 +90,8 @@ def path() -> str | None:
 def capability() -> str | None:
     """The instruction set in use; None without the extension.
 
-    "DEFAULT", "AVX2", "AVX512", or "AVX512_BF16" where the CPU multiplies bfloat16 pairs besides.
+    "DEFAULT", "AVX2", "AVX512", "AVX512_BF16" where the CPU multiplies bfloat16 pairs besides, or
+    "AMX" where it multiplies tiles of bfloat16 too.
     """
     if not load():
         return None

@@ -19,6 +19,7 @@ FILES = (
     "test_cpu_determinism.py",
     *(f"ops/test_{name}.py" for name in ("attention", "mlp", "norm", "rope", "loss")),
     "ops/test_low_precision.py",
+    "ops/test_bf16.py",
     "ops/test_finite_differences.py",
 )
 LESSER = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX")

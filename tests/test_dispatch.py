@@ -11,6 +11,7 @@ import torch
 
 import fastvlm
 from fastvlm import ops
+from fastvlm.cpu import bf16
 from fastvlm.cpu.common import unavailable
 from fastvlm.ops import dispatch
 from fastvlm.ops.dispatch import BackendError, Kernel
@@ -43,6 +44,8 @@ CPU_ONLY = (
     "int8_gelu_mlp",
     "merge_attention",
 )
+# by CPUs that have the instructions
+NARROW = ("bf16_linear", "bf16_gelu_mlp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,6 +79,10 @@ def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
         "residual_gelu_mlp": lambda: ops.residual_gelu_mlp(x, w, None, w, None, x),
         "window_attention": lambda: ops.window_attention(x[None, None, :, :15], 5, 2),
         "channel_attention": lambda: ops.channel_attention(x[None, :, :15], 5),
+        "bf16_linear": lambda: ops.bf16_linear(x, w.bfloat16()),
+        "bf16_gelu_mlp": lambda: ops.bf16_gelu_mlp(
+            x, w.bfloat16(), None, None, w.bfloat16(), None, None
+        ),
         "int8_linear": lambda: ops.int8_linear(x, *ops.quantize_rows(w)),
         "int8_gelu_mlp": lambda: ops.int8_gelu_mlp(
             x, *ops.quantize_rows(w), None, *ops.quantize_rows(w), None
@@ -87,13 +94,17 @@ def call(op: str, dtype: torch.dtype, rows: int = 3) -> Any:
 
 
 def test_every_op_has_a_cpu_kernel() -> None:
-    assert {*EXPECTED_CPU, *CPU_ONLY} == set(ops.__all__) - {"quantize_rows"}
+    assert {*EXPECTED_CPU, *CPU_ONLY, *NARROW} == set(ops.__all__) - {"quantize_rows"}
 
 
-@pytest.mark.parametrize("op", [*EXPECTED_CPU, *CPU_ONLY])
+@pytest.mark.parametrize("op", [*EXPECTED_CPU, *CPU_ONLY, *NARROW])
 def test_the_cpu_kernels_serve_what_they_promise(op: str) -> None:
     if unavailable():
         pytest.skip(f"no CPU extension: {unavailable()}")
+    if op in NARROW and bf16.unavailable():
+        with fastvlm.use("cpu"), pytest.raises(BackendError, match="AMX or AVX-512 BF16"):
+            call(op, torch.float32)
+        return
     for dtype in DTYPES.values():
         with fastvlm.use("cpu"):
             call(op, dtype)

@@ -19,7 +19,7 @@ namespace fastvlm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Capability { kDefault, kAVX2, kAVX512, kAVX512BF16 };
+enum class Capability { kDefault, kAVX2, kAVX512, kAVX512BF16, kAMX };
 Capability capability();
 
 // The copy of a kernel that fits the machine.

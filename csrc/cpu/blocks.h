@@ -10,7 +10,7 @@ namespace CPU_CAPABILITY {
 
 constexpr int kPanelVecs = kRegisters == 32 ? 4 : 2;
 constexpr int64_t kPanel = kPanelVecs * kLanes;
-constexpr int64_t kRows = 192;  // of a task: a multiple of the tile's six
+constexpr int64_t kRows = 192;  // of a task: a multiple of the tiles' rows, 6 and 32
 constexpr int64_t kCols = 128;  // of a block of sums, which stays in the second-level cache
 constexpr int64_t kEach = 2;    // tasks for each thread, at least, where there is work for them
 
@@ -53,9 +53,10 @@ void write(const Tail& tail, const FloatBias& bias, int64_t row, int64_t cols, i
 // Rows in blocks of the same size, and the columns of a block in shares for several tasks where
 // blocks are too few for the threads.
 struct Cut {
-  Cut(int64_t rows, int64_t cols) : rows(rows), cols(cols) {
+  // tile: what the rows of a block are a multiple of, but for the last; kRows is one of it.
+  Cut(int64_t rows, int64_t cols, int64_t tile = 6) : rows(rows), cols(cols) {
     blocks = divide_up(rows, kRows);
-    size = round_up(divide_up(rows, larger(1, blocks)), 6);
+    size = round_up(divide_up(rows, larger(1, blocks)), tile);
     const int64_t wanted = divide_up(kEach * workers(), larger(1, blocks));
     shares = larger(1, smaller(wanted, divide_up(cols, kCols)));
   }

@@ -5,9 +5,8 @@
 // the columns as there; what lies between the two products of an MLP is quantized in its block.
 #include "int8.h"
 
-#include "activation.h"
-#include "blocks.h"
 #include "int8_panel.h"
+#include "many_rows.h"
 
 namespace fastvlm {
 namespace CPU_CAPABILITY {
@@ -113,108 +112,35 @@ void multiply_panel(QuantizedRows<Kind> x, int64_t rows, Int8Panel panel, int64_
   if (m < rows) tile(std::integral_constant<int, 1>{}, m);
 }
 
-// finish(row, first column, columns, their products) for rows x columns [begin, end) of w.
-template <class Kind, class Finish>
-void multiply(QuantizedRows<Kind> x, int64_t rows, const PackedInt8<Kind>& w, int64_t begin,
-              int64_t end, float* sums, Finish finish) {
-  for (int64_t n = begin; n < end; n += kCols) {
-    const int64_t cols = smaller(kCols, end - n);
-    for (int64_t g = 0; g < w.groups; g += kGroups) {
-      const QuantizedRows<Kind> part{x.data + g * kGroup, x.stride, x.factors + g, x.groups};
-      for (int64_t p = 0; p < cols; p += kPanel) {
-        multiply_panel(part, rows, w.panel(n + p, g), smaller(kGroups, w.groups - g), g > 0,
-                       sums + p);
+template <class Kind>
+struct Int8Arithmetic {
+  using Weight = PackedInt8<Kind>;
+  using Block = QuantizedBlock<Kind>;
+  static constexpr int64_t kTileRows = 6;
+
+  template <class Finish>
+  static void multiply(QuantizedRows<Kind> x, int64_t rows, const Weight& w, int64_t begin,
+                       int64_t end, float* sums, Finish finish) {
+    for (int64_t n = begin; n < end; n += kCols) {
+      const int64_t cols = smaller(kCols, end - n);
+      for (int64_t g = 0; g < w.groups; g += kGroups) {
+        const QuantizedRows<Kind> part{x.data + g * kGroup, x.stride, x.factors + g, x.groups};
+        for (int64_t p = 0; p < cols; p += kPanel) {
+          multiply_panel(part, rows, w.panel(n + p, g), smaller(kGroups, w.groups - g), g > 0,
+                         sums + p);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        float* row = sums + r * kCols;
+        map_to(row, cols, [&](int64_t i, int64_t count) {
+          return w.groups == 0 ? Vec{}
+                               : load_some(row + i, count) * load_some(w.scale + n + i, count);
+        });
+        finish(r, n, cols, row);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = sums + r * kCols;
-      map_to(row, cols, [&](int64_t i, int64_t count) {
-        return w.groups == 0 ? Vec{}
-                             : load_some(row + i, count) * load_some(w.scale + n + i, count);
-      });
-      finish(r, n, cols, row);
-    }
   }
-}
-
-// x is quantized where it comes as a matrix; rows that are quantized already are read as they are.
-template <class Kind>
-void linear_of(const Matrix& x, const QuantizedBlock<Kind>* given, const PackedInt8<Kind>& w,
-               const Tail& tail) {
-  const Cut cut(x.rows, w.rows);
-  const FloatBias bias(tail.bias);
-  const QuantizedBlock<Kind> own(given == nullptr ? workers() * kRows : 0, x.cols);
-  Scratch<float> scratch(workers() * kRows * kCols);
-  with_type(tail.dtype, [&](auto type) {
-    using T = decltype(type);
-    cut.run(x.rows * w.rows,
-            [&](int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t worker) {
-              if (given == nullptr) own.set(worker * kRows, x, first, rows);
-              multiply(given == nullptr ? own.rows(worker * kRows) : given->rows(first), rows, w,
-                       begin, end, scratch.data() + worker * kRows * kCols,
-                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                         write<T>(tail, bias, first + r, w.rows, n, count, from);
-                       });
-            });
-  });
-}
-
-// gelu(sums + bias) of a row's columns n, n + 1, ..., quantized; sums are overwritten.
-template <class Kind>
-void activate_row(const Int8MlpArgs& args, const FloatBias& b1, int64_t n, int64_t count,
-                  float* sums, const QuantizedBlock<Kind>& to, int64_t row) {
-  map_to(sums, count, [&](int64_t i, int64_t some) {
-    const Vec x = load_some(sums + i, some) + b1.at(n + i, some);
-    return activated(x, args.activation);
-  });
-  to.set(row, n, count, sums);
-}
-
-// An MLP whose row blocks are enough for the threads: each goes through both products.
-template <class Kind>
-void mlp_of_blocks(const Int8MlpArgs& args, const PackedInt8<Kind>& w1, const PackedInt8<Kind>& w2,
-                   const FloatBias& b1) {
-  const Cut cut(args.x.rows, 1);
-  const FloatBias b2(args.tail.bias);
-  const QuantizedBlock<Kind> x(workers() * kRows, args.x.cols), hidden(workers() * kRows, w1.rows);
-  Scratch<float> scratch(workers() * kRows * kCols);
-  with_type(args.tail.dtype, [&](auto type) {
-    using T = decltype(type);
-    cut.run(args.x.rows * w1.rows,
-            [&](int64_t first, int64_t rows, int64_t, int64_t, int64_t worker) {
-              const int64_t at = worker * kRows;
-              float* sums = scratch.data() + at * kCols;
-              x.set(at, args.x, first, rows);
-              multiply(x.rows(at), rows, w1, 0, w1.rows, sums,
-                       [&](int64_t r, int64_t n, int64_t count, float* from) {
-                         activate_row(args, b1, n, count, from, hidden, at + r);
-                       });
-              multiply(hidden.rows(at), rows, w2, 0, w2.rows, sums,
-                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                         write<T>(args.tail, b2, first + r, w2.rows, n, count, from);
-                       });
-            });
-  });
-}
-
-// An MLP of fewer rows: the columns of each product are shared, with all of its rows between them.
-template <class Kind>
-void mlp_of_shares(const Int8MlpArgs& args, const PackedInt8<Kind>& w1, const PackedInt8<Kind>& w2,
-                   const FloatBias& b1) {
-  const QuantizedBlock<Kind> x(workers() * kRows, args.x.cols), hidden(args.x.rows, w1.rows);
-  const Cut cut(args.x.rows, w1.rows);
-  Scratch<float> scratch(workers() * kRows * kCols);
-  cut.run(args.x.rows * w1.rows,
-          [&](int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t worker) {
-            const int64_t at = worker * kRows;
-            x.set(at, args.x, first, rows);
-            multiply(x.rows(at), rows, w1, begin, end, scratch.data() + at * kCols,
-                     [&](int64_t r, int64_t n, int64_t count, float* from) {
-                       activate_row(args, b1, n, count, from, hidden, first + r);
-                     });
-          });
-  linear_of<Kind>({nullptr, DType::kFloat, args.x.rows, w1.rows, 0}, &hidden, w2, args.tail);
-}
+};
 
 template <class Body>
 void with_products(Int8Products products, Body body) {
@@ -225,22 +151,13 @@ void with_products(Int8Products products, Body body) {
 }  // namespace
 
 void int8_linear(const Int8LinearArgs& args) {
-  if (args.x.rows == 0 || args.weight.rows == 0) return;
-  with_products(args.products, [&](auto kind) {
-    using Kind = decltype(kind);
-    linear_of<Kind>(args.x, nullptr, PackedInt8<Kind>(args.weight), args.tail);
-  });
+  with_products(args.products,
+                [&](auto kind) { linear_of_many<Int8Arithmetic<decltype(kind)>>(args); });
 }
 
 void int8_mlp(const Int8MlpArgs& args) {
-  if (args.x.rows == 0 || args.w2.rows == 0) return;
-  with_products(args.products, [&](auto kind) {
-    using Kind = decltype(kind);
-    const PackedInt8<Kind> w1(args.w1), w2(args.w2);
-    const FloatBias b1(args.b1);
-    const bool many = divide_up(args.x.rows, kRows) >= kEach * workers();
-    (many ? mlp_of_blocks<Kind> : mlp_of_shares<Kind>)(args, w1, w2, b1);
-  });
+  with_products(args.products,
+                [&](auto kind) { mlp_of_many<Int8Arithmetic<decltype(kind)>>(args); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -50,6 +50,9 @@ bool has_bfloat16_products();
 // Whether the CPU multiplies int8 four by four (AVX-512 VNNI), and the AVX512 copy may use that.
 bool has_int8_quads();
 
+// Whether the CPU multiplies tiles of bfloat16 (AMX), and the AVX512 copy may use that.
+bool has_tiles();
+
 // Aligned to a cache line; throws std::bad_alloc.
 void* allocate(int64_t bytes);
 void release(void* memory);

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastvlm import extension
 from fastvlm.compat import pytorch
+from fastvlm.cpu import bf16
 from fastvlm.cpu.common import dense_bias, dense_last, dense_one
 
 # Up to how many rows our kernel, which streams the weight from memory once, is ahead of the
@@ -47,7 +48,7 @@ _Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @cache
 def _native_bf16() -> bool:
-    return extension.capability() == "AVX512_BF16"
+    return extension.capability() in ("AVX512_BF16", "AMX")
 
 
 def few_rows(x: Tensor) -> bool:
@@ -64,9 +65,18 @@ def packs(x: Tensor) -> bool:
     """Whether the kernel for many rows, with weights in panels, is the choice for x.
 
     Its products and sums are float32 whatever the dtype: not for 16 bits where the CPU has products
-    of its own for them.
+    of its own for them. Tiles of bfloat16 take x as it lies, a transpose is a library's.
     """
-    return not few_rows(x) and (packs_float32() if x.dtype == torch.float32 else _packs_16_bits())
+    if few_rows(x):
+        return False
+    if x.dtype == torch.float32:
+        return packs_float32()
+    return _packs_16_bits() or (in_tiles(x) and _may_pack() and x.stride(1) == 1)
+
+
+def in_tiles(x: Tensor) -> bool:
+    """Whether products of many rows like x are those of bfloat16 tiles (AMX)."""
+    return x.dtype == torch.bfloat16 and bf16.tiles()
 
 
 def streams(x: Tensor, *weights: Tensor) -> bool:
@@ -98,9 +108,33 @@ def packed_product(
     factors: Tensor | None = None,
 ) -> Tensor:
     """residual + factors (x weight^T + bias), where `packs`. factors: of as many rows each."""
+    if in_tiles(x):
+        return bf16.bf16_linear(x, weight, None, bias, residual, factors)
     out: Tensor = torch.ops.fastvlm_cpu.packed_linear(
         *(dense_one(x), dense_one(weight), dense_bias(bias)),
         *(None if residual is None else dense_last(residual), factors),
+    )
+    return out
+
+
+def packed_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    factors: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """residual + factors (activation(x w1^T + b1) w2^T + b2), where `packs`."""
+    if in_tiles(x):
+        return bf16.bf16_gelu_mlp(
+            *(x, w1, None, b1, w2, None, b2, residual, factors, activation),
+        )
+    out: Tensor = torch.ops.fastvlm_cpu.packed_mlp(
+        *(dense_one(x), dense_one(w1), dense_bias(b1), dense_one(w2), dense_bias(b2)),
+        *(None if residual is None else dense_last(residual), factors, activation),
     )
     return out
 

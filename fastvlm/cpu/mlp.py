@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.cpu.common import dense_bias, dense_last, dense_one, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import MAX_ROWS, added_product, packs, product, streams
+from fastvlm.cpu.common import dense_bias, dense_last, unavailable, wrong_dtype
+from fastvlm.cpu.gemm import MAX_ROWS, added_product, packed_mlp, packs, product, streams
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -78,11 +78,7 @@ def _gelu_mlp(
         y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, activation)
         return y, _none(x)
     if not keep and seed is None and packs(x):
-        b1, b2 = dense_bias(b1), dense_bias(b2)
-        y = torch.ops.fastvlm_cpu.packed_mlp(
-            *(dense_one(x), dense_one(w1), b1, dense_one(w2), b2, None, None, activation)
-        )
-        return y, _none(x)
+        return packed_mlp(x, w1, b1, w2, b2, None, None, activation), _none(x)
     pre = product(x, w1, b1)
     y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, activation, p), w2, b2)
     return y, pre if keep else _none(x)

@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.cpu.common import (
-    DTYPES,
-    dense_bias,
-    dense_last,
-    dense_one,
-    unavailable,
-    wrong_dtype,
-)
-from fastvlm.cpu.gemm import packed_product, packs, product
+from fastvlm.cpu.common import DTYPES, unavailable, wrong_dtype
+from fastvlm.cpu.gemm import packed_mlp, packed_product, packs, product
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -38,11 +31,7 @@ def _residual_gelu_mlp(
     activation: int,
 ) -> Tensor:
     if packs(x):
-        out: Tensor = torch.ops.fastvlm_cpu.packed_mlp(
-            *(dense_one(x), dense_one(w1), dense_bias(b1), dense_one(w2), dense_bias(b2)),
-            *(dense_last(residual), _dense(factors), activation),
-        )
-        return out
+        return packed_mlp(x, w1, b1, w2, b2, residual, _dense(factors), activation)
     pre = product(x, _as(x, w1), _as(x, b1))
     hidden = torch.ops.fastvlm_cpu.activate(pre, None, None, activation, 0.0)
     return _sum(product(hidden, _as(x, w2), _as(x, b2)), residual, factors)

@@ -62,7 +62,7 @@ class GegluMLP(nn.Module):
         fuses = bias == (None, None, None) and all(map(is_plain, (gate, up, down)))
         known = act is None or is_known(act, self.evaluated)
         fuses = fuses and known and not drops and (dropout is None or not is_watched(dropout))
-        if fuses and not multiplies_int8((gate, up, down), x):
+        if fuses and not computes((gate, up, down), x):
             return ops.geglu_mlp(x, gate.weight, up.weight, down.weight, activation=self.activation)
         hidden = gate(x)
         if act is None or known:
@@ -93,12 +93,8 @@ def gelu_mlp(
     act: what to call in its place, where it is not what it was, or has a hook.
     """
     if act is None and is_plain_product(fc1) and is_plain_product(fc2):
-        copies = int8_copies(fc1, fc2, x) if dropout_p == 0 else None
-        if copies is not None:
-            w1, scale1, w2, scale2 = copies
-            return ops.int8_gelu_mlp(
-                *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias), activation=activation
-            )
+        if dropout_p == 0 and computes((fc1, fc2), x):
+            return compute_mlp(x, fc1, fc2, activation)
         return ops.gelu_mlp(
             x,
             weight_of(fc1),
@@ -113,23 +109,30 @@ def gelu_mlp(
     return fc2(F.dropout(hidden, dropout_p) if dropout_p > 0 else hidden)
 
 
-def multiplies_int8(layers: Sequence[Any], x: Tensor) -> bool:
-    """Whether an MLP of x multiplies in int8: each of its layers is patched so, and can."""
-    if any(getattr(layer, "compute", None) is None for layer in layers):
+def computes(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether an MLP of x is computed in int8 or bfloat16: each of its layers is patched so, and
+    can."""
+    kinds = {getattr(layer, "compute", None) for layer in layers}
+    if len(kinds) > 1 or None in kinds:
         return False
-    from fastvlm.nn.int8 import can  # loads torch.compile: a second
+    from fastvlm.nn.compute import can  # loads torch.compile: a second
 
     # an inner layer meets as many rows, of another width and the same kind
     return x.shape[-1] == layers[0].in_features and all(can(layer, x) for layer in layers)
 
 
-def int8_copies(fc1: Any, fc2: Any, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Weight and factors of either layer, where an MLP of x multiplies in int8."""
-    if not multiplies_int8((fc1, fc2), x):
-        return None
-    from fastvlm.nn.int8 import copy_of
+def compute_mlp(
+    x: Tensor,
+    fc1: Any,
+    fc2: Any,
+    activation: str,
+    residual: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """residual + factor * fc2(activation(fc1 x)) in the arithmetic of its layers."""
+    from fastvlm.nn import compute
 
-    return *copy_of(fc1), *copy_of(fc2)
+    return compute.mlp(x, fc1, fc2, activation, residual, factors)
 
 
 class GeluMLP(nn.Module):

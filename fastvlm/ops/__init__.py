@@ -5,6 +5,7 @@ import fastvlm.cuda
 import fastvlm.flash
 import fastvlm.triton  # noqa: F401 - each backend registers its kernels
 from fastvlm.ops.attention import cached_attention, cross_attention, self_attention
+from fastvlm.ops.bf16 import bf16_gelu_mlp, bf16_linear
 from fastvlm.ops.int8 import int8_gelu_mlp, int8_linear
 from fastvlm.ops.loss import linear_cross_entropy, linear_topk
 from fastvlm.ops.merge import merge_attention
@@ -15,6 +16,8 @@ from fastvlm.ops.rope import rope
 from fastvlm.ops.vision import channel_attention, depthwise_conv_norm, window_attention
 
 __all__ = [
+    "bf16_gelu_mlp",
+    "bf16_linear",
     "cached_attention",
     "channel_attention",
     "cross_attention",

@@ -32,23 +32,37 @@ _INT8_GELU_MLP = define(
 )
 
 
+def _names(weight: str) -> tuple[str, str]:
+    """Of a weight's factors and bias: `scale` or `scale` and the weight's number, and so on."""
+    number = weight.removeprefix("w") if weight != "weight" else ""
+    return f"scale{number}", f"b{number}" if number else "bias"
+
+
 def _weight(
-    op: str, name: str, weight: Tensor, scale: Tensor, cols: int, bias: Tensor | None
+    op: str, name: str, weight: Tensor, scale: Tensor | None, cols: int, bias: Tensor | None
 ) -> None:
-    """A weight, `scale` or `scale` and the weight's number, and the bias of the same number."""
-    number = name.removeprefix("w") if name != "weight" else ""
-    scale_name, bias_name = f"scale{number}", f"b{number}" if number else "bias"
-    checks.is_tensor(op, **{name: weight, scale_name: scale})
+    """A weight's shape, its factors where it has some, and the bias of the same number."""
+    scale_name, bias_name = _names(name)
     checks.has_shape(op, name, weight, [None, cols])
-    if weight.dtype != torch.int8:
-        raise checks.fail(op, name, "int8 (fastvlm.ops.quantize_rows makes it)", weight)
-    checks.has_shape(op, scale_name, scale, [weight.shape[0]])
-    if scale.dtype != torch.float32:
-        raise checks.fail(op, scale_name, "float32", scale)
+    if scale is not None:
+        checks.is_tensor(op, **{scale_name: scale})
+        checks.has_shape(op, scale_name, scale, [weight.shape[0]])
+        if scale.dtype != torch.float32:
+            raise checks.fail(op, scale_name, "float32", scale)
     if bias is not None:
         checks.is_tensor(op, **{bias_name: bias})
         checks.is_float(op, bias_name, bias)
         checks.has_shape(op, bias_name, bias, [weight.shape[0]])
+
+
+def _of_int8(
+    op: str, name: str, weight: Tensor, scale: Tensor, cols: int, bias: Tensor | None
+) -> None:
+    checks.is_tensor(op, **{name: weight, _names(name)[0]: scale})
+    checks.has_shape(op, name, weight, [None, cols])
+    if weight.dtype != torch.int8:
+        raise checks.fail(op, name, "int8 (fastvlm.ops.quantize_rows makes it)", weight)
+    _weight(op, name, weight, scale, cols, bias)
 
 
 def _rows(
@@ -115,7 +129,7 @@ def int8_linear(
     """
     op = "int8_linear"
     rows, to = _rows(op, x, residual, factors, _height(weight))
-    _weight(op, "weight", weight, scale, x.shape[-1], bias)
+    _of_int8(op, "weight", weight, scale, x.shape[-1], bias)
     _for_inference(op, x, weight=weight, scale=scale, bias=bias, residual=residual, factors=factors)
     out: Tensor = _INT8_LINEAR(rows, weight, scale, bias, to, factors)
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -144,8 +158,8 @@ def int8_gelu_mlp(
     """
     op = "int8_gelu_mlp"
     rows, to = _rows(op, x, residual, factors, _height(w2))
-    _weight(op, "w1", w1, scale1, x.shape[-1], b1)
-    _weight(op, "w2", w2, scale2, w1.shape[0], b2)
+    _of_int8(op, "w1", w1, scale1, x.shape[-1], b1)
+    _of_int8(op, "w2", w2, scale2, w1.shape[0], b2)
     number = number_of(op, activation, approximate, "gelu")
     _for_inference(
         *(op, x), w1=w1, scale1=scale1, b1=b1, w2=w2, scale2=scale2, b2=b2,

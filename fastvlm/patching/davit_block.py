@@ -18,7 +18,7 @@ from fastvlm import ops
 from fastvlm.cpu.common import DTYPES, unavailable
 from fastvlm.models.structure import extra_parts, takes
 from fastvlm.nn.linear import DENSE, is_bare, is_plain
-from fastvlm.nn.mlp import activation_of, int8_copies
+from fastvlm.nn.mlp import activation_of, compute_mlp, computes
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
@@ -106,39 +106,34 @@ def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return ops.depthwise_conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
 
 
-def _int8_copy(module: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    if getattr(module, "compute", None) is None:
+def _computed(
+    x: Tensor, layer: Any, to: Tensor | None = None, factors: Tensor | None = None
+) -> Tensor | None:
+    """The product in int8 or bfloat16, where the layer is patched so and it is worth it."""
+    if getattr(layer, "compute", None) is None:
         return None
-    from fastvlm.nn.int8 import int8_copy  # loads torch.compile: a second
+    from fastvlm.nn import compute  # loads torch.compile: a second
 
-    return int8_copy(module, x)
+    return compute.linear(x, layer, to, factors)
 
 
 def _linear(x: Tensor, layer: Any) -> Tensor:
-    copy = _int8_copy(layer, x)
-    if copy is not None:
-        return ops.int8_linear(x, *copy, layer.bias)
-    return ops.linear(x, layer.weight, layer.bias)
+    y = _computed(x, layer)
+    return ops.linear(x, layer.weight, layer.bias) if y is None else y
 
 
 def _residual_linear(x: Tensor, layer: Any, to: Tensor, factors: Tensor | None) -> Tensor:
-    copy = _int8_copy(layer, x)
-    if copy is not None:
-        return ops.int8_linear(x, *copy, layer.bias, to, factors=factors)
+    y = _computed(x, layer, to, factors)
+    if y is not None:
+        return y
     return ops.residual_linear(x, layer.weight, layer.bias, to, factors=factors)
 
 
 def _residual_mlp(
     x: Tensor, fc1: Any, fc2: Any, to: Tensor, activation: str, factors: Tensor | None
 ) -> Tensor:
-    copies = int8_copies(fc1, fc2, x)
-    if copies is not None:
-        w1, scale1, w2, scale2 = copies
-        return ops.int8_gelu_mlp(
-            *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias, to),
-            activation=activation,
-            factors=factors,
-        )
+    if computes((fc1, fc2), x):
+        return compute_mlp(x, fc1, fc2, activation, to, factors)
     return ops.residual_gelu_mlp(
         *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, to),
         activation=activation,

@@ -39,10 +39,9 @@ class LogProbChange:
 def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChange:
     """Compare a model that is patched with weights or compute to itself without them.
 
-    model: patched with ``weights="bf16"`` or ``"int8"``, or ``compute="int8"``. inputs: keyword
-    arguments of one call of it, for an encoder-decoder with labels or decoder_input_ids. Runs the
-    model twice, in eval mode and without gradients; padding (labels of -100, zeros of the mask)
-    does not count.
+    model: patched with ``weights`` or ``compute``, of "bf16" or "int8". inputs: keyword arguments of
+    one call of it, for an encoder-decoder with labels or decoder_input_ids. Runs the model twice,
+    in eval mode and without gradients; padding (labels of -100, zeros of the mask) does not count.
 
     Raises TypeError for what is no nn.Module, ValueError for a model without such weights, or for
     inputs with a cache (a call would change it) or nothing but padding.

@@ -21,10 +21,11 @@ from fastvlm.patching.weights import (
     LINEAR,
     adapters_of,
     choose_linear,
-    computes_int8,
+    compute_of,
     read_at_a_step,
+    runs_in,
     storage_of,
-    why_no_int8,
+    why_not_in,
 )
 
 
@@ -300,7 +301,7 @@ def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> li
     linears = [c for c in changes if c.swap is not None and "linear" in c.swap.runs_on]
     names: dict[str, list[str]] = {}
     for change in linears:
-        why = None if computes_int8(change.swap) else why_no_int8(change.module)
+        why = None if compute_of(change.swap) else why_not_in(compute, change.module)
         if why is not None:
             names.setdefault(why, []).append(change.name)
     for why, found in names.items():
@@ -310,27 +311,23 @@ def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> li
 
 
 _MLPS = ("gelu_mlp", "geglu_mlp")
-# what runs instead of an op where the layers it is made of compute many rows in int8
-_IN_INT8 = {
-    "gelu_mlp": "int8_gelu_mlp",
-    "geglu_mlp": "int8_linear",
-    "residual_gelu_mlp": "int8_gelu_mlp",
-    "residual_linear": "int8_linear",
-}
 
 
 def entries_of(changes: list[Change], weights: str | None) -> list[Entry]:
     low = {id(change.module) for change in changes if storage_of(change.swap) is not None}
-    int8 = {id(change.module) for change in changes if computes_int8(change.swap)}
+    narrow = {id(change.module): compute_of(change.swap) for change in changes}
     entries = []
     for change in changes:
         runs_on = () if change.swap is None else change.swap.runs_on
         if any(id(part) in low for part in change.module.children()):
             # an MLP of such layers calls them one by one
             runs_on = tuple("low_precision_linear" if op in _MLPS else op for op in runs_on)
-        elif any(id(part) in int8 for part in change.module.modules()):
-            more = dict.fromkeys(_IN_INT8[op] for op in runs_on if op in _IN_INT8)
-            runs_on = (*runs_on, *more)
+        else:
+            kinds = {narrow.get(id(part)) for part in change.module.modules()} - {None}
+            for kind in kinds:
+                others = runs_in(str(kind))
+                more = dict.fromkeys(others[op] for op in runs_on if op in others)
+                runs_on = (*runs_on, *more)
         entry = Entry(change.name, type(change.module).__name__, runs_on, change.reason)
         if weights is not None and change.at_each_step:
             entry = replace(entry, reads=read_at_a_step(change.module, storage_of(change.swap)))

@@ -11,7 +11,7 @@ from fastvlm.nn.linear import Linear, TransposedLinear, is_approximate, is_trans
 from fastvlm.patching.rules import Swap
 
 STORAGES = ("bf16", "int8")
-ARITHMETICS = ("int8",)
+ARITHMETICS = ("int8", "bf16")
 LINEAR = Swap(Linear, ("linear",))
 TRANSPOSED = Swap(TransposedLinear, ("linear",))
 
@@ -29,7 +29,7 @@ def check_weights(op: str, weights: str | None, floors: frozenset[str]) -> None:
 def check_compute(op: str, compute: str | None, floors: frozenset[str]) -> None:
     if compute is not None and compute not in ARITHMETICS:
         allowed = ", ".join(map(repr, ARITHMETICS))
-        wanted = f"compute must be None or {allowed}"
+        wanted = f"compute must be None or one of {allowed}"
         raise ValueError(f"fastvlm.{op}: {wanted}; got {compute!r}")
     if compute is not None and "linear" not in floors:
         raise ValueError(
@@ -44,55 +44,76 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
     narrow = storage == "bf16" and dtype.itemsize <= 2
     if narrow or dtype == torch.float64:
         storage = None
-    if compute is not None and why_no_int8(module):
+    if compute is not None and why_not_in(compute, module):
         compute = None
     transposed = is_transposed(module)
     if storage is None and compute is None:
         return TRANSPOSED if transposed else LINEAR
     if module.weight.is_inference():
         return "its weight was made under inference_mode, where no change of it can be noticed"
-    from fastvlm.nn.int8 import Int8Linear, Int8LowPrecisionLinear
+    from fastvlm.nn.compute import ComputeLinear, ComputeLowPrecisionLinear
     from fastvlm.nn.low_precision import LowPrecisionLinear, LowPrecisionTransposed
 
     # (these load torch.compile: a second)
     if storage is None:
-        return Swap(Int8Linear, ("linear", "int8_linear"), (("compute", compute),))
+        assert compute is not None
+        runs_on = ("linear", runs_in(compute)["residual_linear"])
+        return Swap(ComputeLinear, runs_on, (("compute", compute),))
     attributes = (("storage", storage),)
     if compute is None:
         mixin = LowPrecisionTransposed if transposed else LowPrecisionLinear
         return Swap(mixin, ("low_precision_linear",), attributes)
-    runs_on = ("low_precision_linear", "int8_linear")
-    return Swap(Int8LowPrecisionLinear, runs_on, (*attributes, ("compute", compute)))
+    runs_on = ("low_precision_linear", runs_in(compute)["residual_linear"])
+    return Swap(ComputeLowPrecisionLinear, runs_on, (*attributes, ("compute", compute)))
 
 
-def why_no_int8(module: Any) -> str | None:
-    """Why a linear layer keeps its own arithmetic though int8 was asked for."""
+def why_not_in(compute: str, module: Any) -> str | None:
+    """Why a linear layer keeps its own arithmetic though another was asked for."""
     from fastvlm.cpu.common import DTYPES
-    from fastvlm.cpu.int8 import unavailable
+    from fastvlm.nn.compute import unavailable
 
-    weight = module.weight
+    weight, name = module.weight, {"int8": "int8", "bf16": "bfloat16"}[compute]
     if is_transposed(module):
-        return "int8 arithmetic is for weights that lie as [outputs, inputs]"
+        return f"{name} arithmetic is for weights that lie as [outputs, inputs]"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, for which PyTorch chooses the kernels"
     if weight.dtype not in DTYPES:
-        wanted = "int8 arithmetic is for float32, bfloat16 and float16"
+        wanted = f"{name} arithmetic is for float32, bfloat16 and float16"
         return f"{wanted}; its weight is {weight.dtype}"
     if weight.device.type != "cpu":
-        return f"int8 arithmetic is for the CPU; its weight is on {weight.device}"
-    if reason := unavailable():
-        return f"no int8 arithmetic here: {reason}"
-    if not bool(torch.isfinite(weight).all()):
+        return f"{name} arithmetic is for the CPU; its weight is on {weight.device}"
+    if reason := unavailable(compute):
+        return f"no {name} arithmetic here: {reason}"
+    if compute == "bf16" and weight.dtype == torch.bfloat16:
+        return "its weight is bfloat16, and so is its arithmetic"
+    if compute == "int8" and not bool(torch.isfinite(weight).all()):
         return "its weight holds a NaN or an infinity, which int8 cannot"
     return None
+
+
+# what runs instead of an op where the layers it is made of compute many rows in int8
+_IN_INT8 = {
+    "gelu_mlp": "int8_gelu_mlp",
+    "geglu_mlp": "int8_linear",
+    "residual_gelu_mlp": "int8_gelu_mlp",
+    "residual_linear": "int8_linear",
+}
+
+
+def runs_in(compute: str) -> dict[str, str]:
+    """By op: what runs in its place where its layers compute many rows in some arithmetic."""
+    from fastvlm.nn.compute import rounds_rows
+
+    kind = "bf16" if rounds_rows(compute) else "int8"
+    return {op: other.replace("int8", kind) for op, other in _IN_INT8.items()}
 
 
 def storage_of(swap: Swap | None) -> str | None:
     return None if swap is None else dict(swap.attributes).get("storage")
 
 
-def computes_int8(swap: Swap | None) -> bool:
-    return swap is not None and dict(swap.attributes).get("compute") == "int8"
+def compute_of(swap: Swap | None) -> str | None:
+    return None if swap is None else dict(swap.attributes).get("compute")
 
 
 def forget_copy(module: nn.Module) -> None:

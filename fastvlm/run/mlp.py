@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastvlm import ops
 from fastvlm.models.spec import Mlp
 from fastvlm.nn.linear import is_plain_product, is_watched, weight_of
-from fastvlm.nn.mlp import gelu_mlp, is_known, multiplies_int8
+from fastvlm.nn.mlp import computes, gelu_mlp, is_known
 from fastvlm.reference.mlp import FUNCTIONS
 from fastvlm.run.mixin import Mixin
 
@@ -33,7 +33,7 @@ class PatchedMlp(Mixin):
         if fuses and spec.gate is None:
             up, down = parts
             return self._dropped(gelu_mlp(hidden_states, up, down, spec.activation, p))
-        if fuses and p == 0 and _has_no_bias(parts) and not multiplies_int8(parts, hidden_states):
+        if fuses and p == 0 and _has_no_bias(parts) and not computes(parts, hidden_states):
             weights = map(weight_of, parts)
             fused: Tensor = ops.geglu_mlp(hidden_states, *weights, activation=spec.activation)
             return self._dropped(fused)

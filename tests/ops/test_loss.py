@@ -14,8 +14,8 @@ from fastvlm.reference import loss as reference
 
 # rows, width, vocabulary; one beyond a block of the reference. With few rows the largest error is
 # that of the one row whose best two tokens are all but tied, in PyTorch's result as in ours: which
-# of the two is luckier says nothing, and differs from one processor to the next. Nor may all but one
-# row be ignored: the reference would multiply that row alone, which MKL sums one after another.
+# of the two is luckier says nothing, and differs from one processor to the next. Nor may all
+# rows but one be ignored: the reference would multiply it alone, which MKL sums one after another.
 SHAPES = {"small": (29, 17, 63), "odd": (61, 64, 577), "blocks": (9, 8, 2 * reference.BLOCK + 3)}
 
 

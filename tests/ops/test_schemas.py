@@ -68,6 +68,11 @@ def _schema_arguments() -> dict[str, tuple[Any, ...]]:
             *(mlp[0], *ops.quantize_rows(mlp[1]), mlp[2], *ops.quantize_rows(mlp[3]), mlp[4]),
             *(None, None, 2),
         ),
+        "bf16_linear": (mlp[0], mlp[1].bfloat16(), None, mlp[2], t(3, 6), torch.ones(3)),
+        "bf16_gelu_mlp": (
+            *(mlp[0], mlp[1].bfloat16(), None, mlp[2], *ops.quantize_rows(mlp[3]), mlp[4]),
+            *(None, None, 2),
+        ),
         "gelu_mlp": (*mlp, None, 2, 0.0, True),
         "gelu_mlp_backward": (
             *(t(3, 4), mlp[0], t(3, 6), mlp[1], mlp[3], None, 3, 0.0),

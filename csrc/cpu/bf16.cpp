@@ -1,0 +1,185 @@
+// bf16_linear and bf16_mlp: products of many rows in bfloat16 arithmetic, with sums in float32.
+//
+// x is rounded to bfloat16 as a block of it is read, and so is what lies between the products of an
+// MLP; an int8 weight is exact in bfloat16, and its factors come last. Weights become panels of two
+// tiles' columns once a call.
+#include "bf16.h"
+
+#include "many_rows.h"
+#include "tiles.h"
+
+namespace fastvlm {
+namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kPair = 2 * kTile;  // rows or columns of a block of 2 x 2 tiles of sums
+
+int64_t steps_of(int64_t depth) { return divide_up(depth, kTileDepth); }
+
+class TiledWeight {
+ public:
+  explicit TiledWeight(const Matrix& w)
+      : rows(w.rows),
+        steps(steps_of(w.cols)),
+        scale(w.scale),
+        data_(divide_up(w.rows, kCols) * kCols * steps * kTileDepth) {
+    with_weight_type(w.dtype, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(w.data);
+      auto task = [&](int64_t index, int64_t) { pack(w, from, index * kPair); };
+      // whole blocks of columns: nothing of what lies behind the last one is read before it is set
+      for_each_task(divide_up(rows, kCols) * (kCols / kPair), rows * w.cols, task);
+    });
+  }
+  // Of the columns first, first + 1, ...: [steps][2] tiles. first: a multiple of kPair.
+  const BFloat16* panel(int64_t first) const { return data_.data() + first * steps * kTileDepth; }
+
+  const int64_t rows, steps;
+  const float* const scale;
+
+ private:
+  template <class T>
+  void pack(const Matrix& w, const T* from, int64_t first) {
+    BFloat16* to = data_.data() + first * steps * kTileDepth;
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t tile = 0; tile < 2; ++tile, to += kTileSize) {
+        const int64_t row = first + tile * kTile, k = step * kTileDepth;
+        const int64_t count = larger(0, smaller(kTile, w.rows - row));
+        const int64_t depth = smaller(kTileDepth, w.cols - k);
+        if (w.step != 1) {
+          join(from + k * w.step + row, w.step, count, depth, to);
+        } else {
+          exchange(from + row * w.stride + k, w.stride, count, depth, to);
+        }
+      }
+    }
+  }
+
+  // Of a transpose, whose columns are rows in memory: two of these become pairs.
+  template <class T>
+  static void join(const T* from, int64_t step, int64_t count, int64_t depth, BFloat16* to) {
+    auto bits = [&](int64_t k, int64_t c) {
+      const int64_t n = k < depth ? larger(0, smaller(kLanes, count - c)) : 0;
+      const Vec x = n > 0 ? load_some(from + k * step + c, n) : Vec{};
+      return __builtin_convertvector(narrow(x, BFloat16{}), UVec);
+    };
+    for (int64_t k = 0; k < kTileDepth; k += 2) {
+      for (int64_t c = 0; c < kTile; c += kLanes) {
+        const UVec pairs = bits(k, c) | bits(k + 1, c) << 16;
+        std::memcpy(to + k * kTile + c * 2, &pairs, sizeof(pairs));
+      }
+    }
+  }
+
+  template <class T>
+  static void exchange(const T* from, int64_t stride, int64_t count, int64_t depth, BFloat16* to) {
+    BFloat16 lines[kTile][kTileDepth] = {};
+    for (int64_t c = 0; c < count; ++c) to_bfloat16(from + c * stride, depth, lines[c]);
+    for (int64_t c = 0; c < kTile; c += kLanes) {
+      for (int64_t pair = 0; pair < kTile; pair += kLanes) {
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          std::memcpy(&square[i], &lines[c + i][2 * pair], sizeof(Vec));
+        }
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i) {
+          std::memcpy(to + ((pair + i) * kTile + c) * 2, &square[i], sizeof(Vec));
+        }
+      }
+    }
+  }
+
+  Scratch<BFloat16> data_;
+};
+
+struct TiledRows {
+  const BFloat16* data;
+  int64_t stride;
+};
+
+// Room for rows of some depth as bfloat16, with zeros up to a whole tile.
+class TiledBlock {
+ public:
+  TiledBlock(int64_t rows, int64_t depth)
+      : depth_(depth), stride_(round_up(depth, kTileDepth) + kTileDepth), data_(rows * stride_) {}
+
+  void set(int64_t row, int64_t first, int64_t n, const float* from) const {
+    set_row(row, first, n, from);
+  }
+  void set(int64_t row, const Matrix& x, int64_t first, int64_t count) const {
+    with_type(x.dtype, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(x.data) + first * x.stride;
+      for (int64_t r = 0; r < count; ++r) set_row(row + r, 0, x.cols, from + r * x.stride);
+    });
+  }
+  TiledRows rows(int64_t first) const { return {data_.data() + first * stride_, stride_}; }
+
+ private:
+  template <class T>
+  void set_row(int64_t row, int64_t first, int64_t n, const T* from) const {
+    BFloat16* to = data_.data() + row * stride_;
+    to_bfloat16(from, n, to + first);
+    for (int64_t i = first + n; i < (first + n == depth_ ? round_up(depth_, kTileDepth) : 0); ++i) {
+      to[i] = BFloat16{0};
+    }
+  }
+
+  // between rows: no multiple of 4 KiB, where rows would be in each other's way in the cache
+  int64_t depth_, stride_;
+  Scratch<BFloat16> data_;
+};
+
+template <class Unit>
+struct Bf16 {
+  using Weight = TiledWeight;
+  using Block = TiledBlock;
+  static constexpr int64_t kTileRows = kPair;
+
+  template <class Finish>
+  static void multiply(TiledRows x, int64_t rows, const TiledWeight& w, int64_t begin, int64_t end,
+                       float* sums, Finish finish) {
+    Unit::begin();
+    for (int64_t n = begin; n < end; n += kCols) {
+      const int64_t cols = smaller(kCols, end - n);
+      for (int64_t m = 0; m < rows; m += kPair) {
+        const int64_t count = smaller(kPair, rows - m);
+        for (int64_t p = 0; p < cols; p += kPair) {
+          const auto tiles =
+              count > kTile ? &Unit::template multiply<2> : &Unit::template multiply<1>;
+          tiles(x.data + m * x.stride, x.stride, w.panel(n + p), w.steps, sums + p, kCols);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          float* row = sums + r * kCols;
+          if (w.scale != nullptr) {
+            map_to(row, cols, [&](int64_t i, int64_t some) {
+              return load_some(row + i, some) * load_some(w.scale + n + i, some);
+            });
+          }
+          finish(m + r, n, cols, row);
+        }
+      }
+    }
+    Unit::end();
+  }
+};
+
+template <class Body>
+void with_unit(Body body) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (has_tiles()) return body(Bf16<Amx>{});
+  if (has_bfloat16_products()) return body(Bf16<Pairwise>{});
+#endif
+  body(Bf16<OneByOne>{});
+}
+
+}  // namespace
+
+void bf16_linear(const PackedLinearArgs& args) {
+  with_unit([&](auto arithmetic) { linear_of_many<decltype(arithmetic)>(args); });
+}
+
+void bf16_mlp(const PackedMlpArgs& args) {
+  with_unit([&](auto arithmetic) { mlp_of_many<decltype(arithmetic)>(args); });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvlm

@@ -1,0 +1,153 @@
+// Products of bfloat16 matrices in tiles of 16 rows of 64 bytes: the instructions of AMX, products
+// of pairs of AVX-512, or the same one by one where a CPU has neither, for tests.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastvlm {
+namespace CPU_CAPABILITY {
+
+constexpr int64_t kTile = 16;                      // rows and columns of a tile of sums
+constexpr int64_t kTileDepth = 32;                 // elements of a row of x in a tile
+constexpr int64_t kTileSize = kTile * kTileDepth;  // elements of a tile of x or of a weight
+
+// A tile of a weight is [kTileDepth / 2][kTile columns][2]: neighbours along the depth in pairs.
+
+// sums[R tiles][2 tiles] = x[R tiles of rows][steps tiles] panel[steps][2], from zero, in float32.
+// x_stride: elements. sums_stride: floats.
+struct OneByOne {
+  static void begin() {}
+  static void end() {}
+
+  template <int R>
+  static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
+                       float* sums, int64_t sums_stride) {
+    for (int64_t m = 0; m < R * kTile; ++m) {
+      for (int64_t n = 0; n < 2 * kTile; ++n) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < steps * kTileDepth; ++k) {
+          const int64_t tile = (k / kTileDepth * 2 + n / kTile) * kTileSize;
+          const BFloat16* w = panel + tile + k % kTileDepth / 2 * (2 * kTile);
+          sum += wide(x[m * x_stride + k]) * wide(w[n % kTile * 2 + k % 2]);
+        }
+        sums[m * sums_stride + n] = sum;
+      }
+    }
+  }
+
+ private:
+  static float wide(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+};
+
+#if defined(CPU_CAPABILITY_AVX512)
+// The same by products of pairs in vectors, for CPUs that have these and no tiles. Assembly: this
+// copy is compiled for CPUs without either, where nothing calls this.
+struct Pairwise {
+  static void begin() {}
+  static void end() {}
+
+  template <int R>
+  static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
+                       float* sums, int64_t sums_stride) {
+    constexpr int kCount = 8;  // rows at a time
+    for (int64_t first = 0; first < R * kTile; first += kCount) {
+      Vec totals[kCount][2] = {};
+      for (int64_t k = 0; k < steps * kTileDepth; k += 2) {
+        const BFloat16* at = panel + k / kTileDepth * (2 * kTileSize) + k % kTileDepth * kTile;
+        const __m512i w[2] = {_mm512_loadu_si512(at), _mm512_loadu_si512(at + kTileSize)};
+#pragma GCC unroll 8
+        for (int m = 0; m < kCount; ++m) {
+          int32_t pair;
+          std::memcpy(&pair, x + (first + m) * x_stride + k, sizeof(pair));
+          const __m512i both = _mm512_set1_epi32(pair);
+          for (int n = 0; n < 2; ++n) {
+            asm("vdpbf16ps %2, %1, %0" : "+v"(totals[m][n]) : "v"(both), "v"(w[n]));
+          }
+        }
+      }
+      for (int m = 0; m < kCount; ++m) {
+        store(sums + (first + m) * sums_stride, totals[m][0]);
+        store(sums + (first + m) * sums_stride + kTile, totals[m][1]);
+      }
+    }
+  }
+};
+
+// Assembly for the same reason. Tiles 0 to 3 are sums, 4 and 5 of x, 6 and 7 of the weight.
+struct Amx {
+  // Every thread that multiplies has tiles of its own, of a shape that it must have set.
+  static void begin() {
+    alignas(64) uint8_t shape[64] = {1};  // palette
+    for (int tile = 0; tile < 8; ++tile) {
+      shape[16 + 2 * tile] = kTile * sizeof(float);  // bytes of a row
+      shape[48 + tile] = kTile;                      // rows
+    }
+    asm volatile("ldtilecfg %0" : : "m"(shape));
+  }
+  static void end() { asm volatile("tilerelease"); }
+
+#define FASTVLM_TILE_LOAD(tile, from, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(stride) : "memory")
+#define FASTVLM_TILE_STORE(tile, to, stride) \
+  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(stride) : "memory")
+#define FASTVLM_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile : :)
+#define FASTVLM_TILE_MULTIPLY(sums, x, w) \
+  asm volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sums : :)
+
+  template <int R>
+  static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
+                       float* sums, int64_t sums_stride) {
+    static_assert(R == 1 || R == 2, "tiles of sums");
+    const int64_t x_bytes = x_stride * 2, line = 64, sums_bytes = sums_stride * 4;
+    FASTVLM_TILE_ZERO(0);
+    FASTVLM_TILE_ZERO(1);
+    if (R == 2) {
+      FASTVLM_TILE_ZERO(2);
+      FASTVLM_TILE_ZERO(3);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      FASTVLM_TILE_LOAD(4, x, x_bytes);
+      FASTVLM_TILE_LOAD(6, panel, line);
+      FASTVLM_TILE_MULTIPLY(0, 4, 6);
+      FASTVLM_TILE_LOAD(7, panel + kTileSize, line);
+      FASTVLM_TILE_MULTIPLY(1, 4, 7);
+      if (R == 2) {
+        FASTVLM_TILE_LOAD(5, x + kTile * x_stride, x_bytes);
+        FASTVLM_TILE_MULTIPLY(2, 5, 6);
+        FASTVLM_TILE_MULTIPLY(3, 5, 7);
+      }
+      x += kTileDepth;
+      panel += 2 * kTileSize;
+    }
+    FASTVLM_TILE_STORE(0, sums, sums_bytes);
+    FASTVLM_TILE_STORE(1, sums + kTile, sums_bytes);
+    if (R == 2) {
+      FASTVLM_TILE_STORE(2, sums + kTile * sums_stride, sums_bytes);
+      FASTVLM_TILE_STORE(3, sums + kTile * sums_stride + kTile, sums_bytes);
+    }
+  }
+
+#undef FASTVLM_TILE_LOAD
+#undef FASTVLM_TILE_STORE
+#undef FASTVLM_TILE_ZERO
+#undef FASTVLM_TILE_MULTIPLY
+};
+#endif
+
+// to[i] = from[i] rounded to bfloat16.
+template <class T>
+inline void to_bfloat16(const T* from, int64_t n, BFloat16* to) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+  } else {
+    map_to(to, n, [&](int64_t i, int64_t count) { return load_some(from + i, count); });
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastvlm

@@ -1,0 +1,120 @@
+"""Linear layers that compute many rows in int8 or bfloat16: a vision tower, an encoder, a prefill.
+
+Import it where it is needed only, as `fastvlm.nn.low_precision`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm import ops
+from fastvlm.cpu import bf16, int8
+from fastvlm.cpu.common import DTYPES
+from fastvlm.nn.linear import DENSE, Linear
+from fastvlm.nn.low_precision import LowPrecisionLinear, stored_copy
+from fastvlm.ops import dispatch
+from fastvlm.ops._autograd import autocasts
+from fastvlm.ops.mlp import _transformed
+
+# fewer rows are as fast as their weights come from memory, whatever multiplies them
+FEWEST_ROWS = 65
+# what a product of fewer inputs writes takes as long as its sums: with 128 inputs int8 was 0.87
+# times as fast as float32, with 256 1.14 times (AVX2, 36,864 and 9,216 rows)
+FEWEST_INPUTS = 192
+
+
+def unavailable(compute: str) -> str | None:
+    """Why there is no "int8" or "bf16" arithmetic here."""
+    return int8.unavailable() if compute == "int8" else bf16.unavailable()
+
+
+def rounds_rows(compute: str) -> bool:
+    """Whether rows are rounded to bfloat16 for it, and not quantized: where the CPU multiplies
+    tiles of bfloat16, an int8 weight meets them there, faster than in int8 and closer."""
+    return compute == "bf16" or bf16.tiles()
+
+
+def can(layer: Any, x: Tensor) -> bool:
+    """Whether rows like x [..., any] can meet the weight of a layer in its arithmetic.
+
+    Not: few rows, gradients on, autocast, another dtype than the weight's, a kind of tensor that
+    PyTorch dispatches, a compiler or a transform at work, another device or backend.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if type(x) not in DENSE or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    if x.numel() < FEWEST_ROWS * x.shape[-1] or autocasts("cpu") or _transformed():
+        return False
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.is_inference():
+        return False
+    if weight.dtype != x.dtype or dispatch.forced() not in (None, "cpu"):
+        return False
+    return unavailable(layer.compute) is None
+
+
+def copy_of(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight of a layer in its arithmetic, and the factors of its rows where it is int8."""
+    return stored_copy(layer, layer.compute)
+
+
+def linear(
+    x: Tensor, layer: Any, residual: Tensor | None = None, factors: Tensor | None = None
+) -> Tensor | None:
+    """residual + factor * layer(x) in the layer's arithmetic; None where it is not worth it, or
+    cannot be."""
+    inputs, rounds = x.shape[-1], rounds_rows(layer.compute)
+    # where the width is wrong `ops.linear` says so
+    if inputs != layer.in_features or (not rounds and inputs < FEWEST_INPUTS) or not can(layer, x):
+        return None
+    weight, scale = copy_of(layer)
+    if rounds:
+        return ops.bf16_linear(x, weight, scale, layer.bias, residual, factors=factors)
+    assert scale is not None
+    return ops.int8_linear(x, weight, scale, layer.bias, residual, factors=factors)
+
+
+def mlp(
+    x: Tensor,
+    fc1: Any,
+    fc2: Any,
+    activation: str,
+    residual: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """residual + factor * fc2(activation(fc1 x)), where both layers `can`."""
+    (w1, scale1), (w2, scale2) = copy_of(fc1), copy_of(fc2)
+    settings = {"activation": activation, "factors": factors}
+    if rounds_rows(fc1.compute):
+        return ops.bf16_gelu_mlp(
+            *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias, residual),
+            **settings,  # type: ignore[arg-type]
+        )
+    assert scale1 is not None
+    assert scale2 is not None
+    return ops.int8_gelu_mlp(
+        *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias, residual),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+class ComputeLinear(Linear):
+    """A linear layer whose products of many rows are in int8 or bfloat16; the parameter stays.
+
+    compute: "int8" or "bf16". For inference: where gradients are enabled it computes with its
+    weight.
+    """
+
+    compute = "int8"
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = linear(input, self)
+        return super().forward(input) if out is None else out
+
+
+class ComputeLowPrecisionLinear(ComputeLinear, LowPrecisionLinear):
+    """The same for a layer that reads fewer bits for few rows."""
