@@ -39,7 +39,7 @@ class LogProbChange:
 def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChange:
     """Compare a model that is patched with weights or compute to itself without them.
 
-    model: patched with ``weights`` or ``compute``, of "bf16" or "int8". inputs: keyword arguments of
+    model: patched with ``weights`` or ``compute``, "bf16" or "int8". inputs: keyword arguments of
     one call of it, for an encoder-decoder with labels or decoder_input_ids. Runs the model twice,
     in eval mode and without gradients; padding (labels of -100, zeros of the mask) does not count.
 

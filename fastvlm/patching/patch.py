@@ -58,13 +58,13 @@ def patch(
     (`log_prob_change`). Parameters and state_dict stay. A call that wants gradients raises
     RuntimeError. Patching again with other weights, or None, changes over to those; with the same,
     drops the copies.
-    compute: for inference on a CPU only. Where gradients are off, linear layers multiply 65 rows and
-    more in "int8" (`fastvlm.ops.int8_linear`: weights with one factor for each output row,
+    compute: for inference on a CPU only. Where gradients are off, linear layers multiply 65 rows
+    and more in "int8" (`fastvlm.ops.int8_linear`: weights with one factor for each output row,
     activations quantized as they come, in groups of 64 neighbours; with AMX rounded to bfloat16) or
     "bf16" (`fastvlm.ops.bf16_linear`: both rounded; AMX or AVX-512 BF16): vision tower, encoder,
-    prefill. The head keeps its own arithmetic. Outputs change a little (`log_prob_change`). Parameters and
-    state_dict stay. Layers that cannot are left as they are, with the reason in the report, strict
-    or not.
+    prefill. The head keeps its own arithmetic. Outputs change a little (`log_prob_change`).
+    Parameters and state_dict stay. Layers that cannot are left as they are, with the reason in the
+    report, strict or not.
     strict: make any skipped module an error.
 
     On Linux the weights on the CPU that a decoding step reads move to huge pages, in place, where
