@@ -10,6 +10,8 @@ namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kTaskElements = 16384;
+// Of a row in one sum: short sums of short sums round less than one long one.
+constexpr int64_t kPart = 64 * kLanes;
 
 // Calls body(row) for all rows; short rows share a task.
 template <class Body>
@@ -94,9 +96,14 @@ void scan_row(const ScanArgs& a, int64_t row) {
   const float top = max(tops);
   const Vec reference = broadcast(top == -INFINITY ? 0.0f : top);
   Vec totals{};
-  for (int64_t i = 0; i < a.block.cols; i += kLanes) {
-    const int64_t n = smaller(kLanes, a.block.cols - i);
-    totals += exp(visible(load_some(x + i, n), n) - reference);
+  for (int64_t begin = 0; begin < a.block.cols; begin += kPart) {
+    const int64_t end = smaller(a.block.cols, begin + kPart);
+    Vec part{};
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int64_t n = smaller(kLanes, end - i);
+      part += exp(visible(load_some(x + i, n), n) - reference);
+    }
+    totals += part;
   }
   const double before = a.total[row];
   a.total[row] = (before == 0.0 ? 0.0 : before * std::exp(a.largest[row] - double{reference[0]})) +
