@@ -16,8 +16,10 @@ from torch import Tensor
 from fastvlm import extension
 from fastvlm.reference.mlp import ACTIVATIONS
 
-ROWS = (0, 1, 3, 7, 16, 17, 31, 70)
-SIZES = [(1, 577), (17, 1), (63, 100), (100, 63), (577, 17), (100, 768), (48, 2305)]
+ROWS = (0, 1, 3, 7, 8, 16, 17, 31, 33, 70, 129, 200)
+# the last ones in whole tiles of bfloat16, which CPUs with AMX multiply
+TILES = [(32, 32), (96, 64), (33, 96), (47, 64), (513, 160)]
+SIZES = [(1, 577), (17, 1), (63, 100), (100, 63), (577, 17), (100, 768), (48, 2305), *TILES]
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ namespace fastvlm {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kPair = 2 * kTile;  // rows or columns of a block of 2 x 2 tiles of sums
-
 int64_t steps_of(int64_t depth) { return divide_up(depth, kTileDepth); }
 
 class TiledWeight {
@@ -48,7 +46,7 @@ class TiledWeight {
         if (w.step != 1) {
           join(from + k * w.step + row, w.step, count, depth, to);
         } else {
-          exchange(from + row * w.stride + k, w.stride, count, depth, to);
+          pack_tile(from + row * w.stride + k, w.stride, count, depth, to);
         }
       }
     }
@@ -66,24 +64,6 @@ class TiledWeight {
       for (int64_t c = 0; c < kTile; c += kLanes) {
         const UVec pairs = bits(k, c) | bits(k + 1, c) << 16;
         std::memcpy(to + k * kTile + c * 2, &pairs, sizeof(pairs));
-      }
-    }
-  }
-
-  template <class T>
-  static void exchange(const T* from, int64_t stride, int64_t count, int64_t depth, BFloat16* to) {
-    BFloat16 lines[kTile][kTileDepth] = {};
-    for (int64_t c = 0; c < count; ++c) to_bfloat16(from + c * stride, depth, lines[c]);
-    for (int64_t c = 0; c < kTile; c += kLanes) {
-      for (int64_t pair = 0; pair < kTile; pair += kLanes) {
-        Vec square[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          std::memcpy(&square[i], &lines[c + i][2 * pair], sizeof(Vec));
-        }
-        transpose(square);
-        for (int i = 0; i < kLanes; ++i) {
-          std::memcpy(to + ((pair + i) * kTile + c) * 2, &square[i], sizeof(Vec));
-        }
       }
     }
   }
@@ -143,9 +123,10 @@ struct Bf16 {
       for (int64_t m = 0; m < rows; m += kPair) {
         const int64_t count = smaller(kPair, rows - m);
         for (int64_t p = 0; p < cols; p += kPair) {
-          const auto tiles =
-              count > kTile ? &Unit::template multiply<2> : &Unit::template multiply<1>;
-          tiles(x.data + m * x.stride, x.stride, w.panel(n + p), w.steps, sums + p, kCols);
+          Nowhere ahead;
+          const auto tiles = count > kTile ? &Unit::template multiply<2, Nowhere>
+                                           : &Unit::template multiply<1, Nowhere>;
+          tiles(x.data + m * x.stride, x.stride, w.panel(n + p), w.steps, sums + p, kCols, ahead);
         }
         for (int64_t r = 0; r < count; ++r) {
           float* row = sums + r * kCols;

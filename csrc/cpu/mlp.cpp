@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "columns.h"
+#include "few_tiles.h"
 #include "gemm.h"
 #include "transposed.h"
 
@@ -13,7 +14,6 @@ namespace fastvlm {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kRowBlock = kMostRows;  // rows of x that stay in the second-level cache
 constexpr int64_t kChunk = 96;  // weight rows of one task; a multiple of every rows_in_flight
 
 const void* element(const void* data, DType dtype, int64_t index) {
@@ -22,7 +22,7 @@ const void* element(const void* data, DType dtype, int64_t index) {
 }
 
 // Rows of contiguous elements, float32 or, for products of bfloat16 pairs, bfloat16; or, where
-// lanes is not 0, their transpose, float32 [columns][lanes].
+// lanes is not 0, their transpose, float32 [columns][lanes], or panels of bfloat16 tiles.
 struct Rows {
   const void* data;
   int64_t stride;
@@ -32,9 +32,16 @@ struct Rows {
 
 int64_t lanes_of(int64_t rows) { return round_up(rows, kLanes); }
 
-// Whether products of so many rows with these weights take the transpose of the rows.
-bool takes_transpose(int64_t rows, bool narrow, bool columns) {
-  return rows >= kTransposedRows && !narrow && !columns;
+// How rows meet their weights: as float32, or as bfloat16 whose pairs are multiplied, or tiles too.
+enum class Form { kWide, kPairs, kTiles };
+
+// Rows of x that stay in the second-level cache, and are met by a part of a weight while that is.
+int64_t row_block(Form form) { return form == Form::kTiles ? 2 * kMostRows : kMostRows; }
+
+// Whether products of so many rows in this form take the transpose of the rows, or panels of them.
+bool turns(int64_t rows, Form form, bool columns) {
+  if (form == Form::kWide) return rows >= kTransposedRows && !columns;
+  return form == Form::kTiles && rows >= kTiledRows;
 }
 
 // The transpose of rows [rows][cols], float32 [cols][lanes_of(rows)].
@@ -50,29 +57,46 @@ Rows transposed(const T* from, int64_t stride, int64_t rows, int64_t cols, float
   return {to, cols, false, lanes};
 }
 
-// Whether products with these weights (null: no such weight) take bfloat16 rows as they are.
-bool multiplies_narrow(const Matrix& x, const Matrix& w, const Matrix* w2 = nullptr,
-                       const Matrix* w3 = nullptr) {
-  auto fits = [](const Matrix* m) {
-    return m == nullptr || (m->dtype == DType::kBFloat16 && m->step == 1);
+// The same as panels of tiles.
+Rows in_panels(const BFloat16* from, int64_t stride, int64_t rows, int64_t cols, BFloat16* to) {
+  auto task = [&](int64_t index, int64_t) {
+    const int64_t first = index * kPart;
+    pack_panels(from, stride, rows, cols, first, smaller(kPart, cols - first), to);
   };
-  return has_bfloat16_products() && fits(&x) && fits(&w) && fits(w2) && fits(w3);
+  for_each_task(divide_up(cols, kPart), rows * cols, task);
+  return {to, cols, true, round_up(rows, kPair)};
+}
+
+// How the rows of x meet these weights (null: no such weight).
+Form form_of(const Matrix& x, const Matrix& w, const Matrix* w2 = nullptr,
+             const Matrix* w3 = nullptr) {
+  bool pairs = has_bfloat16_products() && x.dtype == DType::kBFloat16, tiles = pairs;
+  for (const Matrix* m : {&w, w2, w3}) {
+    if (m == nullptr) continue;
+    pairs = pairs && m->dtype == DType::kBFloat16 && m->step == 1;
+    tiles = tiles && fits_tiles(m->rows, m->cols);
+  }
+  return pairs && tiles ? Form::kTiles : pairs ? Form::kPairs : Form::kWide;
 }
 
 // The rows of x, block by block: transposed where there are many, in place where they can be
 // multiplied as they are, else as float32. columns: whether they meet a weight of such.
 class Input {
  public:
-  Input(const Matrix& x, bool narrow, bool columns)
+  Input(const Matrix& x, Form form, bool columns)
       : x_(x),
-        narrow_(narrow),
+        form_(form),
         columns_(columns),
-        in_place_(narrow || x.dtype == DType::kFloat),
+        in_place_(form != Form::kWide || x.dtype == DType::kFloat),
         copy_(size() * x.cols) {}
 
   Rows block(int64_t begin, int64_t rows) {
     const void* first = element(x_.data, x_.dtype, begin * x_.stride);
-    if (takes_transpose(rows, narrow_, columns_)) {
+    if (turns(rows, form_, columns_)) {
+      if (form_ == Form::kTiles) {
+        return in_panels(static_cast<const BFloat16*>(first), x_.stride, rows, x_.cols,
+                         reinterpret_cast<BFloat16*>(copy_.data()));
+      }
       Rows found{};
       with_type(x_.dtype, [&](auto type) {
         found = transposed(static_cast<const decltype(type)*>(first), x_.stride, rows, x_.cols,
@@ -80,7 +104,7 @@ class Input {
       });
       return found;
     }
-    if (in_place_) return {first, x_.stride, narrow_};
+    if (in_place_) return {first, x_.stride, form_ != Form::kWide};
     with_type(x_.dtype, [&](auto type) {
       using T = decltype(type);
       for (int64_t r = 0; r < rows; ++r) {
@@ -93,41 +117,50 @@ class Input {
  private:
   // of the largest block
   int64_t size() const {
-    const int64_t rows = smaller(x_.rows, kRowBlock);
-    return takes_transpose(rows, narrow_, columns_) ? lanes_of(rows) : in_place_ ? 0 : rows;
+    const int64_t rows = smaller(x_.rows, row_block(form_));
+    if (!turns(rows, form_, columns_)) return in_place_ ? 0 : rows;
+    return form_ == Form::kTiles ? round_up(rows, kPair) / 2 : lanes_of(rows);
   }
 
   const Matrix& x_;
-  bool narrow_, columns_, in_place_;
+  Form form_;
+  bool columns_, in_place_;
   Scratch<float> copy_;
 };
 
 // What lies between the products of an MLP, in what the second one takes.
 class Hidden {
  public:
-  Hidden(int64_t rows, const Matrix& next, bool narrow)
+  Hidden(int64_t rows, const Matrix& next, Form form)
       : cols_(next.cols),
-        narrow_(narrow),
+        form_(form),
         columns_(next.step != 1),
-        data_(smaller(rows, kRowBlock) * cols_),
-        turned_(turns(smaller(rows, kRowBlock)) ? lanes_of(smaller(rows, kRowBlock)) * cols_ : 0) {}
+        data_(smaller(rows, row_block(form)) * cols_),
+        turned_(turns(smaller(rows, row_block(form)), form_, columns_)
+                    ? round_up(smaller(rows, row_block(form)), kPair) * cols_
+                    : 0) {}
 
   template <class F>
   void write(int64_t row, int64_t first, int64_t count, F f) {
     const int64_t at = row * cols_ + first;
-    if (narrow_) return map_to(reinterpret_cast<BFloat16*>(data_.data()) + at, count, f);
+    if (form_ != Form::kWide) {
+      return map_to(reinterpret_cast<BFloat16*>(data_.data()) + at, count, f);
+    }
     map_to(data_.data() + at, count, f);
   }
   Rows rows(int64_t count) const {
-    if (turns(count)) return transposed(data_.data(), cols_, count, cols_, turned_.data());
-    return {data_.data(), cols_, narrow_};
+    if (!turns(count, form_, columns_)) return {data_.data(), cols_, form_ != Form::kWide};
+    if (form_ == Form::kWide) {
+      return transposed(data_.data(), cols_, count, cols_, turned_.data());
+    }
+    return in_panels(reinterpret_cast<const BFloat16*>(data_.data()), cols_, count, cols_,
+                     reinterpret_cast<BFloat16*>(turned_.data()));
   }
 
  private:
-  bool turns(int64_t rows) const { return takes_transpose(rows, narrow_, columns_); }
-
   int64_t cols_;
-  bool narrow_, columns_;
+  Form form_;
+  bool columns_;
   Scratch<float> data_, turned_;
 };
 
@@ -144,6 +177,14 @@ void multiply(const Matrix& w, int64_t begin, int64_t count, Rows x, int64_t row
   with_weight_type(w.dtype, [&](auto type) {
     using T = decltype(type);
     const T* first = static_cast<const T*>(w.data) + begin * w.stride;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (x.lanes > 0 && x.narrow) {
+        float* sums = spare + kTileSlack * x.lanes;
+        tiled_products(static_cast<const T*>(w.data), w.stride, w.rows, begin, count,
+                       static_cast<const BFloat16*>(x.data), x.lanes, w.cols, sums);
+        return pack_columns(sums, x.lanes, count, rows, out, kChunk);
+      }
+    }
     if (x.lanes > 0) {
       float* sums = spare + kGroupScratch;
       transposed_products(first, w.stride, count, static_cast<const float*>(x.data), x.lanes,
@@ -203,7 +244,9 @@ void project_chunk(Rows x, int64_t rows, const Matrix& w, const Matrix* w2, cons
 
 int64_t chunk_scratch(int64_t rows) {
   const int64_t transposed = rows < kTransposedRows ? 0 : kGroupScratch + lanes_of(rows) * kChunk;
-  return (2 * rows + 1) * kChunk + transposed;
+  const int64_t tiled =
+      rows < kTiledRows || !has_tiles() ? 0 : (2 * kTileSlack + kChunk) * round_up(rows, kPair);
+  return (2 * rows + 1) * kChunk + larger(transposed, tiled);
 }
 
 // The products with all rows of w, a chunk at a time.
@@ -261,25 +304,27 @@ void project_out(Rows x, int64_t rows, const Matrix& w, const Matrix& bias, DTyp
 }  // namespace
 
 void linear(const Matrix& x, const Product* products, int64_t count, DType dtype) {
-  bool narrow = true, columns = false;
+  Form form = Form::kTiles;
+  bool columns = false;
   for (int64_t i = 0; i < count; ++i) {
-    narrow = narrow && multiplies_narrow(x, products[i].weight);
+    const Form found = form_of(x, products[i].weight);
+    if (found < form) form = found;
     columns = columns || products[i].weight.step != 1;
   }
-  Input input(x, narrow, columns);
-  for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
-    const int64_t rows = smaller(kRowBlock, x.rows - begin);
+  Input input(x, form, columns);
+  for (int64_t begin = 0; begin < x.rows; begin += row_block(form)) {
+    const int64_t rows = smaller(row_block(form), x.rows - begin);
     project_out(input.block(begin, rows), rows, products, count, dtype, begin);
   }
 }
 
 void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix& w2,
               const Matrix& b2, Activation activation, void* out) {
-  const bool narrow = multiplies_narrow(x, w1, &w2);
-  Input input(x, narrow, w1.step != 1);
-  Hidden hidden(x.rows, w2, narrow);
-  for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
-    const int64_t rows = smaller(kRowBlock, x.rows - begin);
+  const Form form = form_of(x, w1, &w2);
+  Input input(x, form, w1.step != 1);
+  Hidden hidden(x.rows, w2, form);
+  for (int64_t begin = 0; begin < x.rows; begin += row_block(form)) {
+    const int64_t rows = smaller(row_block(form), x.rows - begin);
     project(input.block(begin, rows), rows, w1, nullptr, b1,
             [&](int64_t r, int64_t first, int64_t count, const float* sums, const float*,
                 const float* shift) {
@@ -294,11 +339,11 @@ void gelu_mlp(const Matrix& x, const Matrix& w1, const Matrix& b1, const Matrix&
 void geglu_mlp(const Matrix& x, const Matrix& gate, const Matrix& up, const Matrix& down,
                Activation activation, void* out) {
   const Matrix no_bias{};
-  const bool narrow = multiplies_narrow(x, gate, &up, &down);
-  Input input(x, narrow, gate.step != 1 || up.step != 1);
-  Hidden hidden(x.rows, down, narrow);
-  for (int64_t begin = 0; begin < x.rows; begin += kRowBlock) {
-    const int64_t rows = smaller(kRowBlock, x.rows - begin);
+  const Form form = form_of(x, gate, &up, &down);
+  Input input(x, form, gate.step != 1 || up.step != 1);
+  Hidden hidden(x.rows, down, form);
+  for (int64_t begin = 0; begin < x.rows; begin += row_block(form)) {
+    const int64_t rows = smaller(row_block(form), x.rows - begin);
     project(input.block(begin, rows), rows, gate, &up, no_bias,
             [&](int64_t r, int64_t first, int64_t count, const float* gates, const float* ups,
                 const float*) {

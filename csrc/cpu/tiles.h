@@ -8,20 +8,26 @@ namespace fastvlm {
 namespace CPU_CAPABILITY {
 
 constexpr int64_t kTile = 16;                      // rows and columns of a tile of sums
+constexpr int64_t kPair = 2 * kTile;               // of a block of 2 x 2 tiles
 constexpr int64_t kTileDepth = 32;                 // elements of a row of x in a tile
 constexpr int64_t kTileSize = kTile * kTileDepth;  // elements of a tile of x or of a weight
 
 // A tile of a weight is [kTileDepth / 2][kTile columns][2]: neighbours along the depth in pairs.
 
+// Nothing to be read ahead.
+struct Nowhere {
+  void more() {}
+};
+
 // sums[R tiles][2 tiles] = x[R tiles of rows][steps tiles] panel[steps][2], from zero, in float32.
-// x_stride: elements. sums_stride: floats.
+// x_stride: elements. sums_stride: floats. ahead.more() is called once a step.
 struct OneByOne {
   static void begin() {}
   static void end() {}
 
-  template <int R>
+  template <int R, class Ahead>
   static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
-                       float* sums, int64_t sums_stride) {
+                       float* sums, int64_t sums_stride, Ahead& ahead) {
     for (int64_t m = 0; m < R * kTile; ++m) {
       for (int64_t n = 0; n < 2 * kTile; ++n) {
         float sum = 0.0f;
@@ -51,9 +57,9 @@ struct Pairwise {
   static void begin() {}
   static void end() {}
 
-  template <int R>
+  template <int R, class Ahead>
   static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
-                       float* sums, int64_t sums_stride) {
+                       float* sums, int64_t sums_stride, Ahead& ahead) {
     constexpr int kCount = 8;  // rows at a time
     for (int64_t first = 0; first < R * kTile; first += kCount) {
       Vec totals[kCount][2] = {};
@@ -99,9 +105,9 @@ struct Amx {
 #define FASTVLM_TILE_MULTIPLY(sums, x, w) \
   asm volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sums : :)
 
-  template <int R>
+  template <int R, class Ahead>
   static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
-                       float* sums, int64_t sums_stride) {
+                       float* sums, int64_t sums_stride, Ahead& ahead) {
     static_assert(R == 1 || R == 2, "tiles of sums");
     const int64_t x_bytes = x_stride * 2, line = 64, sums_bytes = sums_stride * 4;
     FASTVLM_TILE_ZERO(0);
@@ -111,6 +117,7 @@ struct Amx {
       FASTVLM_TILE_ZERO(3);
     }
     for (int64_t step = 0; step < steps; ++step) {
+      ahead.more();
       FASTVLM_TILE_LOAD(4, x, x_bytes);
       FASTVLM_TILE_LOAD(6, panel, line);
       FASTVLM_TILE_MULTIPLY(0, 4, 6);
@@ -146,6 +153,25 @@ inline void to_bfloat16(const T* from, int64_t n, BFloat16* to) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
   } else {
     map_to(to, n, [&](int64_t i, int64_t count) { return load_some(from + i, count); });
+  }
+}
+
+// A tile of a weight from `count` rows of `depth` elements, with zeros around them.
+template <class T>
+void pack_tile(const T* from, int64_t stride, int64_t count, int64_t depth, BFloat16* to) {
+  BFloat16 lines[kTile][kTileDepth] = {};
+  for (int64_t c = 0; c < count; ++c) to_bfloat16(from + c * stride, depth, lines[c]);
+  for (int64_t c = 0; c < kTile; c += kLanes) {
+    for (int64_t pair = 0; pair < kTile; pair += kLanes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(&square[i], &lines[c + i][2 * pair], sizeof(Vec));
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(to + ((pair + i) * kTile + c) * 2, &square[i], sizeof(Vec));
+      }
+    }
   }
 }
 

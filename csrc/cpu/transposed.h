@@ -23,36 +23,6 @@ constexpr int64_t kGroupScratch = kGroup * kPart;
 // Vectors of sums of a tile: as many as there are registers for.
 constexpr int kSums = kRegisters == 32 ? 24 : 12;
 
-// What is read next, asked for a few cache lines at a time: more than that at once would wait for
-// each other, and the products for them.
-class Ahead {
- public:
-  // rows of so many bytes, so many bytes apart, in so many calls of more().
-  Ahead(const void* first, int64_t rows, int64_t stride, int64_t bytes, int64_t calls)
-      : at_(static_cast<const char*>(first)),
-        rows_(rows),
-        stride_(stride),
-        bytes_(bytes),
-        share_(divide_up(rows * divide_up(bytes, kLine), calls)) {}
-
-  void more() {
-    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
-      prefetch_far(at_ + done_);
-      done_ += kLine;
-      if (done_ < bytes_) continue;
-      done_ = 0;
-      at_ += stride_;
-      --rows_;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-
-  const char* at_;
-  int64_t rows_, stride_, bytes_, share_, done_ = 0;
-};
-
 // out[n][lane] (+)= w[n] . x[.][lane] for `count` rows of w and N vectors of lanes.
 template <int N>
 inline void group_products(Strided w, int64_t count, const float* x, int64_t lanes, int64_t k,

@@ -30,6 +30,9 @@ from fastvlm.cpu.common import dense_bias, dense_last, dense_one
 MAX_ROWS = 64
 MAX_ROWS_ONEDNN = 40
 MAX_ROWS_NATIVE_BF16 = 24
+# where it multiplies tiles of bfloat16 (AMX), which rows of whole ones can be
+MAX_ROWS_TILES = 256
+_TILE_DEPTH = 32
 
 VARIABLE = "FASTVLM_GEMM"
 _LIBRARIES = ("aten", "onednn")
@@ -55,7 +58,8 @@ def few_rows(x: Tensor) -> bool:
     """Whether our kernel is the choice for x."""
     most = MAX_ROWS
     if x.dtype == torch.bfloat16 and _native_bf16():
-        most = MAX_ROWS_NATIVE_BF16
+        tiles = bf16.tiles() and x.shape[1] % _TILE_DEPTH == 0
+        most = MAX_ROWS_TILES if tiles else MAX_ROWS_NATIVE_BF16
     elif x.dtype == torch.float32 and x.shape[0] > MAX_ROWS_ONEDNN and library() == "onednn":
         most = MAX_ROWS_ONEDNN
     return x.shape[0] <= most
