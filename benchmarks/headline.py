@@ -41,6 +41,8 @@ SHORT = "the same at 224 px, batch of 8"
 FLORENZ = "a training step of Florenz at 224 px, one target to an image"
 TARGETS = "the same with six targets to an image, by samples a second"
 QUICK = "one caption, `weights` and `compute` int8"
+ROUNDED = "one caption, `weights` and `compute` bf16"
+HALF = "one caption of a model in bfloat16, against it"
 STEP = "a decoding step of Florence-2-base, 3 beams"
 STORED = {None: STEP, "bf16": 'the same, `weights="bf16"`', "int8": 'the same, `weights="int8"`'}
 FAMILIES = {
@@ -49,7 +51,7 @@ FAMILIES = {
     "NLLB-600M": "eight sentences through NLLB-600M, 4 beams, whole call",
 }
 ROWS = (
-    *(WHOLE, BATCH, QUICK, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS),
+    *(WHOLE, BATCH, QUICK, ROUNDED, HALF, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS),
     *STORED.values(),
     *FAMILIES.values(),
 )
@@ -77,9 +79,16 @@ def ratios(folder: Path) -> Iterator[Ratio]:
     for run in _runs(folder, "job"):
         for case in run["cases"]:
             if (work := _JOBS.get(case["case"])) is not None:
-                yield Ratio(work, case["ratio"]["fastvlm"], run)
-                if work == WHOLE and "fastvlm, int8" in case["ratio"]:
-                    yield Ratio(QUICK, case["ratio"]["fastvlm, int8"], run)
+                ratio = case["ratio"]
+                yield Ratio(work, ratio["fastvlm"], run)
+                if work != WHOLE:
+                    continue
+                for side, narrow in {"fastvlm, int8": QUICK, "fastvlm, bf16": ROUNDED}.items():
+                    if side in ratio:
+                        yield Ratio(narrow, ratio[side], run)
+                if "fastvlm, model in bf16" in ratio:
+                    theirs = ratio["sdpa, model in bf16"]
+                    yield Ratio(HALF, ratio["fastvlm, model in bf16"] / theirs, run)
     for run in _runs(folder, "families"):
         for case in run["cases"]:
             for name, work in FAMILIES.items():

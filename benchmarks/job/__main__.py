@@ -7,6 +7,7 @@ Sides alternate in one process; medians, ratios to transformers with sdpa, token
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -14,16 +15,16 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.job import sides as sides_of
-from benchmarks.job.sides import INT8, KEPT, OURS, side_of
+from benchmarks.job.sides import BF16, IN_BF16, KEPT, NARROW, OURS, side_of
 from benchmarks.job.workload import TINY, Sizes, build, captioning, training
 from fastvlm import VisionFeatures, env
-from fastvlm.cpu.int8 import unavailable as int8_unavailable
 from fastvlm.tables import text_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -70,11 +71,11 @@ class Job:
         self.sizes = TINY if tiny else Sizes()
         self.model = build(tiny)
         self.budget, self.compiles = seconds, compiles
-        self.missing: dict[str, str] = {}
-        why_not = int8_unavailable()
-        self.int8 = () if why_not else (INT8,)
-        if why_not:
-            self.missing[INT8] = why_not
+        narrow = sides_of.narrow()
+        self.missing = {side: why for side, why in narrow.items() if why is not None}
+        self.narrow = tuple(side for side in narrow if side not in self.missing)
+        # where a CPU has no products for it a model in bfloat16 takes minutes
+        self.half = copy.deepcopy(self.model).bfloat16() if BF16 in self.narrow else None
 
     def cases(self) -> list[dict[str, Any]]:
         parts: list[tuple[float, Callable[[float], dict[str, Any]]]] = [
@@ -94,23 +95,30 @@ class Job:
         """Seconds of a run, without those of patching before it and taking back after it."""
 
         def within() -> float:
-            with side_of(side, self.model):
+            with side_of(side, self.model_of(side)):
                 return seconds_of(run)
 
         return within
+
+    def model_of(self, side: str) -> Any:
+        return self.half if side.endswith(IN_BF16) else self.model
+
+    def in_bf16(self) -> tuple[str, ...]:
+        return () if self.half is None else (f"{BASE}{IN_BF16}", f"{OURS}{IN_BF16}")
 
     def tower(self, share: float) -> dict[str, Any]:
         """The vision tower alone, one photo."""
         self.model.eval()
         pixels = captioning(self.model, self.sizes, 1)["pixel_values"]
-        tower = self.model.model.vision_tower
-
         answers: dict[str, torch.Tensor] = {}
 
         def features(side: str) -> Timed:
+            tower = self.model_of(side).model.vision_tower
+            x = pixels.to(next(tower.parameters()).dtype)
+
             def run() -> None:
                 with torch.inference_mode():
-                    answers[side] = tower(pixels).last_hidden_state
+                    answers[side] = tower(x).last_hidden_state
 
             return self.side(side, run)
 
@@ -121,8 +129,12 @@ class Job:
 
             return lambda: seconds_of(keep)
 
-        runs = {side: features(side) for side in (BASE, OURS, *self.int8)}
-        others = {"openvino": sides_of.openvino_tower}
+        runs = {side: features(side) for side in (BASE, OURS, *self.narrow, *self.in_bf16())}
+        others: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+            "openvino": sides_of.openvino_tower
+        }
+        if self.half is not None:
+            others["openvino, bf16"] = partial(sides_of.openvino_tower, precision="bf16")
         if self.compiles:
             others["compile"] = sides_of.compiled_tower
         for name, make in others.items():
@@ -133,7 +145,10 @@ class Job:
         for warm_up in runs.values():
             warm_up()
         largest = answers[BASE].abs().max()
-        off = {s: float((a - answers[BASE]).abs().max() / largest) for s, a in answers.items()}
+        off = {
+            side: float((answer - answers[BASE]).abs().max() / largest)
+            for side, answer in answers.items()
+        }
         seconds = rounds(runs, share, ROUNDS)
         return case_of("tower", seconds, pixels=self.sizes.pixels, off_by=off)
 
@@ -143,22 +158,26 @@ class Job:
         tokens: dict[str, torch.Tensor] = {}
 
         def generate(side: str, new: int) -> Timed:
+            model = self.model_of(side)
+            given = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
+
             def run() -> None:
-                tokens[side] = self.model.generate(
-                    **inputs, num_beams=3, do_sample=False, no_repeat_ngram_size=3,
+                tokens[side] = model.generate(
+                    **given, num_beams=3, do_sample=False, no_repeat_ngram_size=3,
                     early_stopping=True, max_new_tokens=new, min_new_tokens=new,
                 )  # fmt: skip
 
             return self.side(side, run)
 
         chosen = (BASE, "eager", OURS) if photos == 1 else (BASE, OURS)
-        chosen = (*chosen, *self.int8)
+        chosen = (*chosen, *self.narrow, *self.in_bf16())
         if photos == 1:
             for side in chosen:
                 generate(side, 2)()
         runs = {side: generate(side, self.sizes.tokens) for side in chosen}
         seconds = rounds(runs, share, ROUNDS)
-        exact = [side for side in chosen if side != INT8]
+        # in bfloat16 eager's tokens are not sdpa's either
+        exact = [side for side in chosen if side not in NARROW and not side.endswith(IN_BF16)]
         same = {side: bool(torch.equal(tokens[side], tokens[BASE])) for side in exact}
         facts = {"photos": photos, "beams": 3, "new_tokens": self.sizes.tokens}
         return case_of(name, seconds, **facts, identical_tokens=same)

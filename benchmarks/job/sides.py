@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvlm
+from fastvlm.nn.compute import unavailable
 from fastvlm.nn.linear import is_approximate
 from fastvlm.nn.low_precision import stored_copy
 
@@ -18,27 +19,38 @@ TRANSFORMERS = ("sdpa", "eager")
 OURS = "fastvlm"
 KEPT = "fastvlm, features kept"
 INT8 = "fastvlm, int8"
+BF16 = "fastvlm, bf16"  # arithmetic and weights of a model in float32
+NARROW = {INT8: "int8", BF16: "bf16"}
+# of a model whose weights are bfloat16
+IN_BF16 = ", model in bf16"
+
+
+def narrow() -> dict[str, str | None]:
+    """The sides in fewer bits, and why one cannot be had."""
+    return {side: unavailable(bits) for side, bits in NARROW.items()}
 
 
 @contextlib.contextmanager
 def side_of(side: str, model: Any) -> Iterator[None]:
     """The model as a side runs it: the same weights at the same addresses for all of them."""
-    if side in (OURS, KEPT, INT8):
+    side = side.removesuffix(IN_BF16)
+    if side in (OURS, KEPT, *NARROW):
         model.set_attn_implementation("sdpa")
-        bits = "int8" if side == INT8 else None
+        bits = NARROW.get(side)
         with fastvlm.patched(model, weights=bits, compute=bits):
-            _copied(model)
+            if bits is not None:
+                _copied(model, bits)
             yield
         return
     model.set_attn_implementation(side)
     yield
 
 
-def _copied(model: Any) -> None:
+def _copied(model: Any, bits: str) -> None:
     """The copies of weights in fewer bits are there, as after a first call."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and is_approximate(module):
-            stored_copy(module, "int8")
+            stored_copy(module, bits)
 
 
 class _Tower(nn.Module):
@@ -53,8 +65,11 @@ class _Tower(nn.Module):
         return features
 
 
-def openvino_tower(model: Any, pixels: Tensor) -> Callable[[Tensor], Tensor]:
-    """The tower compiled by OpenVINO in float32. Raises whatever stands in the way."""
+def openvino_tower(
+    model: Any, pixels: Tensor, precision: str = "f32"
+) -> Callable[[Tensor], Tensor]:
+    """The tower compiled by OpenVINO: float32, or "bf16" arithmetic. Raises whatever stands in the
+    way."""
     # its telemetry would fork this process, threads and all
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
@@ -64,7 +79,7 @@ def openvino_tower(model: Any, pixels: Tensor) -> Callable[[Tensor], Tensor]:
         traced = torch.jit.trace(_Tower(model.model.vision_tower), pixels, check_trace=False)
         graph = openvino.convert_model(traced, example_input=pixels)
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
