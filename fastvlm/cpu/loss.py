@@ -6,7 +6,7 @@ for the next block's. They are float32 whatever the dtype of h and weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -146,12 +146,30 @@ def _linear_cross_entropy_backward(
 def _linear_topk(
     h: Tensor, weight: Tensor, k: int, bias: Tensor | None, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    largest, total = _running(h)
-    values = h.new_empty(h.shape[0], k, dtype=torch.float32)
-    indices = h.new_empty(h.shape[0], k, dtype=torch.int64)
-    for columns, _, b, logits in _Blocks(h, weight, bias):
+    blocks = ((columns.start, b, logits) for columns, _, b, logits in _Blocks(h, weight, bias))
+    return _ranked(h, blocks, k, softcap)
+
+
+def topk_of_logits(
+    logits: Tensor, k: int, bias: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `linear_topk` gives of a head that computes its logits [T, V] by itself.
+
+    logits: float32, before bias [V] and cap (0: none); they are written into. Needs the kernels.
+    """
+    return _ranked(logits, [(0, dense_bias(bias), logits.contiguous())], k, softcap)
+
+
+def _ranked(
+    rows: Tensor, blocks: Iterable[tuple[int, Tensor | None, Tensor]], k: int, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """blocks: the first token, bias and logits of each."""
+    largest, total = _running(rows)
+    values = rows.new_empty(rows.shape[0], k, dtype=torch.float32)
+    indices = rows.new_empty(rows.shape[0], k, dtype=torch.int64)
+    for first, bias, logits in blocks:
         torch.ops.fastvlm_cpu.scan_logits(
-            logits, b, softcap, columns.start, largest, total, None, None, values, indices
+            logits, bias, softcap, first, largest, total, None, None, values, indices
         )
     rest = total.log().float()
     values = (values - largest.unsqueeze(1)) - rest.unsqueeze(1)

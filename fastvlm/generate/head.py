@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastvlm import ops
+from fastvlm.cpu.loss import topk_of_logits
 from fastvlm.generate.bans import Banned
+from fastvlm.nn.linear import is_low_precision
 
 # the longest ranking that every kernel serves; a longer one is hardly shorter than the logits
 MOST_RANKED = 64
@@ -54,6 +56,10 @@ class Head:
     def best(self, h: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """h [R, d] -> log-probabilities and tokens of the k best of each row, [R, k], descending,
         and the logarithm of what all were divided by, [R]."""
+        if is_low_precision(self.module):
+            logits = self.module(h).float()
+            added = None if self.added is None else self.added.flatten().float()
+            return topk_of_logits(logits, k, added, self.softcap or 0.0)
         bias = self.module.bias if self.added is None else self.added.flatten().to(h.dtype)
         return ops.linear_topk(h, self.module.weight, k, bias=bias, softcap=self.softcap)
 

@@ -21,6 +21,7 @@ from transformers import LogitsProcessorList
 
 from fastvlm.compat import hf, pytorch
 from fastvlm.compat.versions import attention_refused
+from fastvlm.cpu.common import unavailable
 from fastvlm.decoding import cache as shared
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.decoding.scores import TokenScores
@@ -34,6 +35,7 @@ from fastvlm.generate.sampling import sample
 from fastvlm.generate.steps import Read, Steps
 from fastvlm.loss.request import LossRequest
 from fastvlm.nn.linear import is_low_precision, is_plain, original
+from fastvlm.ops import dispatch
 from fastvlm.patching.logits import State, show_lazily
 from fastvlm.patching.recorded import RecordedLogits
 from fastvlm.run.mixin import Mixin
@@ -167,7 +169,11 @@ class OwnLoop(Mixin):
         """Why the best of the head cannot be ranked without logits; None where they can."""
         head = self.get_output_embeddings()
         around = getattr(self, "lm_head", head)  # T5Gemma's holds the head
-        if not getattr(head, "gives_lazy_logits", False) or not is_plain(head):
+        if is_low_precision(head):
+            on_cpu = head.weight.device.type == "cpu" and dispatch.forced() in (None, "cpu")
+            if not on_cpu or unavailable() is not None:
+                return "its head has a weight of fewer bits, and no kernel ranks what comes of it"
+        elif not getattr(head, "gives_lazy_logits", False) or not is_plain(head):
             return "its head is no plain nn.Linear"
         if around is not head and _is_hooked(around):
             return "there is a hook around its head"

@@ -90,6 +90,20 @@ def _indices(name: str, value: Any, rows: int | None) -> None:
         raise _fail(name, f"of one entry for each of the {rows} rows", value)
 
 
+class LoopModel(StaticMasks, RoomForAll, OwnLoop):
+    """A model whose generate() runs fastvlm's loop, and whose loss is its own: its head computes
+    with a weight of fewer bits, which is for decoding."""
+
+    keeps_signature = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        with forward_of(self) as recorded:
+            outputs = super().forward(*args, **kwargs)
+            return settled(outputs) if recorded else outputs
+
+
 class LossModel(StaticMasks, RoomForAll, OwnLoop):
     """A model whose call with labels has no logits, unless somebody looks at them.
 
@@ -275,8 +289,16 @@ class LossAndSharedStates(LossModel, SharedEncoderStates):
     pass
 
 
+class LoopAndSharedStates(LoopModel, SharedEncoderStates):
+    pass
+
+
 def has_loss(module: Any) -> bool:
     return isinstance(module, LossModel)
+
+
+def runs_loop(module: Any) -> bool:
+    return isinstance(module, OwnLoop)
 
 
 def shares_states(module: Any) -> bool:
@@ -288,13 +310,19 @@ def head(module: Any, linear: bool) -> Swap:
     return HEAD if linear or isinstance(module, Linear) else LOSS_HEAD
 
 
-def choose(shares: bool, loss: bool, known: bool) -> Swap:
-    """The swap of a model class that shares encoder states, computes losses, or does both.
+def choose(shares: bool, loss: bool, loops: bool, known: bool) -> Swap:
+    """The swap of a model class that shares encoder states, computes losses, which runs fastvlm's
+    decoding loop as well, runs that alone, or does two of these.
 
     known: whether the tests build it.
     """
     states = ("one copy of the encoder states",) if shares else ()
-    without = ("linear_cross_entropy",) if loss else ()
-    mixin = LossAndSharedStates if shares and loss else LossModel if loss else SharedEncoderStates
+    without = ("linear_cross_entropy",) if loss else ("decoding loop",) if loops else ()
+    if loss:
+        mixin: type = LossAndSharedStates if shares else LossModel
+    elif loops:
+        mixin = LoopAndSharedStates if shares else LoopModel
+    else:
+        mixin = SharedEncoderStates
     attributes = () if known or not loss else (("shifts_as_known", False),)
     return Swap(mixin, (*states, *without), attributes)

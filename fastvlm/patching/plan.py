@@ -181,9 +181,10 @@ def _plan_outside(
     # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
     trains = head is not None and hasattr(type(module), "get_output_embeddings")
     trains = trains and takes(module, "labels") and hasattr(module, "config")
-    loss = "loss" in wanted or language_model.has_loss(module)
+    loops = "loss" in wanted or language_model.runs_loop(module)
     other = foreign.other_forward(module) if trains and not is_patched(module) else None
-    loss = loss and trains and _is_linear(head) and weights is None and other is None
+    loops = loops and trains and _is_linear(head) and other is None
+    loss = loops and weights is None and ("loss" in wanted or language_model.has_loss(module))
     if head is not None and (_is_linear(head) or weights is not None):
         at = next(n for n, m in module.named_modules(prefix=name) if m is head)
         choice = _choose_linear(head, wanted, weights)
@@ -199,11 +200,11 @@ def _plan_outside(
             if isinstance(choice, Swap):
                 choice = probe.try_embedding(part, factor_of, families.KNOWN) or choice
             add(_change(inner, part, ("loss",), choice))
-    if shares or loss:
+    loops = loops and generates
+    if shares or loss or loops:
         known = probe.home(module).startswith(families.LANGUAGE_MODELS)
-        add(
-            _change(name, module, ("attention", "loss"), language_model.choose(shares, loss, known))
-        )
+        choice = language_model.choose(shares, loss, loops, known)
+        add(_change(name, module, ("attention", "loss"), choice))
     elif trains and "loss" in wanted:
         why = "weights= is for decoding" if weights else f"its head {type(head).__name__} is called"
         why = other or why

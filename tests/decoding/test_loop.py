@@ -114,6 +114,36 @@ def test_any_arguments(number: int, built: dict[str, Any]) -> None:
             assert torch.equal(mine, wanted), settings
 
 
+@pytest.mark.turns(4)
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@pytest.mark.parametrize("number", range(0, 200, 5))
+def test_any_arguments_over_weights_of_fewer_bits(
+    number: int,
+    weights: str,
+    built: dict[str, Any],
+    moves: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop by itself: transformers' on the same patched model says what is right."""
+    name, settings = drawn(number)
+    model, inputs = built[name], FAMILIES[name].inputs(built[name])
+    with fastvlm.patched(model, weights=weights):
+        with monkeypatch.context() as held:
+            held.setattr(generation.hf, "takes_own_loop", lambda generate: False)
+            theirs = written(model, inputs, settings)
+        assert not moves
+        ours = written(model, inputs, settings)
+    # a step that needs no scores leaves the model out
+    scores = settings.get("output_scores", False) or not settings.get("use_cache", True)
+    assert moves or scores or settings["max_new_tokens"] <= 2
+    assert len(ours) == len(theirs)
+    for mine, wanted in zip(ours, theirs):
+        if mine.dtype.is_floating_point:
+            assert torch.allclose(mine, wanted, atol=1e-5, rtol=1e-5), settings
+        else:
+            assert torch.equal(mine, wanted), settings
+
+
 def spread(start: int) -> list[int]:
     """End tokens by which rows of the tiny models end one after the other."""
     return [2, *range(8 + start, 99, 4)]
