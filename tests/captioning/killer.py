@@ -26,25 +26,31 @@ def one_run(arguments: list[str]) -> int:
     return pid
 
 
+def lines(path: str) -> int:
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb") as file:
+        return file.read().count(b"\n")
+
+
 def go(folder: str, out: str, kills: int, options: list[str]) -> None:
-    draw, killed, size = random.Random(5), 0, 0
+    draw, killed, before = random.Random(5), 0, 0
     while killed < kills:
         pid = one_run(["caption", folder, "--out", out, "--resume", *options])
-        # from the moment that it writes: a random number of lines later, or in the middle of one
-        begun, wish = time.monotonic(), draw.uniform(0, 0.6)
+        # a random number of lines later, few of those that are left, or in the middle of one
+        begun, wish = time.monotonic(), draw.randint(1, 10)
         while time.monotonic() - begun < 120:
             gone, status = os.waitpid(pid, os.WNOHANG)
             if gone:
                 sys.exit(f"it ended before it was killed: {status}, after {killed} kills")
-            grown = os.path.exists(out) and os.path.getsize(out) > size
-            if grown:
-                time.sleep(wish)
+            if lines(out) >= before + wish:
+                time.sleep(draw.uniform(0, 0.01))
                 break
             time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         killed += 1
-        size = os.path.getsize(out) if os.path.exists(out) else 0
+        before = lines(out)
     pid = one_run(["caption", folder, "--out", out, "--resume", *options])
     _, status = os.waitpid(pid, 0)
     print(f"killed {killed} times")
