@@ -85,7 +85,7 @@ def follows_the_error_rule() -> Callable[..., None]:
 
         while broken() and len(draws) < error_rule.DRAWS:
             draws.append(results(ours, plain, [_beside(x) for x in inputs]))
-        assert not broken()
+        error_rule.refuse(broken())
         for x, was in zip(inputs, before):
             assert not isinstance(x, Tensor) or torch.equal(x, was), "an input was modified"
 
