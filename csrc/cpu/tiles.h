@@ -93,17 +93,27 @@ struct Amx {
       shape[16 + 2 * tile] = kTile * sizeof(float);  // bytes of a row
       shape[48 + tile] = kTile;                      // rows
     }
-    asm volatile("ldtilecfg %0" : : "m"(shape));
+    asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" /* ldtilecfg */ : : "a"(shape) : "memory");
   }
-  static void end() { asm volatile("tilerelease"); }
+  static void end() { asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0" /* tilerelease */); }
 
-#define FASTVLM_TILE_LOAD(tile, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(stride) : "memory")
-#define FASTVLM_TILE_STORE(tile, to, stride) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(stride) : "memory")
-#define FASTVLM_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile : :)
-#define FASTVLM_TILE_MULTIPLY(sums, x, w) \
-  asm volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sums : :)
+// As bytes, with the address in rax and the stride in rcx: assemblers learned their names late.
+#define FASTVLM_TILE_LOAD(tile, from, stride)                            \
+  asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x4b, %c2, 0x08" /* tileloadd */ \
+               :                                                         \
+               : "a"(from), "c"(stride), "i"((tile) << 3 | 4)            \
+               : "memory")
+#define FASTVLM_TILE_STORE(tile, to, stride)                              \
+  asm volatile(".byte 0xc4, 0xe2, 0x7a, 0x4b, %c2, 0x08" /* tilestored */ \
+               :                                                          \
+               : "a"(to), "c"(stride), "i"((tile) << 3 | 4)               \
+               : "memory")
+#define FASTVLM_TILE_ZERO(tile) \
+  asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, %c0" /* tilezero */ : : "i"(0xc0 | (tile) << 3))
+#define FASTVLM_TILE_MULTIPLY(sums, x, w)                         \
+  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" /* tdpbf16ps */ \
+               :                                                  \
+               : "i"((15 - (w)) << 3 | 2), "i"(0xc0 | (sums) << 3 | (x)))
 
   template <int R, class Ahead>
   static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,

@@ -54,24 +54,29 @@ def _native_bf16() -> bool:
     return extension.capability() in ("AVX512_BF16", "AMX")
 
 
-def few_rows(x: Tensor) -> bool:
-    """Whether our kernel is the choice for x."""
+def few_rows(x: Tensor, *weights: Tensor) -> bool:
+    """Whether our kernel is the choice for x with these weights [N, K], or with whole ones."""
     most = MAX_ROWS
     if x.dtype == torch.bfloat16 and _native_bf16():
-        tiles = bf16.tiles() and x.shape[1] % _TILE_DEPTH == 0
+        tiles = bf16.tiles() and all(map(_holds_tiles, (x, *weights)))
+        tiles = tiles and all(w.shape[0] >= _TILE_DEPTH for w in weights)
         most = MAX_ROWS_TILES if tiles else MAX_ROWS_NATIVE_BF16
     elif x.dtype == torch.float32 and x.shape[0] > MAX_ROWS_ONEDNN and library() == "onednn":
         most = MAX_ROWS_ONEDNN
     return x.shape[0] <= most
 
 
-def packs(x: Tensor) -> bool:
+def _holds_tiles(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] % _TILE_DEPTH == 0
+
+
+def packs(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernel for many rows, with weights in panels, is the choice for x.
 
     Its products and sums are float32 whatever the dtype: not for 16 bits where the CPU has products
     of its own for them. Tiles of bfloat16 take x as it lies, a transpose is a library's.
     """
-    if few_rows(x):
+    if few_rows(x, *weights):
         return False
     if x.dtype == torch.float32:
         return packs_float32()
@@ -85,21 +90,21 @@ def in_tiles(x: Tensor) -> bool:
 
 def streams(x: Tensor, *weights: Tensor) -> bool:
     """Whether our kernel is the choice for x and weights [N, K], rows or columns contiguous."""
-    return few_rows(x) and all(1 in w.stride() for w in weights)
+    return few_rows(x, *weights) and all(1 in w.stride() for w in weights)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] weight [N, K]^T + bias [N] -> [M, N], any strides, one dtype of ours."""
     if streams(x, weight):
         return torch.ops.fastvlm_cpu.linear(dense_last(x), weight, dense_bias(bias))
-    if packs(x):
+    if packs(x, weight):
         return packed_product(x, weight, bias)
     return _by_library(x, weight, bias)
 
 
 def added_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """total [M, N] + x weight^T; may write over total."""
-    if packs(x):
+    if packs(x, weight):
         return packed_product(x, weight, residual=total)
     return total.add_(product(x, weight))
 

@@ -77,7 +77,7 @@ def _gelu_mlp(
         b1, b2 = dense_bias(b1), dense_bias(b2)
         y = torch.ops.fastvlm_cpu.gelu_mlp(dense_last(x), w1, b1, w2, b2, activation)
         return y, _none(x)
-    if not keep and seed is None and packs(x):
+    if not keep and seed is None and packs(x, w1, w2):
         return packed_mlp(x, w1, b1, w2, b2, None, None, activation), _none(x)
     pre = product(x, w1, b1)
     y = product(torch.ops.fastvlm_cpu.activate(pre, None, seed, activation, p), w2, b2)

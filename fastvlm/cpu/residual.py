@@ -15,7 +15,7 @@ from fastvlm.ops.dispatch import Kernel
 def _residual_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, factors: Tensor | None
 ) -> Tensor:
-    if packs(x):
+    if packs(x, weight):
         return packed_product(x, weight, bias, residual, _dense(factors))
     return _sum(product(x, _as(x, weight), _as(x, bias)), residual, factors)
 
@@ -30,7 +30,7 @@ def _residual_gelu_mlp(
     factors: Tensor | None,
     activation: int,
 ) -> Tensor:
-    if packs(x):
+    if packs(x, w1, w2):
         return packed_mlp(x, w1, b1, w2, b2, residual, _dense(factors), activation)
     pre = product(x, _as(x, w1), _as(x, b1))
     hidden = torch.ops.fastvlm_cpu.activate(pre, None, None, activation, 0.0)

@@ -90,7 +90,10 @@ def _structure(module: nn.Module) -> str:
     cls = original(type(module))
     told = [f"{name} {vars(module)[name]}" for name in _NUMBERS if name in vars(module)]
     if (compute := getattr(type(module), "compute", None)) is not None:
-        told.append(f"computed in {compute}")
+        from fastvlm.nn.compute import rounds_rows  # loads torch.compile: a second
+
+        rows = ", its rows in bf16" if compute == "int8" and rounds_rows(compute) else ""
+        told.append(f"computed in {compute}{rows}")
     # models of transformers have methods of these names
     if isinstance(off := getattr(cls, "disable_adapters", None) and module.disable_adapters, bool):
         told.append("adapters off" if off else f"adapters {module.active_adapters}")

@@ -67,9 +67,11 @@ def linear(
 ) -> Tensor | None:
     """residual + factor * layer(x) in the layer's arithmetic; None where it is not worth it, or
     cannot be."""
-    inputs, rounds = x.shape[-1], rounds_rows(layer.compute)
     # where the width is wrong `ops.linear` says so
-    if inputs != layer.in_features or (not rounds and inputs < FEWEST_INPUTS) or not can(layer, x):
+    if x.shape[-1] != layer.in_features or not can(layer, x):
+        return None
+    rounds = rounds_rows(layer.compute)
+    if not rounds and layer.in_features < FEWEST_INPUTS:
         return None
     weight, scale = copy_of(layer)
     if rounds:

@@ -287,6 +287,9 @@ def _planned(
     """leaves: whether rows may leave the batch; bare: whether the model may be left out of its
     steps."""
     recording = model._records()
+    stack = model._bare_stack() if bare and recording is not None else None
+    if recording is not None and stack is None and is_low_precision(recording.head):
+        recording = None  # it computes its logits first, and would again at each step
     listed = list(processors)
     foreign = unknown(listed) is not None
     ranks = not foreign and not config.do_sample and recording is not None
@@ -298,7 +301,7 @@ def _planned(
         partial(_call, model, recording, hf.forward_of_steps(model, config, kwargs)),
         kwargs,
         ids.device,
-        stack=model._bare_stack() if bare and recording is not None else None,
+        stack=stack,
         leaves=leaves,
     )
     return Plan(

@@ -144,6 +144,38 @@ def test_any_arguments_over_weights_of_fewer_bits(
             assert torch.equal(mine, wanted), settings
 
 
+class ByHand(StoppingCriteria):
+    """Of the caller's own: the steps go through the model."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_a_head_of_fewer_bits_multiplies_once_a_step(
+    built: dict[str, Any], moves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built["bart"]
+    wish = {"num_beams": 2, "max_new_tokens": 9, "min_new_tokens": 9}
+    with fastvlm.patched(model, weights="int8"):
+        calls: list[int] = []
+        kind = type(model.lm_head)
+        forward = kind.forward
+
+        def counted(self: Any, x: Tensor) -> Tensor:
+            calls.extend([1] * (self is model.lm_head))
+            return forward(self, x)
+
+        monkeypatch.setattr(kind, "forward", counted)
+        model.generate(**FAMILIES["bart"].inputs(model), **wish, stopping_criteria=[ByHand()])
+        assert not moves
+        assert len(calls) == 9
+        calls.clear()
+        model.generate(**FAMILIES["bart"].inputs(model), **wish)
+        assert moves
+        # the two forwards before the program takes over have multiplied for the model's own
+        assert len(calls) == 11
+
+
 def spread(start: int) -> list[int]:
     """End tokens by which rows of the tiny models end one after the other."""
     return [2, *range(8 + start, 99, 4)]

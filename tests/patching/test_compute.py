@@ -155,6 +155,17 @@ def test_few_rows_are_multiplied_as_they_are(called: list[str], compute: str) ->
     assert called
 
 
+def test_a_compiler_meets_the_layer_as_it_is(compute: str, called: list[str]) -> None:
+    layer = nn.Linear(192, 30)
+    x = torch.randn(80, 192)
+    with torch.no_grad():
+        plain = ops.linear(x, layer.weight, layer.bias)
+        layer.__class__ = type("Patched", (narrow.ComputeLinear,), {"compute": compute})
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), plain)
+        assert not called
+
+
 def test_the_tower_runs_in_it(
     any_rows: None, called: list[str], compute: str, linear: str, mlp: str
 ) -> None:
