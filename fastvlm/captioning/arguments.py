@@ -18,6 +18,9 @@ LANGUAGE_CODES = "en,de,fr,es,ru,zh"
 NEW_TOKENS = 32
 
 
+BITS = ("int8", "bf16")
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     _pictures(parser)
     _asked(parser)
@@ -25,27 +28,36 @@ def add(parser: argparse.ArgumentParser) -> None:
     _output(parser)
 
 
-def check_int8(args: argparse.Namespace) -> None:
-    """UsageError: --int8 on a GPU, or on a CPU that multiplies no int8."""
-    if not args.int8:
-        return
-    if args.device != "cpu":
-        raise UsageError("--int8", "left out on a GPU", "set")
-    from fastvlm.cpu.int8 import unavailable
+def bits_of(args: argparse.Namespace) -> str | None:
+    """What --int8 or --bf16 asks for; None where neither is set."""
+    return next((bits for bits in BITS if getattr(args, bits)), None)
 
-    if why := unavailable():
-        raise UsageError("--int8", "left out here", f"set, and {why}")
+
+def check_bits(args: argparse.Namespace) -> None:
+    """UsageError: --int8 or --bf16 on a GPU, or on a CPU that does not multiply so; or both."""
+    bits = bits_of(args)
+    if bits is None:
+        return
+    name = f"--{bits}"
+    if args.device != "cpu":
+        raise UsageError(name, "left out on a GPU", "set")
+    if args.int8 and args.bf16:
+        raise UsageError("--bf16", "left out beside --int8", "set")
+    from fastvlm.nn.compute import unavailable
+
+    if why := unavailable(bits):
+        raise UsageError(name, "left out here", f"set, and {why}")
 
 
 def patched(args: argparse.Namespace, loaded: Loaded) -> Loaded:
-    """The model patched as --int8 has it, which belongs to its name: its words may be others."""
+    """The model patched as was asked, which belongs to its name: its words may be others."""
     import fastvlm
 
-    bits = "int8" if args.int8 else None
+    bits = bits_of(args)
     fastvlm.patch(loaded.model, weights=bits, compute=bits)
     if bits is None:
         return loaded
-    return replace(loaded, name=f"{loaded.name}, int8", id=f"{loaded.id}, int8")
+    return replace(loaded, name=f"{loaded.name}, {bits}", id=f"{loaded.id}, {bits}")
 
 
 def features(args: argparse.Namespace, loaded: Loaded) -> VisionFeatures | None:
@@ -137,6 +149,11 @@ def _model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="multiply in int8 where it is faster, and read the weights of decoding as int8 "
         "(on a CPU): sooner, with now and then another word",
+    )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="the same in bfloat16, closer to float32 (on a CPU with AMX or AVX-512 BF16)",
     )
     parser.add_argument(
         "--features",

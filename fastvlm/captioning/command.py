@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """With parsed arguments (`fastvlm.captioning.arguments`); returns the exit code."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device", "a device that is there", "cuda (PyTorch sees no GPU)")
-    arguments.check_int8(args)
+    arguments.check_bits(args)
     if args.small and args.model is not None:
         raise UsageError("--small", "no --model beside it", args.model)
     for name in ("tokenizer", "processor"):

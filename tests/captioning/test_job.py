@@ -18,7 +18,7 @@ from test_pictures import broken
 import fastvlm
 from fastvlm.__main__ import main
 from fastvlm.captioning import models
-from fastvlm.cpu.int8 import unavailable
+from fastvlm.nn.compute import unavailable
 
 
 def test_a_folder_is_captioned_as_caption_does(tmp_path: Path) -> None:
@@ -86,29 +86,32 @@ def test_a_resume_asks_only_what_is_missing(tmp_path: Path) -> None:
     assert texts(tmp_path / "new.jsonl") == texts(whole)
 
 
-@pytest.mark.skipif(unavailable() is not None, reason=f"no int8 arithmetic: {unavailable()}")
-def test_int8_lines_say_so_and_mix_with_no_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("bits", ["int8", "bf16"])
+def test_lines_in_fewer_bits_say_so_and_mix_with_no_others(
+    bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if (why := unavailable(bits)) is not None:
+        pytest.skip(why)
     fill(tmp_path / "p", 2)
     out = tmp_path / "o.jsonl"
-    assert run(tmp_path / "p", out, "--int8") == 0
-    assert {line["model"] for line in lines(out)} == {"a tiny Florence-2, random, int8"}
+    assert run(tmp_path / "p", out, f"--{bits}") == 0
+    assert {line["model"] for line in lines(out)} == {f"a tiny Florence-2, random, {bits}"}
     assert all("text" in line for line in lines(out))
     assert run(tmp_path / "p", out, "--resume") == 2
-    assert "by a tiny Florence-2, random, int8" in capsys.readouterr().err
-    assert run(tmp_path / "p", tmp_path / "other.jsonl", "--int8", "--device", "cuda") == 2
+    assert f"by a tiny Florence-2, random, {bits}" in capsys.readouterr().err
+    assert run(tmp_path / "p", tmp_path / "other.jsonl", f"--{bits}", "--device", "cuda") == 2
+    assert run(tmp_path / "p", tmp_path / "other.jsonl", "--int8", "--bf16") == 2
 
 
-def test_int8_is_refused_where_nothing_multiplies_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("bits", ["int8", "bf16"])
+def test_fewer_bits_are_refused_where_nothing_multiplies_them(
+    bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(tmp_path / "p", 1)
-    monkeypatch.setattr("fastvlm.cpu.int8.unavailable", lambda: "it multiplies int8 with AVX2")
-    assert run(tmp_path / "p", tmp_path / "o.jsonl", "--int8") == 2
-    assert "--int8 wants left out here; got set, and it multiplies int8 with AVX2" in (
-        capsys.readouterr().err
-    )
+    monkeypatch.setattr(f"fastvlm.cpu.{bits}.unavailable", lambda: "this CPU does not")
+    assert run(tmp_path / "p", tmp_path / "o.jsonl", f"--{bits}") == 2
+    wanted = f"--{bits} wants left out here; got set, and this CPU does not"
+    assert wanted in capsys.readouterr().err
 
 
 def test_shards_give_what_their_pictures_give(
