@@ -133,7 +133,10 @@ def _range(least: float, most: float) -> str:
 
 def _machine(run: Figures) -> str:
     cpu, versions = run["machine"]["cpu"], run["versions"]
-    wide = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu["features"]), "no AVX")
+    wide = next(
+        (f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu["features"]),
+        "no AVX",
+    )
     return (
         f"{cpu['model']} ({cpu['cores']} cores, {wide}, "
         f"torch {versions['torch'].split('+')[0]}, transformers {versions['transformers']})"
