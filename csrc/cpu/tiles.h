@@ -160,7 +160,7 @@ struct Amx {
 template <class T>
 inline void to_bfloat16(const T* from, int64_t n, BFloat16* to) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+    if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
   } else {
     map_to(to, n, [&](int64_t i, int64_t count) { return load_some(from + i, count); });
   }
