@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastvlm import extension
-from fastvlm.cpu.common import DTYPES, dense_bias, dense_last, dense_one, wrong_dtype
+from fastvlm.cpu.common import dense_bias, dense_last, dense_one, wrong_floats
 from fastvlm.ops.dispatch import Kernel
 
 
 @cache
 def tiles() -> bool:
-    """Whether the CPU multiplies tiles of bfloat16 (AMX): at eight times the rate of float32."""
+    """Whether the CPU multiplies tiles of bfloat16 (AMX)."""
     return extension.capability() == "AMX"
 
 
@@ -62,12 +62,7 @@ def _weight(weight: Tensor, scale: Any) -> Tensor:
     return dense_one(weight) if scale is None else dense_last(weight)
 
 
-def _unsupported(x: Tensor, *others: Any) -> str | None:
-    floats = (t for t in (x, *others) if isinstance(t, Tensor) and t.dtype != torch.int8)
-    return next((wrong_dtype(t) for t in floats if t.dtype not in DTYPES), None)
-
-
 KERNELS = {
-    "bf16_linear": Kernel("cpu", bf16_linear, unavailable, _unsupported),
-    "bf16_gelu_mlp": Kernel("cpu", bf16_gelu_mlp, unavailable, _unsupported),
+    "bf16_linear": Kernel("cpu", bf16_linear, unavailable, wrong_floats),
+    "bf16_gelu_mlp": Kernel("cpu", bf16_gelu_mlp, unavailable, wrong_floats),
 }

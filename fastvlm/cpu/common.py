@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,12 @@ def unavailable() -> str | None:
 
 def wrong_dtype(x: Tensor) -> str | None:
     return None if x.dtype in DTYPES else f"{x.dtype} (it has float32, bfloat16, float16)"
+
+
+def wrong_floats(*arguments: Any) -> str | None:
+    """The same of the first tensor of another dtype among some, int8 weights left out."""
+    given = (t for t in arguments if isinstance(t, Tensor) and t.dtype != torch.int8)
+    return next((wrong_dtype(t) for t in given if t.dtype not in DTYPES), None)
 
 
 def dense_bias(bias: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvlm import extension
-from fastvlm.cpu.common import DTYPES, dense_bias, dense_last, wrong_dtype
+from fastvlm.cpu.common import dense_bias, dense_last, wrong_floats
 from fastvlm.ops.dispatch import Kernel
 
 
@@ -51,12 +51,7 @@ def _int8_gelu_mlp(
     return out
 
 
-def _unsupported(x: Tensor, *others: Any) -> str | None:
-    floats = (t for t in (x, *others) if isinstance(t, Tensor) and t.dtype != torch.int8)
-    return next((wrong_dtype(t) for t in floats if t.dtype not in DTYPES), None)
-
-
 KERNELS = {
-    "int8_linear": Kernel("cpu", _int8_linear, unavailable, _unsupported),
-    "int8_gelu_mlp": Kernel("cpu", _int8_gelu_mlp, unavailable, _unsupported),
+    "int8_linear": Kernel("cpu", _int8_linear, unavailable, wrong_floats),
+    "int8_gelu_mlp": Kernel("cpu", _int8_gelu_mlp, unavailable, wrong_floats),
 }

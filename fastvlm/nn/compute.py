@@ -90,17 +90,18 @@ def mlp(
 ) -> Tensor:
     """residual + factor * fc2(activation(fc1 x)), where both layers `can`."""
     (w1, scale1), (w2, scale2) = copy_of(fc1), copy_of(fc2)
-    settings = {"activation": activation, "factors": factors}
     if rounds_rows(fc1.compute):
         return ops.bf16_gelu_mlp(
             *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias, residual),
-            **settings,  # type: ignore[arg-type]
+            activation=activation,
+            factors=factors,
         )
     assert scale1 is not None
     assert scale2 is not None
     return ops.int8_gelu_mlp(
         *(x, w1, scale1, fc1.bias, w2, scale2, fc2.bias, residual),
-        **settings,  # type: ignore[arg-type]
+        activation=activation,
+        factors=factors,
     )
 
 

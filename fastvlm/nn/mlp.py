@@ -94,7 +94,9 @@ def gelu_mlp(
     """
     if act is None and is_plain_product(fc1) and is_plain_product(fc2):
         if dropout_p == 0 and computes((fc1, fc2), x):
-            return compute_mlp(x, fc1, fc2, activation)
+            from fastvlm.nn import compute
+
+            return compute.mlp(x, fc1, fc2, activation)
         return ops.gelu_mlp(
             x,
             weight_of(fc1),
@@ -119,20 +121,6 @@ def computes(layers: Sequence[Any], x: Tensor) -> bool:
 
     # an inner layer meets as many rows, of another width and the same kind
     return x.shape[-1] == layers[0].in_features and all(can(layer, x) for layer in layers)
-
-
-def compute_mlp(
-    x: Tensor,
-    fc1: Any,
-    fc2: Any,
-    activation: str,
-    residual: Tensor | None = None,
-    factors: Tensor | None = None,
-) -> Tensor:
-    """residual + factor * fc2(activation(fc1 x)) in the arithmetic of its layers."""
-    from fastvlm.nn import compute
-
-    return compute.mlp(x, fc1, fc2, activation, residual, factors)
 
 
 class GeluMLP(nn.Module):

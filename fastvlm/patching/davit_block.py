@@ -18,7 +18,7 @@ from fastvlm import ops
 from fastvlm.cpu.common import DTYPES, unavailable
 from fastvlm.models.structure import extra_parts, takes
 from fastvlm.nn.linear import DENSE, is_bare, is_plain
-from fastvlm.nn.mlp import activation_of, compute_mlp, computes
+from fastvlm.nn.mlp import activation_of, computes
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
@@ -133,7 +133,9 @@ def _residual_mlp(
     x: Tensor, fc1: Any, fc2: Any, to: Tensor, activation: str, factors: Tensor | None
 ) -> Tensor:
     if computes((fc1, fc2), x):
-        return compute_mlp(x, fc1, fc2, activation, to, factors)
+        from fastvlm.nn import compute
+
+        return compute.mlp(x, fc1, fc2, activation, to, factors)
     return ops.residual_gelu_mlp(
         *(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, to),
         activation=activation,

@@ -57,13 +57,13 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
     # (these load torch.compile: a second)
     if storage is None:
         assert compute is not None
-        runs_on = ("linear", runs_in(compute)["residual_linear"])
+        runs_on = ("linear", ops_in(compute)[0])
         return Swap(ComputeLinear, runs_on, (("compute", compute),))
     attributes = (("storage", storage),)
     if compute is None:
         mixin = LowPrecisionTransposed if transposed else LowPrecisionLinear
         return Swap(mixin, ("low_precision_linear",), attributes)
-    runs_on = ("low_precision_linear", runs_in(compute)["residual_linear"])
+    runs_on = ("low_precision_linear", ops_in(compute)[0])
     return Swap(ComputeLowPrecisionLinear, runs_on, (*attributes, ("compute", compute)))
 
 
@@ -91,21 +91,23 @@ def why_not_in(compute: str, module: Any) -> str | None:
     return None
 
 
-# what runs instead of an op where the layers it is made of compute many rows in int8
-_IN_INT8 = {
-    "gelu_mlp": "int8_gelu_mlp",
-    "geglu_mlp": "int8_linear",
-    "residual_gelu_mlp": "int8_gelu_mlp",
-    "residual_linear": "int8_linear",
-}
+def ops_in(compute: str) -> tuple[str, str]:
+    """The ops of a product and of an MLP of many rows in some arithmetic."""
+    from fastvlm.nn.compute import rounds_rows
+
+    kind = "bf16" if rounds_rows(compute) else "int8"
+    return f"{kind}_linear", f"{kind}_gelu_mlp"
 
 
 def runs_in(compute: str) -> dict[str, str]:
     """By op: what runs in its place where its layers compute many rows in some arithmetic."""
-    from fastvlm.nn.compute import rounds_rows
-
-    kind = "bf16" if rounds_rows(compute) else "int8"
-    return {op: other.replace("int8", kind) for op, other in _IN_INT8.items()}
+    linear, mlp = ops_in(compute)
+    return {
+        "gelu_mlp": mlp,
+        "geglu_mlp": linear,
+        "residual_gelu_mlp": mlp,
+        "residual_linear": linear,
+    }
 
 
 def storage_of(swap: Swap | None) -> str | None:
