@@ -20,6 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from benchmarks import decoder_graph as graph
+from benchmarks import engines
 
 # what a results file says beside the figures
 SETTINGS = {
@@ -140,7 +141,7 @@ class OpenVino(Session):
 
         super().__init__(decoder, head, kind, rows)
         self.tensor = openvino.Tensor
-        core = openvino.Core()
+        core = engines.openvino_core()
         model = core.read_model(io.BytesIO(graph.step_model(decoder, head, kind, rows, keys)))
         self._keep_past(model)
         settings = {

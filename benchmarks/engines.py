@@ -95,10 +95,22 @@ def onnxruntime_session(model: bytes) -> Session:
     return run
 
 
-def openvino_session(model: bytes) -> Session:
+@functools.cache
+def openvino_core() -> Any:
+    """One for the process, which keeps it.
+
+    On a CPU with AMX each one makes its own memory the stack that signal handlers run on, and when
+    it goes away it puts back what it had found: of two that go in the order in which they came,
+    memory that is no longer there. The next signal, such as that of a child that ends, then ends
+    the process.
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def openvino_session(model: bytes) -> Session:
+    core = openvino_core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("skimage")
 
 from benchmarks.job.__main__ import case_of, main
-from benchmarks.job.workload import TINY, build, training
+from benchmarks.job.sides import openvino_tower
+from benchmarks.job.workload import TINY, build, captioning, training
 
 
 @pytest.mark.slow
@@ -30,6 +33,29 @@ def test_the_small_job(tmp_path: Path) -> None:
     assert "fastvlm, features kept" in cases["step"]["median"]
     losses = cases["step, small images"]["eval_loss"]
     assert abs(losses["fastvlm"] - losses["sdpa"]) < 1e-4 * abs(losses["sdpa"])
+
+
+class Stack(ctypes.Structure):
+    """stack_t of signal.h."""
+
+    _fields_ = (("begin", ctypes.c_void_p), ("flags", ctypes.c_int), ("bytes", ctypes.c_size_t))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_signals_have_a_stack_when_openvino_is_gone() -> None:
+    """Where they have none, the next child that ends, ends this process too."""
+    pytest.importorskip("openvino")
+    model = build(tiny=True)
+    pixels = captioning(model, TINY, 1)["pixel_values"]
+    first, second = (openvino_tower(model, pixels) for _ in range(2))
+    del first
+    del second
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    if stack.begin is not None:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+        assert any(begin <= stack.begin < end for begin, end in spans)
 
 
 def test_ratios_are_to_sdpa() -> None:

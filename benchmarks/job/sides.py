@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvlm
+from benchmarks import engines
 from fastvlm.nn.compute import unavailable
 from fastvlm.nn.linear import is_approximate
 from fastvlm.nn.low_precision import stored_copy
@@ -70,8 +70,6 @@ def openvino_tower(
 ) -> Callable[[Tensor], Tensor]:
     """The tower compiled by OpenVINO: float32, or "bf16" arithmetic. Raises whatever stands in the
     way."""
-    # its telemetry would fork this process, threads and all
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     model.set_attn_implementation("sdpa")
@@ -83,7 +81,7 @@ def openvino_tower(
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    compiled = engines.openvino_core().compile_model(graph, "CPU", settings)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
