@@ -15,7 +15,7 @@ Matrix weight_of(const Tensor& weight, const Optional& scale, const char* name, 
 Tensor bf16_linear(const Tensor& x, const Tensor& weight, const Optional& scale,
                    const Optional& bias, const Optional& residual, const Optional& factors) {
   PackedLinearArgs args{};
-  args.x = matrix(x, "x");
+  args.x = any_matrix(x, "x");
   args.weight = weight_of(weight, scale, "weight", args.x.cols);
   Tensor out = make_out(x, args.weight.rows, bias, residual, factors, args.tail);
   FASTVLM_KERNEL(bf16_linear)(args);
@@ -26,7 +26,7 @@ Tensor bf16_mlp(const Tensor& x, const Tensor& w1, const Optional& scale1, const
                 const Tensor& w2, const Optional& scale2, const Optional& b2,
                 const Optional& residual, const Optional& factors, int64_t activation) {
   PackedMlpArgs args{};
-  args.x = matrix(x, "x");
+  args.x = any_matrix(x, "x");
   args.w1 = weight_of(w1, scale1, "w1", args.x.cols);
   args.b1 = bias_for(b1, "b1", args.w1.rows);
   args.w2 = weight_of(w2, scale2, "w2", args.w1.rows);

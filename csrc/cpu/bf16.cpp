@@ -2,7 +2,7 @@
 //
 // x is rounded to bfloat16 as a block of it is read, and so is what lies between the products of an
 // MLP; an int8 weight is exact in bfloat16, and its factors come last. Weights become panels of two
-// tiles' columns once a call.
+// tiles' columns once a call. Either side may be a transpose.
 #include "bf16.h"
 
 #include "many_rows.h"
@@ -44,26 +44,10 @@ class TiledWeight {
         const int64_t count = larger(0, smaller(kTile, w.rows - row));
         const int64_t depth = smaller(kTileDepth, w.cols - k);
         if (w.step != 1) {
-          join(from + k * w.step + row, w.step, count, depth, to);
+          join_tile(from + k * w.step + row, w.step, count, depth, to);
         } else {
           pack_tile(from + row * w.stride + k, w.stride, count, depth, to);
         }
-      }
-    }
-  }
-
-  // Of a transpose, whose columns are rows in memory: two of these become pairs.
-  template <class T>
-  static void join(const T* from, int64_t step, int64_t count, int64_t depth, BFloat16* to) {
-    auto bits = [&](int64_t k, int64_t c) {
-      const int64_t n = k < depth ? larger(0, smaller(kLanes, count - c)) : 0;
-      const Vec x = n > 0 ? load_some(from + k * step + c, n) : Vec{};
-      return __builtin_convertvector(narrow(x, BFloat16{}), UVec);
-    };
-    for (int64_t k = 0; k < kTileDepth; k += 2) {
-      for (int64_t c = 0; c < kTile; c += kLanes) {
-        const UVec pairs = bits(k, c) | bits(k + 1, c) << 16;
-        std::memcpy(to + k * kTile + c * 2, &pairs, sizeof(pairs));
       }
     }
   }
@@ -88,6 +72,7 @@ class TiledBlock {
   void set(int64_t row, const Matrix& x, int64_t first, int64_t count) const {
     with_type(x.dtype, [&](auto type) {
       const auto* from = static_cast<const decltype(type)*>(x.data) + first * x.stride;
+      if (x.step != 1) return set_columns(row, from, x.step, count);
       for (int64_t r = 0; r < count; ++r) set_row(row + r, 0, x.cols, from + r * x.stride);
     });
   }
@@ -100,6 +85,19 @@ class TiledBlock {
     to_bfloat16(from, n, to + first);
     for (int64_t i = first + n; i < (first + n == depth_ ? round_up(depth_, kTileDepth) : 0); ++i) {
       to[i] = BFloat16{0};
+    }
+  }
+
+  // Of a transpose: tiles of 16 rows and as many pairs, zeros in the rows beyond the last.
+  template <class T>
+  void set_columns(int64_t row, const T* from, int64_t step, int64_t count) const {
+    BFloat16 pairs[kTileSize];
+    for (int64_t k = 0; k < depth_; k += kTileDepth) {
+      for (int64_t r = 0; r < count; r += kTile) {
+        const int64_t depth = smaller(kTileDepth, depth_ - k);
+        join_tile(from + k * step + r, step, smaller(kTile, count - r), depth, pairs);
+        transpose_pairs(pairs, kTileDepth, data_.data() + (row + r) * stride_ + k, stride_);
+      }
     }
   }
 

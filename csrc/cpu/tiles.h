@@ -166,21 +166,45 @@ inline void to_bfloat16(const T* from, int64_t n, BFloat16* to) {
   }
 }
 
-// A tile of a weight from `count` rows of `depth` elements, with zeros around them.
-template <class T>
-void pack_tile(const T* from, int64_t stride, int64_t count, int64_t depth, BFloat16* to) {
-  BFloat16 lines[kTile][kTileDepth] = {};
-  for (int64_t c = 0; c < count; ++c) to_bfloat16(from + c * stride, depth, lines[c]);
+// to[i][j] = from[j][i] for i, j = 0 to 15, of pairs of elements. from_stride, to_stride: elements.
+inline void transpose_pairs(const BFloat16* from, int64_t from_stride, BFloat16* to,
+                            int64_t to_stride) {
   for (int64_t c = 0; c < kTile; c += kLanes) {
     for (int64_t pair = 0; pair < kTile; pair += kLanes) {
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        std::memcpy(&square[i], &lines[c + i][2 * pair], sizeof(Vec));
+        std::memcpy(&square[i], from + (c + i) * from_stride + 2 * pair, sizeof(Vec));
       }
       transpose(square);
       for (int i = 0; i < kLanes; ++i) {
-        std::memcpy(to + ((pair + i) * kTile + c) * 2, &square[i], sizeof(Vec));
+        std::memcpy(to + (pair + i) * to_stride + 2 * c, &square[i], sizeof(Vec));
       }
+    }
+  }
+}
+
+// A tile of a weight from `count` rows of `depth` elements, with zeros around them.
+template <class T>
+void pack_tile(const T* from, int64_t stride, int64_t count, int64_t depth, BFloat16* to) {
+  BFloat16 lines[kTile * kTileDepth] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    to_bfloat16(from + c * stride, depth, lines + c * kTileDepth);
+  }
+  transpose_pairs(lines, kTileDepth, to, kTileDepth);
+}
+
+// The same from a transpose, whose columns are rows in memory: two of these become pairs.
+template <class T>
+void join_tile(const T* from, int64_t step, int64_t count, int64_t depth, BFloat16* to) {
+  auto bits = [&](int64_t k, int64_t c) {
+    const int64_t n = k < depth ? larger(0, smaller(kLanes, count - c)) : 0;
+    const Vec x = n > 0 ? load_some(from + k * step + c, n) : Vec{};
+    return __builtin_convertvector(narrow(x, BFloat16{}), UVec);
+  };
+  for (int64_t k = 0; k < kTileDepth; k += 2) {
+    for (int64_t c = 0; c < kTile; c += kLanes) {
+      const UVec pairs = bits(k, c) | bits(k + 1, c) << 16;
+      std::memcpy(to + k * kTile + c * 2, &pairs, sizeof(pairs));
     }
   }
 }

@@ -32,7 +32,7 @@ def bf16_linear(
     x: Tensor, weight: Tensor, scale: Any, bias: Any, residual: Any, factors: Any
 ) -> Tensor:
     out: Tensor = torch.ops.fastvlm_cpu.bf16_linear(
-        *(dense_last(x), _weight(weight, scale), dense_bias(scale)),
+        *(dense_one(x), _weight(weight, scale), dense_bias(scale)),
         *(dense_bias(bias), dense_bias(residual), dense_bias(factors)),
     )
     return out
@@ -51,7 +51,7 @@ def bf16_gelu_mlp(
     activation: int,
 ) -> Tensor:
     out: Tensor = torch.ops.fastvlm_cpu.bf16_mlp(
-        *(dense_last(x), _weight(w1, scale1), dense_bias(scale1), dense_bias(b1)),
+        *(dense_one(x), _weight(w1, scale1), dense_bias(scale1), dense_bias(b1)),
         *(_weight(w2, scale2), dense_bias(scale2), dense_bias(b2)),
         *(dense_bias(residual), dense_bias(factors), activation),
     )

@@ -74,13 +74,13 @@ def packs(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernel for many rows, with weights in panels, is the choice for x.
 
     Its products and sums are float32 whatever the dtype: not for 16 bits where the CPU has products
-    of its own for them. Tiles of bfloat16 take x as it lies, a transpose is a library's.
+    of its own for them, unless ours are in tiles.
     """
     if few_rows(x, *weights):
         return False
     if x.dtype == torch.float32:
         return packs_float32()
-    return _packs_16_bits() or (in_tiles(x) and _may_pack() and x.stride(1) == 1)
+    return _packs_16_bits() or (in_tiles(x) and _may_pack())
 
 
 def in_tiles(x: Tensor) -> bool:
