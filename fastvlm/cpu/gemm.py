@@ -80,7 +80,7 @@ def packs(x: Tensor, *weights: Tensor) -> bool:
         return False
     if x.dtype == torch.float32:
         return packs_float32()
-    return _packs_16_bits() or (in_tiles(x) and _may_pack())
+    return _packs_16_bits() or (in_tiles(x) and may_pack())
 
 
 def in_tiles(x: Tensor) -> bool:
@@ -214,14 +214,15 @@ def _measure() -> str:
 
 def packs_float32() -> bool:
     """Whether our product serves float32 here: asked for, or about as fast as a library's."""
-    return _may_pack() and (os.environ.get(VARIABLE) == PACKED or _packed_keeps_up())
+    return may_pack() and (os.environ.get(VARIABLE) == PACKED or _packed_keeps_up())
 
 
 def _packs_16_bits() -> bool:
-    return _may_pack() and extension.capability() in ("AVX2", "AVX512")
+    return may_pack() and extension.capability() in ("AVX2", "AVX512")
 
 
-def _may_pack() -> bool:
+def may_pack() -> bool:
+    """Whether our products of many rows may serve: they are there, and no library is asked for."""
     return os.environ.get(VARIABLE, PACKED) == PACKED and extension.capability() is not None
 
 

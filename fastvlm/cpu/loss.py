@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.cpu import bf16
 from fastvlm.cpu.common import dense_bias, unavailable, wrong_dtype
-from fastvlm.cpu.gemm import MAX_ROWS, added_product, few_rows, product
+from fastvlm.cpu.gemm import MAX_ROWS, added_product, few_rows, in_tiles, may_pack, product
 from fastvlm.ops.dispatch import Kernel
 
 # of a block of logits: what stays in a last-level cache, in few enough blocks for Python to call
@@ -21,6 +22,9 @@ _ELEMENTS = 2**21
 _FEWEST, _MOST = 256, 8192
 # where a block needs no copy of its weight, so few rows that a whole vocabulary is one
 _MOST_STREAMED = 65536
+# where the depth of a product is a block, rows of it for every thread are to stay in a second-level
+# cache
+_MOST_IN_TILES = 2048
 # tokens of a block that count, above which its products are those of the whole block
 _MOST_LIVE = 0.75
 # a ranking is kept in order by insertion
@@ -35,21 +39,31 @@ class _Blocks:
         # in 16 bits the other way begins with a float32 copy of the weight, which costs more
         streams = few_rows(rows) if rows.dtype == torch.float32 else rows.shape[0] <= MAX_ROWS
         self.streams = streams and weight.stride(-1) == 1
+        # tiles round what they read, bfloat16 is what it is: rows and weight are, logits are not
+        self.in_tiles = not self.streams and in_tiles(rows) and may_pack()
         self.rows = rows.contiguous() if self.streams else rows.float()
-        most = min(_MOST_STREAMED if self.streams else _MOST, _ELEMENTS // max(1, rows.shape[0]))
+        most = _MOST_STREAMED if self.streams else _MOST_IN_TILES if self.in_tiles else _MOST
+        most = min(most, _ELEMENTS // max(1, rows.shape[0]))
         self.size = max(_FEWEST, most // 64 * 64)
 
+    def product(self, x: Tensor, w: Tensor, total: Tensor | None = None) -> Tensor:
+        """total + x w^T. Without a total it has the dtype of x, which tiles round to bfloat16."""
+        if self.in_tiles:
+            return bf16.bf16_linear(x, w, None, None, total, None)
+        return product(x, w) if total is None else added_product(total, x, w)
+
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
-        """(columns, weight of the block, bias of the block, logits). Where the rows do not stream
-        the weight it is float32: what comes after the logits multiplies with it too."""
+        """(columns, weight of the block, bias of the block, logits). Where the rows neither stream
+        the weight nor meet it in tiles it is float32: what comes after the logits multiplies with
+        it too."""
         for first in range(0, self.weight.shape[0], self.size):
             columns = slice(first, first + self.size)
             w = self.weight[columns]
             if self.streams:
                 logits = torch.ops.fastvlm_cpu.linear(self.rows, w, None, True)
             else:
-                w = w.float()
-                logits = product(self.rows, w).contiguous()
+                w = w if self.in_tiles else w.float()
+                logits = self.product(self.rows, w).contiguous()
             yield columns, w, None if self.bias is None else self.bias[columns], logits
 
 
@@ -118,7 +132,8 @@ def _linear_cross_entropy_backward(
     dx = torch.zeros_like(wide)
     dw = weight.new_empty(weight.shape if needs[1] else 0)
     db = bias.new_empty(bias.shape) if needs[2] and bias is not None else h.new_empty(0)
-    for columns, w, b, d in _Blocks(x, weight, bias):
+    blocks = _Blocks(x, weight, bias)
+    for columns, w, b, d in blocks:
         torch.ops.fastvlm_cpu.logits_gradient(d, b, softcap, columns.start, target, parts, grad)
         if needs[2] and bias is not None:
             db[columns] = d.sum(0)
@@ -127,10 +142,12 @@ def _linear_cross_entropy_backward(
             live = _live_columns(d, grad, target - columns.start, skip_below)
         if live is not None:
             d, w = d[:, live], w[live]
+        if blocks.in_tiles:
+            d = d.to(x.dtype)  # as it would be read twice
         if needs[0]:
-            dx = added_product(dx, d, w.float().t())
+            dx = blocks.product(d, w.t() if blocks.in_tiles else w.float().t(), dx)
         if needs[1]:
-            of_tokens = product(d.t(), wide.t())
+            of_tokens = blocks.product(d.t(), wide.t())
             if live is None:
                 dw[columns] = of_tokens
             else:

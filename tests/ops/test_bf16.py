@@ -118,18 +118,36 @@ def test_mlp(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(6, 64, 130), (195, 130, 200), (900, 65, 190)])
-def test_every_element_is_where_it_belongs(shape: tuple[int, ...], kind: str, linear: Any) -> None:
-    """Where nothing is rounded the products are exact."""
+@pytest.mark.parametrize("lies", ["as it is", "transposed"])
+@pytest.mark.parametrize("shape", [(6, 64, 130), (195, 130, 200), (900, 65, 190), (1, 3, 40)])
+def test_every_element_is_where_it_belongs(
+    shape: tuple[int, ...], lies: str, kind: str, dtype: torch.dtype, linear: Any
+) -> None:
+    """Where nothing is rounded the products are exact, but for their own rounding."""
     m, k, n = shape
-    x = torch.randint(-127, 128, (m, k)).float()
+    x = torch.randint(-127, 128, (m, k)).to(dtype)
+    x = x.t().contiguous().t() if lies == "transposed" else x
     w = torch.randint(-127, 128, (n, k)).to(torch.int8)
     scale = torch.full((n,), 0.5) if kind == "int8" else None
     given = w if kind == "int8" else w.bfloat16()
     given = given.t().contiguous().t() if kind == "transposed" else given
     out = linear(x, given, scale, None, None, None)
     want = x.double() @ w.double().T * (0.5 if kind == "int8" else 1.0)
-    assert torch.equal(out.double(), want)
+    assert torch.equal(out, want.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(70, 40, 9), (33, 31, 64), (400, 500, 33)])
+def test_a_transpose_between_others(shape: tuple[int, ...], dtype: torch.dtype, mlp: Any) -> None:
+    """Of columns of a larger matrix, with NaN around them: nothing beside them is read as theirs."""
+    m, k, f = shape
+    around = torch.full((k + 2, m + 7), float("nan"), dtype=dtype)
+    around[1:-1, 3:-4] = torch.randint(-4, 5, (k, m)).to(dtype)
+    x = around[1:-1, 3:-4].t()
+    w1, w2 = (torch.randint(-4, 5, size).bfloat16() for size in ((f, k), (5, f)))
+    rest = (None, None, None, None, ACTIVATIONS.index("relu"))
+    out = mlp(x, w1, None, None, w2, *rest)
+    assert torch.equal(out, mlp(x.contiguous(), w1, None, None, w2, *rest))
+    assert out.isfinite().all()
 
 
 def test_rows_with_a_stride(linear: Any) -> None:
