@@ -13,7 +13,7 @@ void check_dense(const Tensor& t, const char* name, int64_t dims) {
 }
 
 Tensor window_attention(const Tensor& qkv, const std::optional<Tensor>& pad, int64_t heads,
-                        int64_t window, double scale) {
+                        int64_t window, double scale, bool tiles) {
   check_dense(qkv, "qkv", 4);
   WindowAttentionArgs args{};
   args.dtype = dtype_of(qkv, "qkv");
@@ -29,6 +29,9 @@ Tensor window_attention(const Tensor& qkv, const std::optional<Tensor>& pad, int
   args.window = window;
   args.scale = static_cast<float>(scale);
   args.pad = bias_for(pad, "pad", qkv.size(3));
+  STD_TORCH_CHECK(!tiles || (args.dtype == DType::kBFloat16 && scale > 0),
+                  "tiles: for bfloat16 and a scale above 0");
+  args.tiles = tiles;
   Tensor out =
       torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), args.heads * args.dim});
   args.out = out.mutable_data_ptr();
@@ -83,7 +86,9 @@ std::tuple<Tensor, Tensor> depthwise_conv_norm(const Tensor& x, const Tensor& we
 }  // namespace fastvlm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
-  m.def("window_attention(Tensor qkv, Tensor? pad, int heads, int window, float scale) -> Tensor");
+  m.def(
+      "window_attention(Tensor qkv, Tensor? pad, int heads, int window, float scale, bool tiles) "
+      "-> Tensor");
   m.def("channel_attention(Tensor qkv, int groups) -> Tensor");
   m.def(
       "depthwise_conv_norm(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, "

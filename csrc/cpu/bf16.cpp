@@ -61,6 +61,7 @@ struct TiledRows {
 };
 
 // Room for rows of some depth as bfloat16, with zeros up to a whole tile.
+template <class Unit>
 class TiledBlock {
  public:
   TiledBlock(int64_t rows, int64_t depth)
@@ -82,7 +83,7 @@ class TiledBlock {
   template <class T>
   void set_row(int64_t row, int64_t first, int64_t n, const T* from) const {
     BFloat16* to = data_.data() + row * stride_;
-    to_bfloat16(from, n, to + first);
+    to_bfloat16<Unit>(from, n, to + first);
     for (int64_t i = first + n; i < (first + n == depth_ ? round_up(depth_, kTileDepth) : 0); ++i) {
       to[i] = BFloat16{0};
     }
@@ -109,7 +110,7 @@ class TiledBlock {
 template <class Unit>
 struct Bf16 {
   using Weight = TiledWeight;
-  using Block = TiledBlock;
+  using Block = TiledBlock<Unit>;
   static constexpr int64_t kTileRows = kPair;
 
   template <class Finish>
@@ -141,23 +142,14 @@ struct Bf16 {
   }
 };
 
-template <class Body>
-void with_unit(Body body) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if (has_tiles()) return body(Bf16<Amx>{});
-  if (has_bfloat16_products()) return body(Bf16<Pairwise>{});
-#endif
-  body(Bf16<OneByOne>{});
-}
-
 }  // namespace
 
 void bf16_linear(const PackedLinearArgs& args) {
-  with_unit([&](auto arithmetic) { linear_of_many<decltype(arithmetic)>(args); });
+  with_unit([&](auto unit) { linear_of_many<Bf16<decltype(unit)>>(args); });
 }
 
 void bf16_mlp(const PackedMlpArgs& args) {
-  with_unit([&](auto arithmetic) { mlp_of_many<decltype(arithmetic)>(args); });
+  with_unit([&](auto unit) { mlp_of_many<Bf16<decltype(unit)>>(args); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -36,12 +36,13 @@ void linear_of(const Matrix& x, const typename Arithmetic::Block* given,
   });
 }
 
-// activation(sums + bias) of a row's columns n, n + 1, ..., into its block; sums are overwritten.
+// activation(sums + bias) of a row's columns n, n + 1, ..., into its block, which rounds it; sums
+// are overwritten.
 template <class Block>
 void activate_row(Activation activation, const FloatBias& b1, int64_t n, int64_t count, float* sums,
                   const Block& to, int64_t row) {
   map_to(sums, count, [&](int64_t i, int64_t some) {
-    return activated(load_some(sums + i, some) + b1.at(n + i, some), activation);
+    return roughly_activated(load_some(sums + i, some) + b1.at(n + i, some), activation);
   });
   to.set(row, n, count, sums);
 }

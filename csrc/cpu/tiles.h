@@ -24,6 +24,7 @@ struct Nowhere {
 struct OneByOne {
   static void begin() {}
   static void end() {}
+  static HVec narrowed(Vec x) { return narrow(x, BFloat16{}); }
 
   template <int R, class Ahead>
   static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
@@ -56,6 +57,12 @@ struct OneByOne {
 struct Pairwise {
   static void begin() {}
   static void end() {}
+  // x rounded to bfloat16; what is below its normal numbers becomes 0.
+  static HVec narrowed(Vec x) {
+    HVec y;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
+    return y;
+  }
 
   template <int R, class Ahead>
   static void multiply(const BFloat16* x, int64_t x_stride, const BFloat16* panel, int64_t steps,
@@ -96,6 +103,7 @@ struct Amx {
     asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" /* ldtilecfg */ : : "a"(shape) : "memory");
   }
   static void end() { asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0" /* tilerelease */); }
+  static HVec narrowed(Vec x) { return Pairwise::narrowed(x); }
 
 // As bytes, with the address in rax and the stride in rcx: assemblers learned their names late.
 #define FASTVLM_TILE_LOAD(tile, from, stride)                            \
@@ -156,13 +164,28 @@ struct Amx {
 };
 #endif
 
+// body(unit), of the best that the CPU has.
+template <class Body>
+void with_unit(Body body) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (has_tiles()) return body(Amx{});
+  if (has_bfloat16_products()) return body(Pairwise{});
+#endif
+  body(OneByOne{});
+}
+
 // to[i] = from[i] rounded to bfloat16.
-template <class T>
+template <class Unit = OneByOne, class T>
 inline void to_bfloat16(const T* from, int64_t n, BFloat16* to) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
   } else {
-    map_to(to, n, [&](int64_t i, int64_t count) { return load_some(from + i, count); });
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const HVec bits = Unit::narrowed(load(from + i));
+      std::memcpy(to + i, &bits, sizeof(bits));
+    }
+    if (whole < n) store_partial(to + whole, load_partial(from + whole, n - whole), n - whole);
   }
 }
 
@@ -198,6 +221,13 @@ template <class T>
 void join_tile(const T* from, int64_t step, int64_t count, int64_t depth, BFloat16* to) {
   auto bits = [&](int64_t k, int64_t c) {
     const int64_t n = k < depth ? larger(0, smaller(kLanes, count - c)) : 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (n == kLanes) {
+        HVec same;
+        std::memcpy(&same, from + k * step + c, sizeof(same));
+        return __builtin_convertvector(same, UVec);
+      }
+    }
     const Vec x = n > 0 ? load_some(from + k * step + c, n) : Vec{};
     return __builtin_convertvector(narrow(x, BFloat16{}), UVec);
   };

@@ -62,9 +62,25 @@ inline Vec broadcast(float x) {
 // a where the mask is set, b elsewhere. A comparison gives a mask of all ones or zeros.
 inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
-// Both keep a NaN in x.
-inline Vec at_most(Vec x, Vec limit) { return select(x > limit, limit, x); }
-inline Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
+// Both keep a NaN in x: of two numbers that cannot be compared the instructions give the second.
+inline Vec at_most(Vec x, Vec limit) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Vec)_mm512_min_ps((__m512)limit, (__m512)x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Vec)_mm256_min_ps((__m256)limit, (__m256)x);
+#else
+  return select(x > limit, limit, x);
+#endif
+}
+inline Vec at_least(Vec x, Vec limit) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Vec)_mm512_max_ps((__m512)limit, (__m512)x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Vec)_mm256_max_ps((__m256)limit, (__m256)x);
+#else
+  return select(x < limit, limit, x);
+#endif
+}
 inline Vec abs(Vec x) { return (Vec)((UVec)x & 0x7fffffffu); }
 
 inline Vec lane_index() {
@@ -258,6 +274,27 @@ inline Vec exp(Vec x) {
 
 // For x that is at most 0; next to nothing below -87.3.
 inline Vec exp_of_negative(Vec x) { return exp_within(at_least(x, broadcast(-87.3f))); }
+
+// For results that are rounded to bfloat16 or fewer bits: 1 / x to 2^-14 where the CPU has that,
+// and 2^x to 2^-18, next to nothing below -126 and infinite from 128 on.
+inline Vec rough_reciprocal(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Vec)_mm512_rcp14_ps((__m512)x);
+#else
+  return broadcast(1.0f) / x;
+#endif
+}
+inline Vec rough_exp2(Vec x) {
+  const Vec magic = broadcast(0x1.8p23f);
+  x = at_most(at_least(x, broadcast(-126.0f)), broadcast(128.0f));
+  const Vec shifted = x + magic, r = x - (shifted - magic);
+  Vec p = broadcast(9.5701019e-3f);
+  p = p * r + broadcast(5.59178618e-2f);
+  p = p * r + broadcast(2.40247448e-1f);
+  p = p * r + broadcast(6.93121814e-1f);
+  p = p * r + broadcast(9.99999261e-1f);
+  return p * (Vec)(((UVec)shifted << 23) + 0x3f800000u);
+}
 
 inline Vec tanh(Vec x) {
   const Vec z = abs(x);

@@ -8,6 +8,7 @@
 
 #include "panel.h"
 #include "vision.h"
+#include "window_tiles.h"
 
 namespace fastvlm {
 namespace CPU_CAPABILITY {
@@ -143,6 +144,9 @@ void WindowAttention<T>::window(int64_t image, int64_t top, int64_t left, int64_
 }  // namespace
 
 void window_attention(const WindowAttentionArgs& args) {
+  if (args.tiles) {
+    return with_unit([&](auto unit) { WindowTiles<decltype(unit)>(args).run(); });
+  }
   with_type(args.dtype, [&](auto type) { WindowAttention<decltype(type)>(args).run(); });
 }
 

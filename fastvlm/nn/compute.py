@@ -57,6 +57,11 @@ def can(layer: Any, x: Tensor) -> bool:
     return unavailable(layer.compute) is None
 
 
+def rounds(layer: Any, x: Tensor) -> bool:
+    """Whether rows like x meet a layer's weight rounded to bfloat16: they may be it already."""
+    return rounds_rows(layer.compute) and can(layer, x)
+
+
 def copy_of(layer: Any) -> tuple[Tensor, Tensor | None]:
     """The weight of a layer in its arithmetic, and the factors of its rows where it is int8."""
     return stored_copy(layer, layer.compute)
@@ -70,14 +75,22 @@ def linear(
     # where the width is wrong `ops.linear` says so
     if x.shape[-1] != layer.in_features or not can(layer, x):
         return None
-    rounds = rounds_rows(layer.compute)
-    if not rounds and layer.in_features < FEWEST_INPUTS:
+    if rounds_rows(layer.compute):
+        return rounded_linear(x, layer, residual, factors)
+    if layer.in_features < FEWEST_INPUTS:
         return None
     weight, scale = copy_of(layer)
-    if rounds:
-        return ops.bf16_linear(x, weight, scale, layer.bias, residual, factors=factors)
     assert scale is not None
     return ops.int8_linear(x, weight, scale, layer.bias, residual, factors=factors)
+
+
+def rounded_linear(
+    x: Tensor, layer: Any, residual: Tensor | None = None, factors: Tensor | None = None
+) -> Tensor:
+    """The same where it `rounds` rows, also of rows that are bfloat16 already; so is then what is
+    returned without a residual."""
+    weight, scale = copy_of(layer)
+    return ops.bf16_linear(x, weight, scale, layer.bias, residual, factors=factors)
 
 
 def mlp(

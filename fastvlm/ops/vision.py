@@ -114,16 +114,17 @@ def depthwise_conv_norm(
     norm_bias: Tensor,
     *,
     eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h = x + conv(x) + bias and y = LayerNorm(h) over the channels, in one pass (DaViT).
 
     x: [B, H, W, C]. weight: [C, 1, 3, 3], one 3 x 3 filter for each channel, zeros around the map.
     bias: [C] or None. norm_weight, norm_bias: [C]. Weights are of any float dtype. LayerNorm:
-    arXiv 1607.06450.
+    arXiv 1607.06450. dtype: of y, what the product behind it takes; None for x's, or autocast's
+    where that is on.
 
-    Returns h in x's dtype and y, both [B, H, W, C]. y has x's dtype too, or autocast's where that
-    is on: what the product behind it takes. Computed in float32. Differentiable to any order, as
-    plain PyTorch. Raises TypeError or ValueError; the message names the argument.
+    Returns h in x's dtype and y, both [B, H, W, C]. Computed in float32. Differentiable to any
+    order, as plain PyTorch. Raises TypeError or ValueError; the message names the argument.
     """
     op = "depthwise_conv_norm"
     _map(op, "x", x, 4, "[images, height, width, channels]")
@@ -143,7 +144,10 @@ def depthwise_conv_norm(
         checks.has_shape(op, name, tensor, shape)
         checks.same_device(op, "x", x, **{name: tensor})
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if autocasts(device) else x.dtype
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(device) if autocasts(device) else x.dtype
+    elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise checks.fail(op, "dtype", "a float dtype", dtype)
     wants = needs_grad(x, weight, bias, norm_weight, norm_bias)
     run = reference.depthwise_conv_norm if wants else _DEPTHWISE_CONV_NORM
     h, y = run(x, weight.flatten(1), bias, norm_weight, norm_bias, eps, dtype)

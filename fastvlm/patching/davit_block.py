@@ -40,18 +40,23 @@ class _Half(Mixin):
             out: Tensor = super().forward(hidden_states)
             return out
         x = hidden_states.permute(0, 2, 3, 1).contiguous()
-        h, y = _conv_norm(x, self.conv1, self.norm1)
         attention = getattr(self, self.attention)
-        qkv = _linear(y, attention.qkv)
+        rounds = _rounds(x, self._linears())
+        h, y = _conv_norm(x, self.conv1, self.norm1, rounds)
+        qkv = _linear(y, attention.qkv, rounds)
         y = self._attend(attention, qkv)
-        h = _residual_linear(y, attention.proj, h, _factors(self.drop_path1, y))
-        h, y = _conv_norm(h, self.conv2, self.norm2)
+        h = _residual_linear(y, attention.proj, h, _factors(self.drop_path1, y), rounds)
+        h, y = _conv_norm(h, self.conv2, self.norm2, rounds)
         factors = _factors(self.drop_path2, y)
-        h = _residual_mlp(y, self.ffn.fc1, self.ffn.fc2, h, self.activation, factors)
+        h = _residual_mlp(y, self.ffn.fc1, self.ffn.fc2, h, self.activation, factors, rounds)
         return h.permute(0, 3, 1, 2)
 
     def _attend(self, attention: Any, qkv: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _linears(self) -> tuple[Any, ...]:
+        attention, ffn = getattr(self, self.attention), self.ffn
+        return attention.qkv, attention.proj, ffn.fc1, ffn.fc2
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether this call can bypass its parts, and the kernels that it is made of are there."""
@@ -60,9 +65,8 @@ class _Half(Mixin):
         if _transformed() or dispatch.forced() not in (None, "cpu") or not _has_kernels():
             return False
         attention, ffn = getattr(self, self.attention), self.ffn
-        linears = (attention.qkv, attention.proj, ffn.fc1, ffn.fc2)
         convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
-        if not (is_bare(attention) and is_bare(ffn) and all(map(is_plain, linears))):
+        if not (is_bare(attention) and is_bare(ffn) and all(map(is_plain, self._linears()))):
             return False
         if as_written(attention) or not is_bare(ffn.activation_fn):
             return False
@@ -102,37 +106,54 @@ def _has_kernels() -> bool:
     return unavailable() is None
 
 
-def _conv_norm(x: Tensor, conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    return ops.depthwise_conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps)
+def _rounds(x: Tensor, layers: tuple[Any, ...]) -> bool:
+    """Whether the products of these layers, patched for arithmetic of fewer bits, all round rows
+    like x to bfloat16. Then the branches are bfloat16 throughout, and the residual is as it was.
+    """
+    if any(getattr(layer, "compute", None) is None for layer in layers):
+        return False
+    from fastvlm.nn import compute  # loads torch.compile: a second
+
+    return all(compute.rounds(layer, x) for layer in layers)
+
+
+def _conv_norm(x: Tensor, conv: Any, norm: Any, rounds: bool) -> tuple[Tensor, Tensor]:
+    return ops.depthwise_conv_norm(
+        *(x, conv.weight, conv.bias, norm.weight, norm.bias),
+        eps=norm.eps,
+        dtype=torch.bfloat16 if rounds else None,
+    )
 
 
 def _computed(
-    x: Tensor, layer: Any, to: Tensor | None = None, factors: Tensor | None = None
+    x: Tensor, layer: Any, rounds: bool, to: Tensor | None = None, factors: Tensor | None = None
 ) -> Tensor | None:
     """The product in int8 or bfloat16, where the layer is patched so and it is worth it."""
     if getattr(layer, "compute", None) is None:
         return None
-    from fastvlm.nn import compute  # loads torch.compile: a second
+    from fastvlm.nn import compute
 
-    return compute.linear(x, layer, to, factors)
+    return (compute.rounded_linear if rounds else compute.linear)(x, layer, to, factors)
 
 
-def _linear(x: Tensor, layer: Any) -> Tensor:
-    y = _computed(x, layer)
+def _linear(x: Tensor, layer: Any, rounds: bool) -> Tensor:
+    y = _computed(x, layer, rounds)
     return ops.linear(x, layer.weight, layer.bias) if y is None else y
 
 
-def _residual_linear(x: Tensor, layer: Any, to: Tensor, factors: Tensor | None) -> Tensor:
-    y = _computed(x, layer, to, factors)
+def _residual_linear(
+    x: Tensor, layer: Any, to: Tensor, factors: Tensor | None, rounds: bool
+) -> Tensor:
+    y = _computed(x, layer, rounds, to, factors)
     if y is not None:
         return y
     return ops.residual_linear(x, layer.weight, layer.bias, to, factors=factors)
 
 
 def _residual_mlp(
-    x: Tensor, fc1: Any, fc2: Any, to: Tensor, activation: str, factors: Tensor | None
+    x: Tensor, fc1: Any, fc2: Any, to: Tensor, activation: str, factors: Tensor | None, rounds: bool
 ) -> Tensor:
-    if computes((fc1, fc2), x):
+    if rounds or computes((fc1, fc2), x):
         from fastvlm.nn import compute
 
         return compute.mlp(x, fc1, fc2, activation, to, factors)

@@ -117,6 +117,17 @@ def test_mlp(
     error_rule.check("mlp", ours, plain, residual.double() + each * branch, error_rule.FORWARD)
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "gelu"])
+def test_an_activation_is_off_by_little_more_than_its_rounding(activation: str, mlp: Any) -> None:
+    """Each of many numbers by itself: an error rule of the largest would forgive the small ones."""
+    x = torch.linspace(-3, 9, 20_000).bfloat16().float()[:, None]
+    one = torch.ones(1, 1).bfloat16()
+    number = ACTIVATIONS.index(activation)
+    ours = mlp(x, one, None, None, one, None, None, None, None, number).double()
+    exact = activated(x.double(), activation)
+    assert ((ours - exact).abs() <= 1.1 * 2**-8 * exact.abs()).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lies", ["as it is", "transposed"])
 @pytest.mark.parametrize("shape", [(6, 64, 130), (195, 130, 200), (900, 65, 190), (1, 3, 40)])
@@ -138,7 +149,7 @@ def test_every_element_is_where_it_belongs(
 
 @pytest.mark.parametrize("shape", [(70, 40, 9), (33, 31, 64), (400, 500, 33)])
 def test_a_transpose_between_others(shape: tuple[int, ...], dtype: torch.dtype, mlp: Any) -> None:
-    """Of columns of a larger matrix, with NaN around them: nothing beside them is read as theirs."""
+    """Of columns of a larger matrix, with NaN around them: none of it is read as theirs."""
     m, k, f = shape
     around = torch.full((k + 2, m + 7), float("nan"), dtype=dtype)
     around[1:-1, 3:-4] = torch.randint(-4, 5, (k, m)).to(dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import error_rule
 import plain
 import pytest
 import torch
 
-from fastvlm import ops
+from fastvlm import extension, ops
 
 # images, height, width, window, heads, dim: whole windows, edges on either side, less than one
 WINDOWS = {
@@ -45,6 +46,49 @@ def test_window_attention(
         lambda qkv, p: plain.window_attention(qkv, heads, window, p),
         [randn(images, height, width, wide), randn(wide) if pad else None],
     )
+
+
+def in_tiles(qkv: torch.Tensor, pad: Any, heads: int, window: int) -> torch.Tensor:
+    """As on a CPU with AMX, by whatever this one has in its place."""
+    if not extension.available():
+        pytest.skip(extension.reason() or "")
+    scale = (qkv.shape[3] // (3 * heads)) ** -0.5
+    out: torch.Tensor = torch.ops.fastvlm_cpu.window_attention(qkv, pad, heads, window, scale, True)
+    return out
+
+
+@pytest.mark.parametrize("pad", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", list(WINDOWS))
+def test_windows_in_tiles(shape: str, pad: torch.dtype | None) -> None:
+    images, height, width, window, heads, dim = WINDOWS[shape]
+    draws = []
+    for seed in range(error_rule.DRAWS):
+        torch.manual_seed(seed)
+        qkv = torch.randn(images, height, width, 3 * heads * dim).bfloat16() * 2
+        fill = None if pad is None else torch.randn(3 * heads * dim).to(pad)
+        ours = in_tiles(qkv, fill, heads, window)
+        theirs = plain.window_attention(
+            qkv, heads, window, None if fill is None else fill.bfloat16()
+        )
+        wide = None if fill is None else fill.double()
+        draws.append((ours, theirs, plain.window_attention(qkv.double(), heads, window, wide)))
+    assert error_rule.breach(draws, error_rule.FORWARD) is None
+
+
+def test_a_window_in_tiles_hides_nothing_and_reads_nothing_beside_it() -> None:
+    """Tokens of other windows are NaN, and so is one of the window that has one."""
+    qkv = torch.full((1, 26, 26, 3 * 64), float("nan")).bfloat16()
+    alone = torch.randn(1, 12, 12, 3 * 64).bfloat16()
+    qkv[:, :12, 12:24] = alone
+    out = in_tiles(qkv, None, 2, 12)
+    assert torch.equal(out[:, :12, 12:24], in_tiles(alone, None, 2, 12))
+    assert out[:, :12, :12].isnan().all()
+    for part in range(3):
+        one = alone.clone()
+        one[0, 5, 7, part * 64] = float("nan")
+        told = in_tiles(one, None, 2, 12).isnan()
+        assert told[0, 5, 7, :32].any()
+        assert not told[..., 32:].any(), "the other head has none"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +189,10 @@ def test_norm_gives_what_the_product_behind_it_takes() -> None:
     h, y = ops.depthwise_conv_norm(x, *arguments)
     with torch.autocast("cpu", torch.bfloat16):
         same, low = ops.depthwise_conv_norm(x, *arguments)
-    assert torch.equal(same, h)
-    assert torch.equal(low, y.bfloat16())
+    asked = ops.depthwise_conv_norm(x, *arguments, dtype=torch.bfloat16)
+    for h16, y16 in ((same, low), asked):
+        assert torch.equal(h16, h)
+        assert torch.equal(y16, y.bfloat16())
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -231,6 +277,13 @@ REFUSED = [
         lambda: ops.depthwise_conv_norm(t(1, 2, 2, 4), t(4, 1, 5, 5), None, t(4), t(4)),
         ValueError,
         r"weight must be of shape \[4, 1, 3, 3\]",
+    ),
+    (
+        lambda: ops.depthwise_conv_norm(
+            *(t(1, 2, 2, 4), t(4, 1, 3, 3), None, t(4), t(4)), dtype=torch.int8
+        ),
+        ValueError,
+        "dtype must be a float dtype",
     ),
     (
         lambda: ops.depthwise_conv_norm(t(1, 2, 2, 4), t(4, 1, 3, 3), None, None, t(4)),

@@ -184,6 +184,16 @@ def test_the_tower_runs_in_it(
     assert 0 < off < 0.05
 
 
+def test_the_tower_has_the_arithmetic_of_autocast_under_it(any_rows: None, compute: str) -> None:
+    model, other = models.florence2(), models.florence2()
+    fastvlm.patch(model, compute=compute)
+    fastvlm.patch(other)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, plain = (m.model.vision_tower(x).last_hidden_state for m in (model, other))
+    assert torch.equal(ours, plain)
+
+
 def test_a_changed_weight_is_quantized_again(any_rows: None, compute: str) -> None:
     model, other = models.bart(), models.bart()
     fastvlm.patch(model, compute=compute)
