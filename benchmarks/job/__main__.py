@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.job import sides as sides_of
-from benchmarks.job.sides import BF16, IN_BF16, KEPT, NARROW, OURS, side_of
+from benchmarks.job.sides import AUTOCAST, BF16, IN_BF16, KEPT, NARROW, OURS, side_of
 from benchmarks.job.workload import TINY, Sizes, build, captioning, training
 from fastvlm import VisionFeatures, env
 from fastvlm.tables import text_table
@@ -199,18 +199,21 @@ class Job:
                     assert features is not None
                     given["pixel_values"] = features.of_keys(keys, lambda: batch["pixel_values"])
                 self.model.zero_grad(set_to_none=True)
-                loss = self.model(**given, use_cache=False).loss
+                with sides_of.forward_of(side):
+                    loss = self.model(**given, use_cache=False).loss
                 loss.backward()
 
             return self.side(side, run)
 
         def quiet_loss(side: str) -> None:
             self.model.eval()
-            with torch.no_grad(), side_of(side, self.model):
+            with torch.no_grad(), side_of(side, self.model), sides_of.forward_of(side):
                 losses[side] = float(self.model(**batch, use_cache=False).loss)
             self.model.train()
 
         chosen = (BASE, "eager", OURS) if small else (BASE, OURS)
+        if self.half is not None:
+            chosen = (*chosen, f"{BASE}{AUTOCAST}", f"{OURS}{AUTOCAST}")
         runs = {side: step(side) for side in chosen}
         if small:  # without dropout, where the losses can be compared; a warm-up too
             for side in chosen:

@@ -21,8 +21,9 @@ KEPT = "fastvlm, features kept"
 INT8 = "fastvlm, int8"
 BF16 = "fastvlm, bf16"  # arithmetic and weights of a model in float32
 NARROW = {INT8: "int8", BF16: "bf16"}
-# of a model whose weights are bfloat16
+# of a model whose weights are bfloat16, and of one in float32 that is trained under autocast
 IN_BF16 = ", model in bf16"
+AUTOCAST = ", bf16 autocast"
 
 
 def narrow() -> dict[str, str | None]:
@@ -30,10 +31,16 @@ def narrow() -> dict[str, str | None]:
     return {side: unavailable(bits) for side, bits in NARROW.items()}
 
 
+def forward_of(side: str) -> contextlib.AbstractContextManager[Any]:
+    """What the forward of a training step runs under."""
+    autocasts = side.endswith(AUTOCAST)
+    return torch.autocast("cpu", torch.bfloat16) if autocasts else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def side_of(side: str, model: Any) -> Iterator[None]:
     """The model as a side runs it: the same weights at the same addresses for all of them."""
-    side = side.removesuffix(IN_BF16)
+    side = side.removesuffix(IN_BF16).removesuffix(AUTOCAST)
     if side in (OURS, KEPT, *NARROW):
         model.set_attn_implementation("sdpa")
         bits = NARROW.get(side)
