@@ -38,6 +38,10 @@ BATCH = "four captions at once, the same"
 LANGUAGES = "one photo in six languages, 4 beams each"
 LONG = "a fine-tuning step at 768 px, batch of 4, vision tower frozen"
 SHORT = "the same at 224 px, batch of 8"
+AUTOCAST = {
+    LONG: "the step at 768 px, both under bfloat16 autocast",
+    SHORT: "the step at 224 px, both under bfloat16 autocast",
+}
 FLORENZ = "a training step of Florenz at 224 px, one target to an image"
 TARGETS = "the same with six targets to an image, by samples a second"
 QUICK = "one caption, `weights` and `compute` int8"
@@ -51,7 +55,8 @@ FAMILIES = {
     "NLLB-600M": "eight sentences through NLLB-600M, 4 beams, whole call",
 }
 ROWS = (
-    *(WHOLE, BATCH, QUICK, ROUNDED, HALF, LANGUAGES, LONG, SHORT, FLORENZ, TARGETS),
+    *(WHOLE, BATCH, QUICK, ROUNDED, HALF, LANGUAGES, LONG, SHORT, *AUTOCAST.values()),
+    *(FLORENZ, TARGETS),
     *STORED.values(),
     *FAMILIES.values(),
 )
@@ -81,6 +86,9 @@ def ratios(folder: Path) -> Iterator[Ratio]:
             if (work := _JOBS.get(case["case"])) is not None:
                 ratio = case["ratio"]
                 yield Ratio(work, ratio["fastvlm"], run)
+                if "fastvlm, bf16 autocast" in ratio:
+                    theirs = ratio["sdpa, bf16 autocast"]
+                    yield Ratio(AUTOCAST[work], ratio["fastvlm, bf16 autocast"] / theirs, run)
                 if work != WHOLE:
                     continue
                 for side, narrow in {"fastvlm, int8": QUICK, "fastvlm, bf16": ROUNDED}.items():
