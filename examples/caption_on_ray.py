@@ -1,4 +1,4 @@
-"""A folder of pictures on a Ray cluster: python caption_on_ray.py PICTURES OUT
+"""A folder of pictures on a Ray cluster: python caption_on_ray.py PICTURES OUT [WORKERS]
 
 OUT gets files of JSON lines, as `python -m fastvlm caption` writes them, in no order.
 """
@@ -41,7 +41,10 @@ class Captions:
 def main(folder: str, out: str, workers: int = 2) -> None:
     folder = os.path.abspath(folder)
     ray.init(ignore_reinit_error=True)
-    cores = (ray.cluster_resources()["CPU"] - 1) / workers  # one is left for the reading
+    # of one machine for each worker; one of all is left for the reading
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes())
+    cores = min((ray.cluster_resources()["CPU"] - 1) / workers, largest)
+    cores = int(cores) if cores > 1 else cores
     pictures = ray.data.read_binary_files(folder, include_paths=True)
     # batches larger than what decodes together: while one is answered the next are opened
     answered = pictures.map_batches(
@@ -54,4 +57,4 @@ def main(folder: str, out: str, workers: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:3], *map(int, sys.argv[3:4]))

@@ -29,8 +29,8 @@ Tensor window_attention(const Tensor& qkv, const std::optional<Tensor>& pad, int
   args.window = window;
   args.scale = static_cast<float>(scale);
   args.pad = bias_for(pad, "pad", qkv.size(3));
-  STD_TORCH_CHECK(!tiles || (args.dtype == DType::kBFloat16 && scale > 0),
-                  "tiles: for bfloat16 and a scale above 0");
+  STD_TORCH_CHECK(!tiles || (args.dtype == DType::kBFloat16 && scale > 1e-30),
+                  "tiles: for bfloat16 and a scale above 1e-30");
   args.tiles = tiles;
   Tensor out =
       torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), args.heads * args.dim});

@@ -7,7 +7,7 @@ namespace fastvlm {
 
 // qkv [B, H, W, 3, heads, dim] in one dtype, contiguous. pad: what qkv is in a row of padding, a
 // vector of 3 * heads * dim, or no data for zeros. out [B, H, W, heads, dim]. tiles: of bfloat16,
-// in which the weights are rounded; for a scale above 0.
+// in which the weights are rounded; for a scale above 1e-30.
 struct WindowAttentionArgs {
   DType dtype;
   const void* qkv;

@@ -11,13 +11,14 @@ from fastvlm.cpu import bf16
 from fastvlm.cpu.common import DTYPES, dense_bias, dense_last, unavailable, wrong_dtype
 from fastvlm.ops.dispatch import Kernel
 
+_LEAST_SCALE = 1e-30  # in tiles, where what padding adds to a score is divided by it
 _MOST_WINDOW = 64  # a row of scores of a larger window would leave the cache
 
 
 def _window_attention(
     qkv: Tensor, pad: Tensor | None, heads: int, window: int, scale: float
 ) -> Tensor:
-    in_tiles = qkv.dtype == torch.bfloat16 and scale > 0 and bf16.tiles()
+    in_tiles = qkv.dtype == torch.bfloat16 and scale > _LEAST_SCALE and bf16.tiles()
     return torch.ops.fastvlm_cpu.window_attention(
         qkv.contiguous(), dense_bias(pad), heads, window, scale, in_tiles
     )

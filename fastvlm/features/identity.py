@@ -92,8 +92,8 @@ def _structure(module: nn.Module) -> str:
     if (compute := getattr(type(module), "compute", None)) is not None:
         from fastvlm.nn.compute import rounds_rows  # loads torch.compile: a second
 
-        rows = ", its rows in bf16" if compute == "int8" and rounds_rows(compute) else ""
-        told.append(f"computed in {compute}{rows}")
+        branches = ", its branches in bf16" if rounds_rows(compute) else ""
+        told.append(f"computed in {compute}{branches}")
     # models of transformers have methods of these names
     if isinstance(off := getattr(cls, "disable_adapters", None) and module.disable_adapters, bool):
         told.append("adapters off" if off else f"adapters {module.active_adapters}")

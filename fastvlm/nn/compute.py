@@ -59,7 +59,8 @@ def can(layer: Any, x: Tensor) -> bool:
 
 def rounds(layer: Any, x: Tensor) -> bool:
     """Whether rows like x meet a layer's weight rounded to bfloat16: they may be it already."""
-    return rounds_rows(layer.compute) and can(layer, x)
+    # what a compiler is at work on it does not look into
+    return can(layer, x) and rounds_rows(layer.compute)
 
 
 def copy_of(layer: Any) -> tuple[Tensor, Tensor | None]:

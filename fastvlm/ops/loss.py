@@ -119,8 +119,9 @@ def linear_cross_entropy(
 
     Returns the loss in float32; with groups also the summed loss [num_groups] and the count of
     rows [num_groups] of each group. Gradients for h, weight and bias, each only if it wants one; a
-    second derivative is refused (``once_differentiable``). The idea: cut-cross-entropy, arXiv
-    2411.09009.
+    second derivative is refused (``once_differentiable``). On a CPU with AMX the logits' gradients
+    are rounded to bfloat16, where h and weight are, for the products behind them. The idea:
+    cut-cross-entropy, arXiv 2411.09009.
 
     skip_tiny_gradients lets the backward pass leave out products whose factor is tiny: of a row
     with upstream gradient g, logits other than its label's whose gradient is at most t |g|. It

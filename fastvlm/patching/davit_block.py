@@ -45,9 +45,9 @@ class _Half(Mixin):
         h, y = _conv_norm(x, self.conv1, self.norm1, rounds)
         qkv = _linear(y, attention.qkv, rounds)
         y = self._attend(attention, qkv)
-        h = _residual_linear(y, attention.proj, h, _factors(self.drop_path1, y), rounds)
+        h = _residual_linear(y, attention.proj, h, _factors(self.drop_path1, h), rounds)
         h, y = _conv_norm(h, self.conv2, self.norm2, rounds)
-        factors = _factors(self.drop_path2, y)
+        factors = _factors(self.drop_path2, h)
         h = _residual_mlp(y, self.ffn.fc1, self.ffn.fc2, h, self.activation, factors, rounds)
         return h.permute(0, 3, 1, 2)
 
@@ -164,15 +164,15 @@ def _residual_mlp(
     )
 
 
-def _factors(drop: Any, branch: Tensor) -> Tensor | None:
+def _factors(drop: Any, like: Tensor) -> Tensor | None:
     """What stochastic depth multiplies a branch [B, ...] with, one number an image.
 
-    Its module draws as it would for the branch itself.
+    Its module draws as it would for a branch of the same dtype.
     """
     rate = getattr(drop, "drop_prob", 0.0)
     if rate == 0.0 or not drop.training:
         return None
-    drawn = drop(branch.new_ones(branch.shape[0], 1, 1))
+    drawn = drop(like.new_ones(like.shape[0], 1, 1))
     return (drawn.flatten() != 0).float() / (1.0 - rate)
 
 

@@ -75,6 +75,15 @@ def test_windows_in_tiles(shape: str, pad: torch.dtype | None) -> None:
     assert error_rule.breach(draws, error_rule.FORWARD) is None
 
 
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 0.0, -0.3])
+def test_windows_of_any_scale(scale: float) -> None:
+    """What padding adds to a score is divided by it in tiles, which so small a one is not for."""
+    qkv = torch.randn(1, 3, 3, 96).bfloat16()
+    ours = ops.window_attention(qkv, 1, 2, scale=scale).double()
+    exact = ops.window_attention(qkv.double(), 1, 2, scale=scale)
+    assert (ours - exact).abs().max() < 2e-2
+
+
 def test_a_window_in_tiles_hides_nothing_and_reads_nothing_beside_it() -> None:
     """Tokens of other windows are NaN, and so is one of the window that has one."""
     qkv = torch.full((1, 26, 26, 3 * 64), float("nan")).bfloat16()

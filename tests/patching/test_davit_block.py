@@ -17,11 +17,11 @@ from fastvlm.patching import davit_block
 from fastvlm.patching.patch import is_patched
 
 
-def towers() -> tuple[nn.Module, nn.Module]:
+def towers(compute: str | None = None) -> tuple[nn.Module, nn.Module]:
     """Transformers' tower and a patched copy of it."""
     model = models.florence2()
     ours = copy.deepcopy(model)
-    fastvlm.patch(ours)
+    fastvlm.patch(ours, compute=compute)
     return model.model.vision_tower, ours.model.vision_tower
 
 
@@ -208,9 +208,10 @@ def test_unpatched_again_is_transformers() -> None:
     assert not any(is_patched(module) for module in model.modules())
 
 
-def test_a_half_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("compute", [None, "int8", "bf16"])
+def test_a_half_compiles_without_a_break(compute: str | None) -> None:
     torch._dynamo.reset()
-    plain, ours = towers()
+    plain, ours = towers(compute)
     for name in ("spatial_block", "channel_block"):
         theirs, half = (getattr(tower.blocks[0][0], name) for tower in (plain, ours))
         compiled = torch.compile(half, fullgraph=True, backend="eager")
