@@ -166,3 +166,27 @@ def test_the_command_refuses(
     (tmp_path / "runs.jsonl").write_text(content)
     assert main(["florenz", "scaling", str(tmp_path / "runs.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("fastvlm florenz: RUNS wants a file of runs")
+
+
+def test_the_kept_runs_give_the_kept_laws() -> None:
+    """benchmarks/results/florenz-*: what docs/florenz.md says of them was fitted to them."""
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    runs = read_runs(results / "florenz-runs.jsonl")
+    whole = json.loads((results / "florenz-grid.json").read_text())["runs"]
+    assert [run.losses for run in runs] == [run["losses"] for run in whole]
+    fits = {
+        (fit.law, fit.group): fit
+        for group in ("SC", "ST", "UC")
+        for fit in (
+            fit_compute(runs, group),
+            fit_size_and_samples(runs, group, languages=True),
+        )
+    }
+    kept = json.loads((results / "florenz-laws.json").read_text())
+    assert {(fit["law"], fit["group"]) for fit in kept} == set(fits)
+    for fit in kept:
+        found = fits[fit["law"], fit["group"]]
+        for coefficient, ours in zip(fit["coefficients"], found.coefficients, strict=True):
+            assert (coefficient["value"], coefficient["low"], coefficient["high"]) == pytest.approx(
+                (ours.value, ours.low, ours.high), rel=1e-6
+            )
