@@ -89,6 +89,24 @@ def test_a_library_is_ahead_by_nearly_every_turn(
     assert gemm._is_ahead(one, other) is ahead
 
 
+def test_thin_products_of_bfloat16_are_a_librarys(monkeypatch: Any) -> None:
+    """As on a CPU with AMX."""
+    monkeypatch.setattr(gemm.bf16, "tiles", lambda: True)
+    monkeypatch.setattr(gemm, "_native_bf16", lambda: True)
+    monkeypatch.setattr(gemm, "may_pack", lambda: True)
+    shapes = []
+
+    def packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append((*x.shape, weight.shape[0]))
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(gemm, "packed_product", packed)
+    for m, k, n in ((300, 300, 300), (300, 8, 300), (300, 300, 8), (30, 300, 300)):
+        x, weight = torch.randn(k, m).bfloat16().t(), torch.randn(n, k).bfloat16()
+        assert torch.equal(gemm.product(x, weight), F.linear(x, weight))
+    assert shapes == [(300, 300, 300)]
+
+
 def test_onednn_sees_few_shapes(monkeypatch: Any) -> None:
     """It keeps a kernel for each, so batches of many lengths must not be as many shapes."""
     monkeypatch.setenv(gemm.VARIABLE, "onednn")
