@@ -34,8 +34,7 @@ MAX_ROWS_NATIVE_BF16 = 24
 MAX_ROWS_TILES = 256
 _TILE_DEPTH = 32
 # of a product in tiles with nothing behind it: where rows, depth or columns are fewer (LoRA's 8, a
-# tower's first 128) a library that has a kernel for each shape is up to three times as fast, and
-# about as fast elsewhere
+# tower's first 128) a library is ahead, which has a kernel for each shape
 _LEAST_TILED = 256
 
 VARIABLE = "FASTVLM_GEMM"

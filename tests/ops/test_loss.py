@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvlm import ops
+import fastvlm
+from fastvlm import extension, ops
+from fastvlm.cpu import loss as kernels
 from fastvlm.reference import loss as reference
 
 # rows, width, vocabulary; one beyond a block of the reference. With few rows the largest error is
@@ -57,6 +59,44 @@ def test_linear_cross_entropy(
             lambda h, w, b, s=settings: plain.linear_cross_entropy(h, w, labels, bias=b, **s),
             inputs,
         )
+
+
+@pytest.mark.parametrize("skip", [False, 1e-9], ids=["all", "live"])
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["nocap", "cap"])
+@pytest.mark.parametrize(
+    ("kind", "tiles"),
+    [("float32", False), ("float16", False), ("bfloat16", False), ("bfloat16", True)],
+)
+def test_more_rows_than_stream_over_several_blocks(
+    kind: str,
+    tiles: bool,
+    softcap: float | None,
+    skip: bool | float,
+    monkeypatch: pytest.MonkeyPatch,
+    follows_the_error_rule: Any,
+) -> None:
+    """tiles: as on a CPU with AMX. live: tokens whose gradients matter to nothing are left out."""
+    if not extension.available():
+        pytest.skip(extension.reason() or "")
+    monkeypatch.setattr(kernels, "in_tiles", lambda rows: tiles)
+    monkeypatch.setattr(kernels, "may_pack", lambda: True)
+    rows, width, vocabulary = 130, 33, kernels._MOST + 300
+    labels = labels_for(rows, vocabulary, 0.3)
+    dtype = getattr(torch, kind)
+    shapes = (rows, width), (vocabulary, width), (vocabulary,)
+    inputs = [(torch.randn(shape) * 2).to(dtype).requires_grad_() for shape in shapes]
+
+    def ours(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Any:
+        with fastvlm.use("cpu"):
+            return ops.linear_cross_entropy(
+                h, w, labels, bias=b, softcap=softcap, skip_tiny_gradients=skip
+            )
+
+    follows_the_error_rule(
+        ours,
+        lambda h, w, b: plain.linear_cross_entropy(h, w, labels, bias=b, softcap=softcap),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("label", [-1, -100, 63, 1 << 32], ids=str)
