@@ -189,7 +189,8 @@ class _Backward:
                 *self.steps(config, width, True), self.columns, weight.stride(0), self.rows,
                 self.d, width, int(start == 0), int(stop == self.vocabulary),
                 EVEN_N=self.d % size["BLOCK_N"] == 0, EVEN_K=width % size["BLOCK_K"] == 0,
-                PRECISION=dot_precision(self.h), GROUP=_SMALL_BAND, SKIP=self.live is not None,
+                PRECISION=dot_precision(self.h), GROUP=_SMALL_BAND,
+                ACCURATE=self.h.dtype == torch.float32, SKIP=self.live is not None,
                 **config.arguments,
             )  # fmt: skip
 

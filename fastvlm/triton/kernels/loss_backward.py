@@ -190,14 +190,16 @@ def cross_entropy_dh(
     DLOGITS, WEIGHT, SUMS, DH, ORDER, COUNT, SCALE, STEPS, LENGTHS,
     stride_d, stride_w, rows, d, vocabulary, first, last,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    SKIP: tl.constexpr,
+    ACCURATE: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """SUMS float32 [rows, d] += DLOGITS WEIGHT, of the first chunk =; the last one writes DH.
 
     DH of the rows that do not count is 0. A block of such rows has no product to compute. SKIP: the
-    sums go over STEPS and LENGTHS (`live_steps`).
+    sums go over STEPS and LENGTHS (`live_steps`). ACCURATE: TOGETHER steps are summed apart; a
+    product in float32 is one chain of additions, and over a whole vocabulary it loses a digit.
     """
+    TOGETHER: tl.constexpr = 16
     count = tl.load(COUNT)
     block_m, block_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(d, BLOCK_N), GROUP)
     idle = block_m * BLOCK_M >= count
@@ -215,6 +217,21 @@ def cross_entropy_dh(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if SKIP:
         STEPS += block_m * tl.cdiv(vocabulary, BLOCK_K)
+    if ACCURATE:
+        if not SKIP:
+            steps = tl.where(block_m * BLOCK_M < count, tl.cdiv(vocabulary, BLOCK_K), 0)
+        for start in range(0, steps, TOGETHER):
+            part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for i in range(start, tl.minimum(start + TOGETHER, steps)):
+                k = i * BLOCK_K
+                if SKIP:
+                    k = tl.load(STEPS + i) * BLOCK_K
+                part = _dh_step(
+                    part, at_d + k, at_w + wide(k) * stride_w, inner < vocabulary - k, column < d,
+                    EVEN_N and EVEN_K, PRECISION,
+                )  # fmt: skip
+            total += part
+    elif SKIP:
         step = tl.load(STEPS, mask=steps > 0, other=0)
         for i in range(1, steps + 1):
             k = step * BLOCK_K
