@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 from transformers import GenerationMixin, cache_utils
 
-from fastvlm.compat import hf, pytorch, versions
+from fastvlm.compat import attentions, hf, pytorch, versions
 
 FIVE = versions.attention_refused() is None
 on_transformers_5 = pytest.mark.skipif(not FIVE, reason=str(versions.attention_refused()))
@@ -167,12 +167,12 @@ def test_cross_caches_note_what_is_filled() -> None:
 def test_a_config_names_its_attention() -> None:
     model = tf.Gemma2Model(config())
     model.set_attn_implementation("eager")
-    assert hf.attention_of(model.config) == "eager"
-    other = hf.config_with_attention(model.config, "sdpa")
-    assert hf.attention_of(other) == "sdpa"
-    assert hf.attention_of(model.config) == "eager"
-    assert hf.attention_of(copy.deepcopy(other)) == "sdpa"
-    assert callable(hf.mask_maker())
+    assert attentions.attention_of(model.config) == "eager"
+    other = attentions.config_with_attention(model.config, "sdpa")
+    assert attentions.attention_of(other) == "sdpa"
+    assert attentions.attention_of(model.config) == "eager"
+    assert attentions.attention_of(copy.deepcopy(other)) == "sdpa"
+    assert callable(attentions.mask_maker())
 
 
 @on_transformers_5
@@ -246,28 +246,28 @@ def test_dropouts_are_told_from_other_modules() -> None:
 
 def test_the_place_of_an_attention_setting() -> None:
     given = config()
-    own, key = hf.attention_settings(given) or ({}, "")
+    own, key = attentions.attention_settings(given) or ({}, "")
     own[key] = "eager"
-    assert hf.attention_of(given) == "eager"
+    assert attentions.attention_of(given) == "eager"
     own[key] = "sdpa"
-    assert hf.attention_of(given) == "sdpa"
-    assert hf.attention_settings(object.__new__(type("Empty", (), {}))) is None
+    assert attentions.attention_of(given) == "sdpa"
+    assert attentions.attention_settings(object.__new__(type("Empty", (), {}))) is None
 
 
 @on_transformers_5
 def test_attention_is_registered_under_a_name_and_taken_back() -> None:
     none = {"attention": None, "mask": None}
-    assert hf.registered_attention("no-such-attention") == none
-    hf.register_attention("no-such-attention", print, hf.whole_mask)
-    found = hf.registered_attention("no-such-attention")
-    hf.unregister_attention("no-such-attention")
-    assert found == {"attention": print, "mask": hf.whole_mask}
-    assert hf.registered_attention("no-such-attention") == none
+    assert attentions.registered_attention("no-such-attention") == none
+    attentions.register_attention("no-such-attention", print, attentions.whole_mask)
+    found = attentions.registered_attention("no-such-attention")
+    attentions.unregister_attention("no-such-attention")
+    assert found == {"attention": print, "mask": attentions.whole_mask}
+    assert attentions.registered_attention("no-such-attention") == none
 
 
 @on_transformers_5
 def test_masks_of_attention_are_never_left_out_for_a_causal_one() -> None:
-    mask = hf.whole_mask(batch_size=2, q_length=3, kv_length=3, allow_is_causal_skip=True)
+    mask = attentions.whole_mask(batch_size=2, q_length=3, kv_length=3, allow_is_causal_skip=True)
     assert mask.shape == (2, 1, 3, 3)
     assert torch.equal(mask[1, 0], torch.ones(3, 3, dtype=torch.bool).tril())
 
@@ -281,12 +281,12 @@ def test_files_say_which_attention_they_have() -> None:
     with torch.device("meta"):
         gemma = modeling_gemma2.Gemma2Attention(config(), 0)
         bart = modeling_bart.BartAttention(8, 2)
-    assert hf.eager_attention(gemma) is modeling_gemma2.eager_attention_forward
-    assert hf.eager_attention(bart) is modeling_bart.eager_attention_forward
-    assert hf.eager_attention(nn.Linear(1, 1)) is None
-    assert hf.has_sdpa(bart)
-    assert hf.has_sdpa(nn.Linear(1, 1))
-    assert not hf.has_sdpa(object.__new__(modeling_gpt_oss.GptOssAttention))
+    assert attentions.eager_attention(gemma) is modeling_gemma2.eager_attention_forward
+    assert attentions.eager_attention(bart) is modeling_bart.eager_attention_forward
+    assert attentions.eager_attention(nn.Linear(1, 1)) is None
+    assert attentions.has_sdpa(bart)
+    assert attentions.has_sdpa(nn.Linear(1, 1))
+    assert not attentions.has_sdpa(object.__new__(modeling_gpt_oss.GptOssAttention))
 
 
 def test_caches_of_continuous_batching_are_told_by_name() -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastvlm.compat import hf
+from fastvlm.compat import attentions
 from fastvlm.loading.errors import LoadError, first_line
 from fastvlm.loading.load import load
 from fastvlm.loading.random_florence2 import (
@@ -141,7 +141,7 @@ def _facts(model: Any, ids: Tensor, image_token: int, size: int) -> dict[str, An
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(ids.device.type),
-        "attention": hf.attention_of(model.config),
+        "attention": attentions.attention_of(model.config),
         "image_size": int(size),
         "image_tokens": image_tokens,
         "prompt_tokens": ids.shape[1] - image_tokens,

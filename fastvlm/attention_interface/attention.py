@@ -15,7 +15,7 @@ from fastvlm import ops
 from fastvlm.attention_interface import library, masks
 from fastvlm.attention_interface.call import Call
 from fastvlm.attention_interface.masks import Keys, Reading
-from fastvlm.compat import hf
+from fastvlm.compat import attentions
 from fastvlm.layout import Layout
 from fastvlm.ops._autograd import needs_grad
 
@@ -141,7 +141,11 @@ def _rows(call: Call, found: Reading) -> tuple[Tensor, Tensor | None]:
 
 def _prefers_sdpa(call: Call, found: Reading) -> bool:
     """On a GPU, where no row leaves anything out: there sdpa is a flash kernel."""
-    if call.q.device.type != "cuda" or call.softcap is not None or not hf.has_sdpa(call.module):
+    if (
+        call.q.device.type != "cuda"
+        or call.softcap is not None
+        or not attentions.has_sdpa(call.module)
+    ):
         return False
     batch, queries, keys = call.sizes
     whole: Reading = masks.all_causal(batch, queries, call.q.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvlm.attention_interface.call import Call, lower
 from fastvlm.checks import describe
-from fastvlm.compat import hf, pytorch
+from fastvlm.compat import attentions, hf, pytorch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # what only a model's own eager attention and, of a position bias, sdpa know
@@ -28,7 +28,7 @@ def is_served(call: Call) -> bool:
         return False
     if more.get("output_attentions") or hf.is_paged(more.get("cache")):
         return False
-    if not hf.has_sdpa(call.module) and ("softcap" not in more or call.causal()):
+    if not attentions.has_sdpa(call.module) and ("softcap" not in more or call.causal()):
         return False  # only its own eager attention is known to be right
     return (
         q.dtype == k.dtype == v.dtype
@@ -55,13 +55,15 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     more = {**call.more, "dropout": call.dropout, "scaling": call.scaling}
     if call.is_causal is not None:
         more["is_causal"] = call.is_causal
-    eager, sdpa = hf.eager_attention(call.module), hf.has_sdpa(call.module)
+    eager, sdpa = attentions.eager_attention(call.module), attentions.has_sdpa(call.module)
     lacking = not sdpa or call.softcap is not None or _has_sinks(call)
     lacking = lacking or more.get("s_aux") is not None
     wants = bool(more.get("output_attentions")) and eager is not None
     if not lacking and not wants:
         more.pop("softcap", None)
-        out = hf.attention_function("sdpa")(call.module, call.q, call.k, call.v, call.mask, **more)
+        out = attentions.attention_function("sdpa")(
+            call.module, call.q, call.k, call.v, call.mask, **more
+        )
         return out[0], None
     if eager is None:
         raise ValueError(
@@ -78,7 +80,7 @@ def _eager(
     """as_sdpa: a mask that is not there may mean a causal one, and a row that a boolean mask lets
     see nothing gives zeros; without, both are as the file's own attention has them."""
     mask, none = call.mask, None
-    if mask is None and as_sdpa and hf.has_sdpa(call.module) and call.causal():
+    if mask is None and as_sdpa and attentions.has_sdpa(call.module) and call.causal():
         mask = lower(call)
     if mask is not None and mask.dtype == torch.bool:
         none = ~mask.any(-1).transpose(1, 2).unsqueeze(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastvlm.compat import hf, versions
+from fastvlm.compat import attentions, versions
 
 NAME = "fastvlm"
 
@@ -35,13 +35,13 @@ def register_attention() -> None:
     if reason := versions.needs_newer_transformers("fastvlm.register_attention()"):
         raise RuntimeError(reason)
     wanted = _functions()
-    for kind, found in hf.registered_attention(NAME).items():
+    for kind, found in attentions.registered_attention(NAME).items():
         if found is not None and found is not wanted[kind]:
             raise RuntimeError(
                 f"fastvlm.register_attention(): transformers has another {kind} under the name "
                 f"{NAME!r}, {getattr(found, '__module__', found)}"
             )
-    hf.register_attention(NAME, **wanted)
+    attentions.register_attention(NAME, **wanted)
 
 
 def unregister_attention() -> None:
@@ -52,11 +52,11 @@ def unregister_attention() -> None:
     """
     if versions.installed("transformers") is None or versions.attention_refused() is not None:
         return
-    if hf.registered_attention(NAME) == _functions():
-        hf.unregister_attention(NAME)
+    if attentions.registered_attention(NAME) == _functions():
+        attentions.unregister_attention(NAME)
 
 
 def _functions() -> dict[str, Any]:
     from fastvlm.attention_interface.attention import attention
 
-    return {"attention": attention, "mask": hf.whole_mask}
+    return {"attention": attention, "mask": attentions.whole_mask}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastvlm.checking.keeping import configs_of
-from fastvlm.compat import hf
+from fastvlm.compat import attentions
 from fastvlm.patching.classes import is_patched, unpatched_class
 from fastvlm.patching.patch import PatchError, patch
 from fastvlm.patching.weights import is_approximate
@@ -109,7 +109,7 @@ def _attention(model: nn.Module, name: str) -> Iterator[None]:
 
 def _settings(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where the configurations keep which attention runs, of those that name one of the two."""
-    found = (hf.attention_settings(config) for config in configs_of(model))
+    found = (attentions.attention_settings(config) for config in configs_of(model))
     return [(own, key) for own, key in filter(None, found) if own[key] in ("eager", "sdpa")]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvlm.compat import hf, pytorch
+from fastvlm.compat import attentions, pytorch
 from fastvlm.nn.linear import is_watched, original
 
 # hooks that neither look at shapes nor change values: (where they are defined, their name or any)
@@ -102,7 +102,7 @@ def other_forward(module: Any) -> str | None:
 def attention_of_others(configs: list[Any]) -> str | None:
     """Why attention is not what transformers itself computes by one of its implementations."""
     for config in configs:
-        name = hf.attention_of(config)
+        name = attentions.attention_of(config)
         if name is None:
             continue
         strange = f"its attention implementation {name!r} is not one of transformers' own"
@@ -110,7 +110,7 @@ def attention_of_others(configs: list[Any]) -> str | None:
             if name not in _KNOWN:
                 return strange
             continue
-        function = hf.attention_function(name)
+        function = attentions.attention_function(name)
         if function is None and name != "eager":
             return f"its attention implementation {name!r} is not registered"
         home = "transformers" if function is None else _origin(function)[0]

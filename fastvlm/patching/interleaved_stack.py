@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from fastvlm.compat import hf
+from fastvlm.compat import attentions, hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.models.mllama import FACTORS
@@ -143,7 +143,7 @@ class InterleavedStack(DecoderStack):
         mask = call.encoder_mask
         if mask is None:
             # without a mask transformers' sdpa takes this attention for a causal one
-            if length > 1 and hf.attention_of(self.config) != "eager":
+            if length > 1 and attentions.attention_of(self.config) != "eager":
                 raise _LeftAlone
             return None
         seen = visible_keys(mask) if isinstance(mask, Tensor) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from fastvlm import ops
-from fastvlm.compat import hf
+from fastvlm.compat import attentions, hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.layout import Layout
@@ -19,7 +19,7 @@ from fastvlm.run import static
 from fastvlm.run.layouts import Layouts, taken
 from fastvlm.run.mixin import Mixin, by_name
 
-_SDPA_LEAVES_OUT_SOFTCAP = hf.sdpa_leaves_out_softcap()
+_SDPA_LEAVES_OUT_SOFTCAP = attentions.sdpa_leaves_out_softcap()
 
 
 def scale_of(module: Any, spec: Attention) -> float:
@@ -52,7 +52,7 @@ def is_causal(module: Any, spec: Attention) -> bool:
 
 
 def _leaves_out_softcap(module: Any) -> bool:
-    return _SDPA_LEAVES_OUT_SOFTCAP and hf.attention_of(module.config) == "sdpa"
+    return _SDPA_LEAVES_OUT_SOFTCAP and attentions.attention_of(module.config) == "sdpa"
 
 
 def left_out_softcaps(model: torch.nn.Module) -> list[str]:

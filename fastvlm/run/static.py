@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from fastvlm import ops
-from fastvlm.compat import hf
+from fastvlm.compat import attentions, hf
 from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.run.mixin import Mixin
 
@@ -179,7 +179,7 @@ def cross_attend(
 
 def additive(mask: Any, config: Any, dtype: torch.dtype) -> Any:
     """A mask of `StaticMasks`, or a dict of them, as transformers' eager attention adds it."""
-    if hf.attention_of(config) != "eager":
+    if attentions.attention_of(config) != "eager":
         return mask
     if isinstance(mask, dict):
         return {name: additive(each, config, dtype) for name, each in mask.items()}
@@ -197,10 +197,10 @@ class StaticMasks(Mixin):
     """
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
-        make: Any = getattr(super(), "create_masks_for_generate", hf.mask_maker())
+        make: Any = getattr(super(), "create_masks_for_generate", attentions.mask_maker())
         text, embeds = config.get_text_config(), kwargs.get("inputs_embeds")
         step = embeds is not None and embeds.shape[1] == 1
         fused = getattr(decoder_stack(self), "reads_static_caches", False)
-        if step and fused and hf.attention_of(text) == "eager":
-            config = hf.config_with_attention(text, "sdpa")
+        if step and fused and attentions.attention_of(text) == "eager":
+            config = attentions.config_with_attention(text, "sdpa")
         return make(config=config, **kwargs)

@@ -18,7 +18,7 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from fastvlm.attention_interface import library
 from fastvlm.attention_interface.attention import attention
-from fastvlm.compat import hf
+from fastvlm.compat import attentions
 
 B, H, HKV, L, S, D = 3, 4, 2, 9, 13, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -272,7 +272,7 @@ def test_rows_that_see_nothing_are_zeros_with_a_cap_too() -> None:
 
 def test_masks_that_transformers_makes_are_read(by: list[str]) -> None:
     """whole_mask is what is registered; eager's is the one of old models' own code."""
-    for make in (hf.whole_mask, eager_mask):
+    for make in (attentions.whole_mask, eager_mask):
         mask = make(batch_size=B, q_length=L, kv_length=L, attention_mask=_padding("right"))
         assert mask.shape == (B, 1, L, L)
         q, k, v = _inputs(L, L)
@@ -280,7 +280,7 @@ def test_masks_that_transformers_makes_are_read(by: list[str]) -> None:
         want = sdpa_attention_forward(Module(), q, k, v, mask)[0]
         torch.testing.assert_close(got, want)
     assert by == []
-    whole = hf.whole_mask(batch_size=B, q_length=L, kv_length=L, allow_is_causal_skip=True)
+    whole = attentions.whole_mask(batch_size=B, q_length=L, kv_length=L, allow_is_causal_skip=True)
     assert whole is not None
 
 

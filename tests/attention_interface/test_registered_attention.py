@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastvlm
 from fastvlm import ops
 from fastvlm.attention_interface import library
-from fastvlm.compat import hf, versions
+from fastvlm.compat import attentions, versions
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_a_step_of_training_is_the_same(name: str, used: set[str]) -> None:
     def run(attention: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         model: Any = build().to(dtype)
         model.set_attn_implementation(attention)
-        assert hf.attention_of(model.config) == attention
+        assert attentions.attention_of(model.config) == attention
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch_of(model).items()}
         out = model(**batch)
         out.loss.backward()
@@ -166,10 +166,10 @@ def test_tokens_are_the_same(
 def test_named_when_a_model_is_made_or_loaded(tmp_path: Path) -> None:
     _llama().save_pretrained(tmp_path)
     model = tf.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="fastvlm")
-    assert hf.attention_of(model.config) == "fastvlm"
+    assert attentions.attention_of(model.config) == "fastvlm"
     config = tf.LlamaConfig.from_pretrained(tmp_path)
     config._attn_implementation = "fastvlm"
-    assert hf.attention_of(tf.LlamaForCausalLM(config).config) == "fastvlm"
+    assert attentions.attention_of(tf.LlamaForCausalLM(config).config) == "fastvlm"
     model.save_pretrained(tmp_path / "again")
     assert "fastvlm" not in (tmp_path / "again/config.json").read_text()
 
@@ -180,7 +180,7 @@ def test_the_snippet_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
     exec(page.partition("```python\n")[2].partition("```")[0], found)
-    assert hf.attention_of(found["model"].config) == "fastvlm"
+    assert attentions.attention_of(found["model"].config) == "fastvlm"
 
 
 def test_several_texts_in_a_row(used: set[str]) -> None:
@@ -290,14 +290,14 @@ def test_registered_once_and_taken_back() -> None:
 
 def test_the_name_of_somebody_else_is_left_alone() -> None:
     fastvlm.unregister_attention()
-    hf.register_attention("fastvlm", print, hf.whole_mask)
+    attentions.register_attention("fastvlm", print, attentions.whole_mask)
     try:
         with pytest.raises(RuntimeError, match="another attention under the name 'fastvlm'"):
             fastvlm.register_attention()
         fastvlm.unregister_attention()
-        assert hf.registered_attention("fastvlm")["attention"] is print
+        assert attentions.registered_attention("fastvlm")["attention"] is print
     finally:
-        hf.unregister_attention("fastvlm")
+        attentions.unregister_attention("fastvlm")
 
 
 def test_older_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

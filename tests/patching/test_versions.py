@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastvlm
 from fastvlm import env
-from fastvlm.compat import hf, versions
+from fastvlm.compat import attentions, hf, versions
 
 OLD = versions.attention_refused()
 NUMBERS = versions.parsed(transformers.__version__)
@@ -208,7 +208,7 @@ def test_a_stack_that_scales_its_embeddings_itself_decodes_right() -> None:
 @pytest.mark.parametrize("name", ["gemma2", "t5gemma"])
 def test_a_softcap_counts_where_transformers_computes_it(name: str) -> None:
     """To 5.22 these families choose sdpa, which takes the cap and leaves it out."""
-    kinds = ("eager", "sdpa") if hf.sdpa_leaves_out_softcap() else ("eager",)
+    kinds = ("eager", "sdpa") if attentions.sdpa_leaves_out_softcap() else ("eager",)
     found = []
     for attention in kinds:
         model = FAMILIES[name].build()
