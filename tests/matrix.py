@@ -60,7 +60,10 @@ ROWS: dict[str, Row] = {
     **{f"python-3.{n}": Row(python=f"python3.{n}") for n in (10, 12, 13)},
     "numpy-1.26.4": Row(more=("numpy==1.26.4",)),
 }  # fmt: skip
-TOOLS = ("pytest", "pytest-benchmark", "hypothesis", "pillow", "accelerate")
+TOOLS = (
+    *("pytest", "pytest-benchmark", "hypothesis", "pillow", "accelerate"),
+    *("statsmodels", "matplotlib", "sacrebleu"),
+)
 
 
 def environment(name: str) -> Path:

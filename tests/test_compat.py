@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import inspect
 
 import pytest
@@ -54,6 +55,15 @@ def test_transforms_are_seen() -> None:
         note(x)
     assert seen == [False, True, True, True]
     assert not pytorch.is_transformed()
+
+
+@pytest.mark.parametrize("name", ["Bart", "MBart"])
+def test_who_tells_positions_the_rows(name: str) -> None:
+    module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
+    decoder = getattr(module, f"{name}Decoder")
+    oversight = (5, 5) <= versions.parsed(tf.__version__) < (5, 9)
+    assert hf.tells_positions_the_rows(decoder.__new__(decoder)) != oversight
+    assert hf.tells_positions_the_rows(nn.Linear(1, 1))
 
 
 def test_dispatch_modes_are_seen() -> None:

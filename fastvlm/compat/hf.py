@@ -60,6 +60,14 @@ def length_argument() -> str:
     return "cache_length" if cache_argument() == "cache" else "past_key_values_length"
 
 
+def tells_positions_the_rows(stack: Any) -> bool:
+    """Whether a stack calls its table of positions with its tokens; from 5.5 to 5.8 BART
+    and mBART hand it Python's `input` instead, by an oversight, and positions of one row."""
+    forwards = (cls.__dict__.get("forward") for cls in type(stack).__mro__)
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in forwards if f is not None)
+    return not any(code is not None and "input" in code.co_names for code in codes)
+
+
 def cached(cache: Any) -> dict[str, Any]:
     """A cache as the keyword argument of a module, or as the field of an output."""
     return {cache_argument(): cache}

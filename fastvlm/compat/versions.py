@@ -64,6 +64,12 @@ def gpt2_hides_states() -> bool:
     return parsed(installed("transformers") or "") >= (5, 17)
 
 
+def cross_cache_has_window() -> bool:
+    """Whether transformers' cache keeps of an encoder's states what a sliding window holds, in the
+    layers of a decoder whose own attention has one (to 5.9)."""
+    return parsed(installed("transformers") or "") < (5, 10)
+
+
 def outside() -> list[str]:
     """What is installed here in a version that fastvlm is not tested on, and what follows."""
     found = []

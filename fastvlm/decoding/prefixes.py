@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.compat import pytorch
+from fastvlm.compat import hf, pytorch
 from fastvlm.nn.wrapped import unwrapped
 
 
@@ -52,7 +52,7 @@ def decoder_stack(model: Any) -> Any:
 
 def _learned_positions(stack: Any) -> nn.Embedding | None:
     table = getattr(stack, "embed_positions", None)
-    if not isinstance(table, nn.Embedding):
+    if not isinstance(table, nn.Embedding) or not hf.tells_positions_the_rows(stack):
         return None
     takes = inspect.signature(type(table).forward).parameters
     return table if "position_ids" in takes else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvlm.compat.versions import attention_refused
+from fastvlm.compat.versions import attention_refused, cross_cache_has_window
+from fastvlm.models import t5gemma
 from fastvlm.models.embedding import factor_of
 from fastvlm.models.spec import Layer, Stack
 from fastvlm.models.structure import takes
@@ -296,7 +298,7 @@ def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> li
     """What a reader of the report should know of the model as a whole."""
     from fastvlm.run.attention import left_out_softcaps
 
-    notes = left_out_softcaps(model)
+    notes = [*left_out_softcaps(model), *_states_cut_short(model)]
     if compute is None:
         return notes
     linears = [c for c in changes if c.swap is not None and "linear" in c.swap.runs_on]
@@ -334,3 +336,19 @@ def entries_of(changes: list[Change], weights: str | None) -> list[Entry]:
             entry = replace(entry, reads=read_at_a_step(change.module, storage_of(change.swap)))
         entries.append(entry)
     return entries
+
+
+def _states_cut_short(model: nn.Module) -> list[str]:
+    """What a reader of the report should know of cross-attention whose own cache is too short."""
+    if not cross_cache_has_window():
+        return []
+    cross = [m for m in model.modules() if t5gemma.is_cross_attention(m)]
+    configs: Iterator[Any] = (getattr(module, "config", None) for module in cross)
+    slides = (c for c in configs if "sliding_attention" in (getattr(c, "layer_types", None) or ()))
+    windows = {config.sliding_window for config in slides}
+    return [
+        f"of more than {window} encoder states this transformers' cache keeps the last ones alone "
+        "in layers of sliding attention, and its generate() fails or reads those; a patched one "
+        "reads all, as transformers 5.10 does"
+        for window in sorted(windows)
+    ]

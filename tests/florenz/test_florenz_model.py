@@ -211,7 +211,7 @@ def test_gradient_checkpointing_changes_nothing(
     labels = targets([7, 3, 5])
     model.train()
     want, theirs = gradients(model, **inputs, labels=labels)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ran = []
     layer = model.model.decoder.layers[0]
     inside = layer.mlp if model.config.has_gemma_decoder else layer.fc1

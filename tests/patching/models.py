@@ -15,6 +15,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from fastvlm.compat import versions
+
 VOCAB = 99
 PAD, EOS = 1, 2
 
@@ -234,7 +236,9 @@ def gemma2(**settings: Any) -> nn.Module:
 
 def t5gemma(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    module = _gemma(**settings)
+    # where transformers' own cache of encoder states has a window, it fails on more than that
+    wide = {"sliding_window": 64} if versions.cross_cache_has_window() else {}
+    module = _gemma(**{**wide, **settings})
     config = tf.T5GemmaConfig(
         encoder=dict(module),
         decoder=dict(module),

@@ -29,11 +29,6 @@ def gemma2() -> nn.Module:
     return models.gemma2() if NUMBERS >= (5,) else models.gemma2(sliding_window=64)
 
 
-def t5gemma() -> nn.Module:
-    # transformers' own cross-attention cache has a window before 5.10, and fails on more than that
-    return models.t5gemma() if NUMBERS >= (5, 10) else models.t5gemma(sliding_window=64)
-
-
 def donut() -> nn.Module:
     """Swin before an mBART decoder, as Donut has them."""
     torch.manual_seed(0)
@@ -60,7 +55,7 @@ def _donut_inputs(model: nn.Module) -> dict[str, Tensor]:
 FAMILIES = {
     **models.FAMILIES,
     "gemma2": models.Family(gemma2, models._causal_inputs, models._causal_training),
-    "t5gemma": models._seq2seq(t5gemma),
+    "t5gemma": models._seq2seq(models.t5gemma),
     "donut": models.Family(
         donut, _donut_inputs, lambda m: models._with_labels(models._seq2seq_inputs(m))
     ),
@@ -202,6 +197,13 @@ def test_a_stack_that_scales_its_embeddings_itself_decodes_right() -> None:
     fastvlm.patch(model)
     for ours, theirs in zip(_tokens("gemma2", model), expected):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(OLD is not None, reason=str(OLD))
+def test_the_report_says_where_the_own_cache_of_states_is_too_short() -> None:
+    report = str(fastvlm.patch(models.t5gemma(sliding_window=7)))
+    assert ("more than 7 encoder states" in report) == versions.cross_cache_has_window()
+    assert "encoder states" not in str(fastvlm.patch(models.gemma2()))
 
 
 @pytest.mark.skipif(OLD is not None, reason=str(OLD))
