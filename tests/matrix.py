@@ -166,6 +166,11 @@ What `make matrix` found, from benchmarks/results/versions.json; the rows are in
   and `env` say that nobody has tested them.
 - To 5.22 transformers runs Gemma-2 and T5Gemma by its sdpa, which leaves out the cap on the scores
   (`attn_logit_softcapping`); a patched model does the same, and the report says so.
+- To 5.9 transformers' cache keeps the last `sliding_window` states of T5Gemma's encoder (4096 as
+  published) in layers of sliding attention: `generate()` fails on more, or reads those alone. A
+  patched model reads all, and the report says so.
+- From 5.5 to 5.8 BART and mBART cannot tell where padded rows begin: `fastvlm.caption` decodes
+  languages whose prefixes differ in length one after the other there.
 
 `names`: every private name of another library (`fastvlm.compat`), called. `families`: tokens
 (greedy and 3 beams), loss and gradients of BART, mBART, Florence-2, Donut, Gemma-2, T5Gemma,
