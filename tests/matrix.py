@@ -57,7 +57,9 @@ ROWS: dict[str, Row] = {
     },
     # builds with CUDA where PyPI has no others; they ask for no GPU, and for gigabytes
     **{f"torch-{v}": Row(torch=v) for v in ("2.10.0", "2.11.0", "2.12.1", "2.14.1")},
-    **{f"python-3.{n}": Row(python=f"python3.{n}") for n in (10, 12, 13)},
+    # the last transformers for it
+    "python-3.10": Row(python="python3.10", transformers="5.20.2"),
+    **{f"python-3.{n}": Row(python=f"python3.{n}") for n in (12, 13)},
     "numpy-1.26.4": Row(more=("numpy==1.26.4",)),
 }  # fmt: skip
 TOOLS = (
