@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,20 +24,31 @@ def activation_of(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name that the ops have for an activation, None where they have none for it.
 
     Decided by evaluating it, since the same function goes by many class names; not its hooks. Far
-    from 0 as well: there are some that are clipped.
+    from 0 as well: there are some that are clipped. In training too: there are some that draw.
+    None for what `kind_of` does not know again.
     """
-    run = partial(type(act).forward, act) if isinstance(act, nn.Module) else act
+    if not kind_of(act):
+        return None
+    runs = [act] if not isinstance(act, nn.Module) else [_in_mode(act, t) for t in (False, True)]
     far = [-1e4, -100.0, 100.0, 1e4]
     x = torch.cat((torch.linspace(-16, 16, 257), torch.tensor(far))).double()
     try:
-        with torch.no_grad():
-            y = run(x.clone())  # some write into what they are given
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            found = [run(x.clone()) for run in runs]  # some write into what they are given
     except (RuntimeError, TypeError):
         return None
     for name, function in FUNCTIONS.items():
-        if y.shape == x.shape and torch.allclose(y, function(x), atol=1e-9):
+        right = function(x)
+        if all(y.shape == x.shape and torch.allclose(y, right, atol=1e-9) for y in found):
             return name
     return None
+
+
+def _in_mode(act: nn.Module, training: bool) -> Callable[[Tensor], Tensor]:
+    """The forward of a copy of an activation in training mode, or not."""
+    twin = copy.copy(act)
+    twin.training = training
+    return partial(type(act).forward, twin)
 
 
 class GegluMLP(nn.Module):
@@ -74,15 +88,47 @@ class GegluMLP(nn.Module):
 
 
 def kind_of(act: Any) -> str:
-    """By which an activation that was evaluated once is known again."""
+    """By which an activation that was evaluated once is known again: its class and what it holds,
+    or the name of a function.
+
+    "" where that says too little: a lambda, a module that has parts or parameters.
+    """
+    if not isinstance(act, nn.Module):
+        return _told(act)
+    if act._modules or act._parameters or act._buffers:
+        return ""
+    own = ((n, v) for n, v in vars(act).items() if n[0] != "_" and n not in ("training", "forward"))
+    held = {name: _told(value) for name, value in own}
+    return f"{_class_of(act)} {held}" if all(held.values()) else ""
+
+
+def _class_of(act: nn.Module) -> str:
     # torch.nn.GELU has two forms in one class
-    form = getattr(act, "approximate", "")
-    return f"{type(act).__module__}.{type(act).__qualname__} {form}"
+    return f"{type(act).__module__}.{type(act).__qualname__} {getattr(act, 'approximate', '')}"
+
+
+def _told(value: Any) -> str:
+    """What tells a number, a text or a function of an importable name from others; else ""."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, partial):
+        inner = _told(value.func)
+        return f"{inner} {value.args} {sorted(value.keywords.items())}" if inner else ""
+    if isinstance(value, MethodType):
+        return f"{value.__func__.__module__}.{value.__func__.__qualname__}"
+    home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    found = getattr(sys.modules.get(home or ""), name, None)
+    return f"{home}.{name}" if name and found is value else ""
 
 
 def is_known(act: Any, kind: str) -> bool:
     """Whether an activation is of the kind that was evaluated, and nobody watches it."""
-    return kind_of(act) == kind and not (isinstance(act, nn.Module) and is_watched(act))
+    module = isinstance(act, nn.Module)
+    if module and is_watched(act):
+        return False
+    if torch.compiler.is_compiling():  # what it holds would be a guard each
+        return module and kind.startswith(_class_of(act) + " ")
+    return kind != "" and kind_of(act) == kind
 
 
 def gelu_mlp(

@@ -18,7 +18,7 @@ from fastvlm import ops
 from fastvlm.cpu.common import DTYPES, unavailable
 from fastvlm.models.structure import extra_parts, takes
 from fastvlm.nn.linear import DENSE, is_bare, is_plain
-from fastvlm.nn.mlp import activation_of, computes
+from fastvlm.nn.mlp import activation_of, computes, is_known, kind_of
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts, needs_grad
 from fastvlm.ops.mlp import _transformed
@@ -32,6 +32,7 @@ _PARTS = ("conv1", "norm1", "drop_path1", "conv2", "norm2", "ffn", "drop_path2")
 
 class _Half(Mixin):
     activation = "gelu"
+    evaluated = ""
     attention = ""  # the name of the attention module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class _Half(Mixin):
         convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
         if not (is_bare(attention) and is_bare(ffn) and all(map(is_plain, self._linears()))):
             return False
-        if as_written(attention) or not is_bare(ffn.activation_fn):
+        if as_written(attention) or not is_known(ffn.activation_fn, self.evaluated):
             return False
         if not all(is_plain(conv, nn.Conv2d) for conv in convs):
             return False
@@ -205,7 +206,8 @@ def choose(half: Any, attention: Swap | str) -> Swap | str:
         return "its MLP is not fc2(activation(fc1 x))"
     mixin = SpatialHalf if name == "window_attn" else ChannelHalf
     runs_on = ("depthwise_conv_norm", attention.runs_on[0], "residual_linear", "residual_gelu_mlp")
-    return Swap(mixin, runs_on, (("activation", act),))
+    evaluated = kind_of(half.ffn.activation_fn)
+    return Swap(mixin, runs_on, (("activation", act), ("evaluated", evaluated)))
 
 
 def _is_depthwise(conv: Any) -> bool:

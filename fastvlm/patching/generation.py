@@ -37,7 +37,7 @@ from fastvlm.loss.request import LossRequest
 from fastvlm.nn.linear import is_low_precision, is_plain, original
 from fastvlm.ops import dispatch
 from fastvlm.patching.logits import State, show_lazily
-from fastvlm.patching.recorded import RecordedLogits
+from fastvlm.patching.recorded import RecordedLogits, computes_recorded
 from fastvlm.run.mixin import Mixin
 from fastvlm.run.program import has_no_hooks
 
@@ -76,7 +76,9 @@ _RECORDING: ContextVar[Recording | None] = ContextVar("fastvlm_recording", defau
 def recording_for(head: nn.Module) -> bool:
     """Whether a loop's forward calls this head, whose logits are to be recorded."""
     recording = _RECORDING.get()
-    return recording is not None and recording.runs and recording.head is head
+    if recording is None or computes_recorded():
+        return False
+    return recording.runs and recording.head is head
 
 
 @contextmanager

@@ -9,6 +9,7 @@ computes the logits first, and goes on with those.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,14 @@ from torch import Tensor
 from fastvlm.generate.head import Head, Last
 from fastvlm.patching.lazy_tensor import materialize
 from fastvlm.patching.logits import LazyLogits
+
+
+# in this thread a head computes what was recorded of it: then it gives numbers
+_COMPUTES: ContextVar[bool] = ContextVar("fastvlm_computes_recorded", default=False)
+
+
+def computes_recorded() -> bool:
+    return _COMPUTES.get()
 
 
 def _unless_computed(name: str) -> Callable[..., Any]:
@@ -58,7 +67,11 @@ class RecordedLogits(LazyLogits):
 
     def tensor(self) -> Tensor:
         if not self.computed:
-            self.computed.append(super().tensor())
+            token = _COMPUTES.set(True)
+            try:
+                self.computed.append(super().tensor())
+            finally:
+                _COMPUTES.reset(token)
         return self.computed[0]
 
     float = _unless_computed("float")

@@ -301,3 +301,48 @@ def activation_replaced_after_patch(s: Scene) -> Results:
         owner, name = (layer, "activation_fn") if s.encodes else (layer.mlp, "act_fn")
         setattr(owner, name, nn.ReLU())
     return {**first, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+def _with_activation(s: Scene, act: Any) -> None:
+    for layer in decoder_layers(s.model):
+        owner, name = (layer, "activation_fn") if s.encodes else (layer.mlp, "act_fn")
+        owner._modules.pop(name, None)
+        setattr(owner, name, act)
+
+
+@use
+def activation_that_drops_in_training(s: Scene) -> Results:
+    """All of it, so that nothing is drawn; when it is evaluated it drops nothing."""
+    _with_activation(s, nn.Sequential(nn.GELU(), nn.Dropout(1.0)).eval())
+    s.put_in(s.model)
+    return {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def activation_of_the_same_type_after_patch(s: Scene) -> Results:
+    """One lambda instead of another."""
+    _with_activation(s, lambda x: nn.functional.gelu(x))
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    _with_activation(s, lambda x: nn.functional.silu(x) * 2)
+    return {**first, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def slope_of_an_activation_changed_after_patch(s: Scene) -> Results:
+    act = nn.LeakyReLU(0.0)
+    _with_activation(s, act)
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    act.negative_slope = 0.3
+    return {**first, **both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def bias_of_the_head_after_patch(s: Scene) -> Results:
+    """BART adds another behind it."""
+    s.put_in(s.model)
+    head = s.model.get_output_embeddings()
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
+    head.bias = nn.Parameter(bias)
+    return {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}

@@ -146,6 +146,20 @@ def test_a_weight_that_changes_is_never_stale() -> None:
         torch.testing.assert_close(features(ours, x), features(plain, x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("act", [nn.ReLU(), lambda x: x * 0.5], ids=["module", "lambda"])
+def test_another_activation_since_is_called(act: Any, fused: list[str]) -> None:
+    plain, ours = towers()
+    for tower in (plain, ours):
+        ffn = tower.blocks[1][0].spatial_block.ffn
+        del ffn.activation_fn
+        ffn.activation_fn = act
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        exact = features(copy.deepcopy(plain).double(), x.double())
+        check("tower", features(ours, x), features(plain, x), exact, FORWARD)
+    assert len(fused) == len(HALVES) - 1
+
+
 def test_dtypes_that_do_not_go_together_are_torchs_error() -> None:
     plain, ours = towers()
     ours.blocks[0][0].spatial_block.ffn.fc1.bfloat16()
