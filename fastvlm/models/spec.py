@@ -240,6 +240,11 @@ class Stack:
         return self.merged or len(self.attentions) > 1
 
     @property
+    def decodes(self) -> bool:
+        """Whether its rows see only those before them: it may be given a cache."""
+        return "use_cache" in self.arguments
+
+    @property
     def masks_encoder(self) -> bool:
         """Whether it takes a mask of the encoder's states."""
         return self.states[1] in self.arguments

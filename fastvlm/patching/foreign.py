@@ -7,7 +7,9 @@ stands in `fastvlm.patching.interposed`.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -94,9 +96,50 @@ def replaced_forward(cls: Any) -> str | None:
     return f"the forward of {owner.__name__} was replaced by one of {home}"
 
 
+# whose functions may stand under the names that a forward of transformers uses
+_THEIRS = ("transformers", "torch", "kernels")
+
+
+def named_functions(cls: Any) -> list[tuple[dict[str, Any], str, Any]]:
+    """What a class's forward, as transformers wrote it, calls by a name of its file: the names of
+    the file, the name, and what is there now."""
+    forward = inspect.unwrap(next(c for c in cls.__mro__ if "forward" in vars(c)).forward)
+    names = getattr(forward, "__globals__", {})
+    if not is_of(names.get("__name__", ""), "transformers"):
+        return []
+    used = ((name, names.get(name)) for name in forward.__code__.co_names)
+    return [(names, n, f) for n, f in used if callable(f) and not isinstance(f, type)]
+
+
+def replaced_function(cls: Any) -> str | None:
+    """Why a class's forward does not compute what is written in its file: somebody put another
+    function under a name that it uses (eager_attention_forward, apply_rotary_pos_emb)."""
+    for _, name, found in named_functions(cls):
+        # not __module__, which functools.wraps copies
+        home = getattr(found, "__globals__", {}).get("__name__") or _origin(found)[0]
+        if home.partition(".")[0] not in (*_THEIRS, "fastvlm") and home not in ("builtins", "math"):
+            return f"the {name} of {cls.__name__} was replaced by one of {home}"
+    return None
+
+
+def replaced_in_class(cls: Any) -> str | None:
+    """Why a class does not compute what its authors wrote: see the two above."""
+    return replaced_forward(cls) or replaced_function(cls)
+
+
+def replaced_method(module: nn.Module, names: Iterable[str]) -> str | None:
+    """The first of these methods that is not transformers' own, or fastvlm's; None without."""
+    for name in names:
+        found = getattr(module, name, None)
+        home = "" if name in vars(module) else _origin(found)[0]
+        if found is not None and not (is_of(home, "transformers") or is_of(home, "fastvlm")):
+            return name
+    return None
+
+
 def other_forward(module: Any) -> str | None:
     """Why a call of module does not compute what its class says."""
-    return own_forward(module) or replaced_forward(original(type(module)))
+    return own_forward(module) or replaced_in_class(original(type(module)))
 
 
 def attention_of_others(configs: list[Any]) -> str | None:

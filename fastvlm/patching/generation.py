@@ -23,7 +23,6 @@ from fastvlm.compat import hf, pytorch
 from fastvlm.compat.versions import attention_refused
 from fastvlm.cpu.common import unavailable
 from fastvlm.decoding import cache as shared
-from fastvlm.decoding.prefixes import decoder_stack
 from fastvlm.decoding.scores import TokenScores
 from fastvlm.generate.bans import MIN_LENGTH, unknown
 from fastvlm.generate.beams import search, serve
@@ -34,8 +33,9 @@ from fastvlm.generate.plan import Plan, Written
 from fastvlm.generate.sampling import sample
 from fastvlm.generate.steps import Read, Steps
 from fastvlm.loss.request import LossRequest
-from fastvlm.nn.linear import is_low_precision, is_plain, original
+from fastvlm.nn.linear import is_low_precision, is_plain
 from fastvlm.ops import dispatch
+from fastvlm.patching.bare import bare_stack
 from fastvlm.patching.logits import State, show_lazily
 from fastvlm.patching.recorded import RecordedLogits, computes_recorded
 from fastvlm.run.mixin import Mixin
@@ -195,23 +195,6 @@ class OwnLoop(Mixin):
             return None
         return Recording(self, head)
 
-    def _bare_stack(self) -> Any:
-        """The decoder whose program may stand for the model, if nothing but it and the head runs
-        in a step: no module around it has hooks, or is of a class that transformers has not."""
-        stack = decoder_stack(self)
-        if stack is None or getattr(type(stack), "spec", None) is None:
-            return None
-        path = next((name for name, module in self.named_modules() if module is stack), None)
-        if path is None:
-            return None
-        parts = path.split(".")
-        for length in range(len(parts)):
-            module = self.get_submodule(".".join(parts[:length]))
-            home = original(type(module)).__module__.split(".")[0]
-            if home not in ("transformers", "fastvlm") or not has_no_hooks(module):
-                return None
-        return stack
-
 
 def _by_row(one: Any) -> bool:
     """Whether a processor or criterion of the caller says that it looks at each row by itself, and
@@ -289,7 +272,7 @@ def _planned(
     """leaves: whether rows may leave the batch; bare: whether the model may be left out of its
     steps."""
     recording = model._records()
-    stack = model._bare_stack() if bare and recording is not None else None
+    stack = bare_stack(model) if bare and recording is not None else None
     if recording is not None and stack is None and is_low_precision(recording.head):
         recording = None  # it computes its logits first, and would again at each step
     listed = list(processors)

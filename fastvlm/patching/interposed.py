@@ -29,12 +29,14 @@ from fastvlm.models.structure import (
     submodule,
 )
 from fastvlm.nn.linear import original
+from fastvlm.patching.agreed import disagreed, said
 from fastvlm.patching.foreign import (
     attention_of_others,
     foreign_hook,
     is_of,
+    named_functions,
     own_forward,
-    replaced_forward,
+    replaced_in_class,
 )
 
 # whose modules see each row by itself, or hand everything on
@@ -147,6 +149,9 @@ def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
     attentions = parts_of(stack, spec)
     if isinstance(attentions, str):
         return Interposed(attentions)
+    reason = replaced_in_class(original(type(stack))) or disagreed(stack, spec, attentions)
+    if reason is not None:
+        return Interposed(reason)
     for path, module, *_ in attentions:
         if not is_ours(module):
             kind = type(module).__name__
@@ -183,7 +188,7 @@ def _of_part(path: str, module: Any, known: bool, is_ours: Callable[[Any], bool]
         return f"{path}: {reason}"
     cls = type(module)
     if is_ours(module):
-        return replaced_forward(original(cls))
+        return replaced_in_class(original(cls))
     if known or path.rsplit(".", 1)[-1] in _ACTIVATIONS:
         return None
     if not any(is_of(cls.__module__, home) for home in _HARMLESS_HOMES) or is_of(
@@ -239,8 +244,11 @@ class _Look:
         self.own = _State.of(stack)._replace(module=None)
         self.states = [_State.of(m) for m in stack.modules() if m is not stack]
         bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
+        bases.add(original(type(stack)))
         self.forwards = [(base, base.forward) for base in bases]
+        self.functions = [each for base in bases for each in named_functions(base)]
         self.configs = configs_of(stack, stack.spec)
+        self.said = said(stack, self.attentions)
         self.last = self.found  # with what lies outside of the stack
 
     def is_of(self, stack: Any) -> bool:
@@ -251,6 +259,8 @@ class _Look:
             self.is_of(stack)
             and self.own.holds(stack)
             and all(base.forward is forward for base, forward in self.forwards)
+            and all(names.get(name) is found for names, name, found in self.functions)
+            and said(stack, self.attentions) == self.said
             and all(state.holds(state.module) for state in self.states)
         )
 

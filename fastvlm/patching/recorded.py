@@ -20,7 +20,6 @@ from fastvlm.generate.head import Head, Last
 from fastvlm.patching.lazy_tensor import materialize
 from fastvlm.patching.logits import LazyLogits
 
-
 # in this thread a head computes what was recorded of it: then it gives numbers
 _COMPUTES: ContextVar[bool] = ContextVar("fastvlm_computes_recorded", default=False)
 
