@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 from transformers import GenerationMixin, cache_utils
 
-from fastvlm.compat import attentions, hf, pytorch, versions
+from fastvlm.compat import attentions, hf, pytorch, targets, versions
 
 FIVE = versions.attention_refused() is None
 on_transformers_5 = pytest.mark.skipif(not FIVE, reason=str(versions.attention_refused()))
@@ -333,5 +333,8 @@ def test_who_hides_the_pads_that_it_makes_of_labels(kind: str) -> None:
     if kind != "EncoderDecoder":
         given = {"pixel_values": torch.ones(1, 3, 8, 8)}
     model(**given, labels=torch.tensor([[5, 1, -100, 6]]))
-    assert hf.hides_pads_of_labels(model) == (masks[0] is not None)
+    assert targets.hands_to_decoder(model) is False
+    found = targets.mask_of_targets(model, torch.tensor([[2, 5, 1, 1]]))
+    assert (found is None) == (masks[0] is None)
+    assert found is None or found.tolist() == [[True, True, False, False]]
     assert masks[0] is None or masks[0].tolist() == [[1, 1, 0, 0]]

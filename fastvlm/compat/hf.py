@@ -101,12 +101,6 @@ def takes_cache(forward: Any) -> Any:
     return call
 
 
-def hides_pads_of_labels(model: Any) -> bool:
-    """Whether a model whose labels come without target ids hides the pads among those it makes."""
-    home = "transformers.models.encoder_decoder."
-    return any(cls.__module__.startswith(home) for cls in type(model).__mro__)
-
-
 def cache_layer(name: str) -> Any:
     """A class of transformers.cache_utils for the cache of one layer, to derive from.
 

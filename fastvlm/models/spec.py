@@ -119,7 +119,8 @@ class Layer:
     "infinite": behind each branch, only if something is. mask: what attentions call theirs, and the
     layer too where its own is of that name; cross_mask: what those that read the encoder do, where
     they have another name for it.
-    shares_bias: it gets `position_bias` and gives (rows, that of its first attention, None).
+    shares_bias: it gets `position_bias` and gives a tuple of as many parts as `results` says: rows,
+    the bias of its first attention, and nothing.
     bypasses: where it is handed no layouts its own forward runs: modules with forwards of their own
     stand between it and its branches, or what they get from it is not all that it is given.
     handed: the argument that holds the layouts where its stack hands down no others (`Stack`).
@@ -140,6 +141,7 @@ class Layer:
     mask: str = "attention_mask"
     cross_mask: str | None = None
     shares_bias: bool = False
+    results: int = 3
     bypasses: bool = False
 
     @property
@@ -203,7 +205,8 @@ class Stack:
     each kind of its config's layer_types have cosines and sines of their own. merged: whether its
     attentions read the encoder's states beside their own rows. on_cpu: what of its attentions only
     the CPU has kernels for; None where others do. wraps_cache: whether it
-    takes a cache of its own rows alone, and makes one for the encoder's beside it.
+    takes a cache of its own rows alone, and makes one for the encoder's beside it. head: the module
+    in it that makes logits of what it gives, which it makes a loss of where it gets labels.
     """
 
     embedding: Embedding
@@ -234,6 +237,7 @@ class Stack:
     ways: bool = False
     merged: bool = False
     on_cpu: str | None = None
+    head: str | None = None
 
     @property
     def reads_encoder(self) -> bool:

@@ -48,7 +48,7 @@ def extra_parts(module: nn.Module, *known: str) -> str | None:
 def layers_and_owner(stack: Any) -> tuple[Any, Any]:
     """The ModuleList of a stack's layers, by the names that families have for it, and the module
     that holds it: the stack, or its encoder (BERT); None and None without."""
-    owners = [(stack, "layers"), (stack, "block"), (stack, "h")]
+    owners = [(stack, "layers"), (stack, "block"), (stack, "h"), (stack, "layer")]
     inner = stack._modules.get("encoder")
     owners.append((None if inner is None else unwrapped(inner, "layer"), "layer"))
     for owner, name in owners:

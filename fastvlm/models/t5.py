@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvlm.compat import hf
 from fastvlm.models.spec import Attention, Embedding, Layer, Mlp, Residual, Stack
-from fastvlm.models.structure import extra_parts, has, layers_of, takes
+from fastvlm.models.structure import extra_parts, has, layers_of, submodule, takes
 from fastvlm.nn.mlp import activation_of, kind_of
 from fastvlm.nn.wrapped import owns, unwrapped
 
@@ -21,7 +21,7 @@ KNOWN = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("t5", "
 
 _PROJECTIONS = ("q", "k", "v", "o")
 _BIAS = "relative_attention_bias"
-_ATTENTION = Attention(
+ATTENTION = Attention(
     "o",
     ("mask", "key_value_states", "position_bias", "past_key_values"),
     "dropout",
@@ -35,7 +35,7 @@ _ATTENTION = Attention(
     ),
 )
 _UNSHARED = replace(
-    _ATTENTION,
+    ATTENTION,
     arguments=("encoder_hidden_states", "past_key_values", "attention_mask"),
     states="encoder_hidden_states",
     mask="attention_mask",
@@ -84,7 +84,7 @@ def read_attention(module: Any) -> Attention | str:
     # UMT5's of transformers 5.17, which its sdpa lets see what comes where there is no mask
     if owns(module, _BIAS) and module.is_decoder and not module.is_causal:
         return "it decodes, and does not say that its rows see only those before them"
-    return _ATTENTION if takes(module, "position_bias") else _UNSHARED
+    return ATTENTION if takes(module, "position_bias") else _UNSHARED
 
 
 def read_mlp(module: Any) -> Mlp | str:
@@ -99,6 +99,23 @@ def read_mlp(module: Any) -> Mlp | str:
     return Mlp(first[-1], "wo", "act", gate, act, kind_of(module.act), "dropout")
 
 
+def branches_of(module: Any, places: dict[str, tuple[str, str]]) -> tuple[Residual, ...] | str:
+    """What a layer adds up. places: by what it reads, where each branch stands: in a module that
+    holds it with its norm and its dropout, and under which name."""
+    residuals = []
+    for reads, (holder, name) in places.items():
+        part: Any = submodule(module, holder)
+        parts = (name, "layer_norm", "dropout")
+        whole = part is not None and all(each in part._modules for each in parts)
+        if not whole or extra_parts(part, *parts):
+            return f"its {holder} has other parts than {', '.join(parts)}"
+        branch, before, dropout = (f"{holder}.{each}" for each in parts)
+        residuals.append(
+            Residual(reads, branch, before, dropout=dropout, optional=reads == "cross")
+        )
+    return tuple(residuals)
+
+
 def read_layer(module: Any) -> Layer | str:
     if extra := extra_parts(module, "layer"):
         return extra
@@ -107,19 +124,14 @@ def read_layer(module: Any) -> Layer | str:
         del branches["cross"]
     if len(module.layer) != len(branches):
         return f"it has {len(module.layer)} branches, not {len(branches)}"
-    residuals = []
-    for index, (reads, name) in enumerate(branches.items()):
-        part, parts = module.layer[index], (name, "layer_norm", "dropout")
-        if any(each not in part._modules for each in parts) or extra_parts(part, *parts):
-            return f"its {type(part).__name__} has other parts than {', '.join(parts)}"
-        branch, before, dropout = (f"layer.{index}.{each}" for each in parts)
-        residuals.append(
-            Residual(reads, branch, before, dropout=dropout, optional=reads == "cross")
-        )
+    places = {reads: (f"layer.{i}", name) for i, (reads, name) in enumerate(branches.items())}
+    residuals = branches_of(module, places)
+    if isinstance(residuals, str):
+        return residuals
     shares = takes(module, "position_bias")
     of_bias = ("position_bias", "encoder_decoder_position_bias") if shares else ()
     return Layer(
-        tuple(residuals),
+        residuals,
         ("attention_mask", *of_bias[:1], *_STATES, *of_bias[1:], "past_key_values"),
         states="key_value_states" if shares else "encoder_hidden_states",
         mask="mask" if shares else "attention_mask",

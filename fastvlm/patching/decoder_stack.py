@@ -24,7 +24,7 @@ from fastvlm.compat import hf
 from fastvlm.decoding import cache as cross_cache
 from fastvlm.decoding import rows as beam_cache
 from fastvlm.layout import Layout
-from fastvlm.loss.request import knows_its_readers, loss_request
+from fastvlm.loss.request import knows_its_readers, loss_request, readers_for
 from fastvlm.models.structure import layers_and_owner, part_of
 from fastvlm.patching.encoder_stack import PatchedStack
 from fastvlm.patching.interposed import (
@@ -164,7 +164,7 @@ class DecoderStack(PatchedStack):
             return None  # the caller never called these rows padding, and may read them
         if mask is None and call.past is None and restarts(kwargs.get("position_ids")):
             return None  # several texts in a row, which transformers tells by their positions
-        if filled == 0 and hides(mask) and not knows_its_readers(self, mask):
+        if filled == 0 and hides(mask) and not self._is_unread(mask, kwargs):
             # rows that nobody should see, and that somebody may read: as transformers computes them
             if self.spec.merged:
                 return None
@@ -178,6 +178,10 @@ class DecoderStack(PatchedStack):
         if length > 1:
             return None if self.spec.merged else Layouts(cross=cross, fused_self=False)
         return Layouts(cross=cross, visible=visible_positions(mask))
+
+    def _is_unread(self, mask: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether nobody reads what it gives in rows that its mask [B, L] hides."""
+        return knows_its_readers(self, mask)
 
     def _knows(self, past: Any, encodes: bool) -> bool:
         """A cache whose keys lie as the fused path reads them, or that is empty still.
@@ -230,6 +234,9 @@ class DecoderStack(PatchedStack):
     def _run(self, call: DecoderInputs, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
+        if call.readers is None and self.spec.reads_encoder:
+            given = call.inputs_embeds if call.input_ids is None else call.input_ids
+            call.readers = readers_for(self, given)
         asks = wants_attentions(self, kwargs) or not self._is_causal(kwargs)
         if not self.spec.reads_encoder:
             asks = asks or kwargs.get("encoder_hidden_states") is not None

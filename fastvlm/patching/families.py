@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastvlm.models import (
     m2m100,
     marian,
     mllama,
+    pix2struct,
     t5,
     t5gemma,
     t5gemma2,
@@ -32,6 +33,7 @@ from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
 from fastvlm.patching.decoder_stack import DecoderStack
 from fastvlm.patching.encoder_stack import EncoderStack, FrameEncoderStack
+from fastvlm.patching.headed_stack import HeadedStack
 from fastvlm.patching.interleaved_stack import InterleavedStack
 from fastvlm.patching.norms import choose_norm, choose_t5_norm, is_rms_norm
 from fastvlm.patching.rules import Alias, Rule, StackRule, Swap, mistaken
@@ -99,6 +101,7 @@ def _nested_mlp(read: Any, module: Any) -> Swap | str:
 def _stack(decodes: bool, module: Any, spec: Stack) -> Swap:
     encoder = EncoderStack if spec.reads == "input_ids" else FrameEncoderStack
     decoder = InterleavedStack if spec.interleaved else DecoderStack
+    decoder = decoder if spec.head is None else HeadedStack
     attributes = (("spec", spec), *_aliases(spec))
     return Swap(decoder if decodes else encoder, ("Layout",), attributes)
 
@@ -162,6 +165,16 @@ _T5 = (
     Rule(("norm",), t5.is_norm, choose_t5_norm),
     _layer_rule(t5.is_layer, t5.read_layer, "mlp", "norm"),
 )
+_PIX2STRUCT_TOWER = (
+    Rule(("mlp",), t5.is_mlp, partial(_nested_mlp, t5.read_mlp)),
+    Rule(("norm",), pix2struct.is_norm, choose_t5_norm),
+)
+# its stack hands to its layers alone what attention reads, so that they belong to its attention
+_PIX2STRUCT = (
+    _attention_rule(pix2struct.is_attention, pix2struct.read_attention),
+    *_PIX2STRUCT_TOWER,
+    _layer_rule(pix2struct.is_layer, pix2struct.read_layer, "attention"),
+)
 # its layers hand their cross-attention nothing, so that they belong to its attention
 _GPT2 = (
     _attention_rule(gpt2.is_attention, gpt2.read_attention),
@@ -203,6 +216,7 @@ STACKS: tuple[StackRule, ...] = (
     _stack_rule(bert.is_stack, bert.read_stack, _BERT, bert.KNOWN),
     _stack_rule(blip.is_stack, blip.read_stack, _BLIP, blip.KNOWN),
     *_two_stacks(t5, _T5),
+    _stack_rule(pix2struct.is_stack, pix2struct.read_stack, _PIX2STRUCT, pix2struct.KNOWN),
     _stack_rule(
         gpt2.is_stack,
         gpt2.read_stack,
@@ -261,10 +275,23 @@ def left_alone(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     ]
 
 
+def tower_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, tuple[str, ...]]]:
+    """The parts of vision towers that get an op: name, module, rule, and where known ones stand."""
+    for each in davit.tower_modules(model):
+        yield *each, davit.KNOWN
+    for name, part in _parts_of_pix2structs_tower(model):
+        rule = next((r for r in _PIX2STRUCT_TOWER if r.matches(part)), None)
+        if rule is not None:
+            yield name, part, rule, pix2struct.KNOWN
+
+
+def _parts_of_pix2structs_tower(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in pix2struct.tower_parts(model):
+        yield from part.named_modules(prefix=name)
+
+
 def tower_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linear layers of the vision towers: most of what a tower computes."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and set(TOWERS) & set(name.split("."))
-    ]
+    named = (each for each in model.named_modules() if set(TOWERS) & set(each[0].split(".")))
+    found = (*named, *_parts_of_pix2structs_tower(model))
+    return [(name, module) for name, module in found if isinstance(module, nn.Linear)]

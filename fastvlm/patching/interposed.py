@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -104,10 +104,17 @@ def parts_of(stack: Any, spec: Stack) -> list[Part] | str:
     return found
 
 
-def _layer_in(outer: Any, spec: Stack) -> Any:
+def layer_of(outer: Any, spec: Stack) -> Any:
     """The layer in wrappers of a single child, by any of its attentions; None without one."""
     found = (layer_in(outer, name) for name in spec.attentions)
     return next((layer for layer in found if layer is not None), None)
+
+
+def _in_front_of_head(stack: Any, spec: Stack) -> Iterator[tuple[str, Any]]:
+    """The modules in a stack and their paths, but for a head in it: that is called as ever."""
+    for path, module in stack.named_modules():
+        if module is not stack and path.partition(".")[0] != spec.head:
+            yield path, module
 
 
 def _around(outer: Any, inner: Any) -> list[Any]:
@@ -157,7 +164,7 @@ def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
             kind = type(module).__name__
             return Interposed(f"its {path} ({kind}) is no attention that fastvlm knows")
     outers, owner = layers_and_owner(stack)
-    layers = {_layer_in(layer, spec) for layer in outers}
+    layers = {layer_of(layer, spec) for layer in outers}
     by_layers = spec.hands is not None or spec.by_layers
     if by_layers and not all(map(is_ours, layers)):
         return Interposed(
@@ -166,9 +173,7 @@ def look(stack: Any, spec: Stack, is_ours: Callable[[Any], bool]) -> Interposed:
     held = {submodule(layer, path) for layer in layers for path in spec.holders}
     known = layers | held | {owner, stack._modules.get(spec.embedding.holder)}
     padded = None
-    for path, module in stack.named_modules():
-        if module is stack:
-            continue
+    for path, module in _in_front_of_head(stack, spec):
         top = path.partition(".")[0]
         reason = _of_part(path, module, is_ours(module) or module in known, is_ours)
         if reason is None:
@@ -240,9 +245,9 @@ class _Look:
         self.found = look(stack, stack.spec, runs_ours)
         parts = parts_of(stack, stack.spec)
         self.attentions = [] if isinstance(parts, str) else parts
-        self.layers = [_layer_in(layer, stack.spec) for layer in layers_of(stack)]
+        self.layers = [layer_of(layer, stack.spec) for layer in layers_of(stack)]
         self.own = _State.of(stack)._replace(module=None)
-        self.states = [_State.of(m) for m in stack.modules() if m is not stack]
+        self.states = [_State.of(m) for _, m in _in_front_of_head(stack, stack.spec)]
         bases = {original(state.cls) for state in self.states if runs_ours(state.module)}
         bases.add(original(type(stack)))
         self.forwards = [(base, base.forward) for base in bases]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastvlm.checks import describe
-from fastvlm.compat import hf
+from fastvlm.compat import hf, targets
 from fastvlm.decoding.prefixes import decoder_stack
-from fastvlm.loss.request import LossRequest, loss_request, requesting
+from fastvlm.loss.request import LossRequest, loss_request, reading, requesting
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, is_plain
 from fastvlm.patching import padded_labels
@@ -34,7 +34,6 @@ from fastvlm.run.mixin import Mixin
 from fastvlm.run.static import StaticMasks
 
 IMAGES = "image_of_prompt"
-_SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
 class LossHead(Mixin):
@@ -129,12 +128,24 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
             self._place_images(kwargs)
         labels = kwargs.get("labels")
         groups, num_groups = kwargs.pop("groups", None), kwargs.pop("num_groups", None)
+        decoder = _decoder_of(self)
         self._check(kwargs, labels, groups, num_groups)
+        if kwargs.get(READERS) is not None and not takes(self, READERS):
+            if decoder is None or not decoder.takes_readers:
+                raise _fail(READERS, "left out: its decoder is not patched", kwargs[READERS])
+            if torch.compiler.is_compiling() and not targets.hands_to_decoder(self):
+                raise _fail(READERS, "left out where the whole model is compiled", kwargs[READERS])
+        with reading(decoder, kwargs.get(READERS)):
+            return self._called(kwargs, decoder, groups, num_groups)
+
+    def _called(
+        self, kwargs: dict[str, Any], decoder: DecoderStack | None, groups: Any, num_groups: Any
+    ) -> Any:
+        labels = kwargs.get("labels")
         if torch.compiler.is_compiling():
             if groups is not None:
                 raise _fail("groups", "left out where the whole model is compiled", groups)
             return super().forward(**kwargs)
-        decoder = _decoder_of(self)
         if labels is None:
             around = loss_request()
             if around is not None and decoder is not None and around.decoder is decoder:
@@ -204,8 +215,8 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
         """The token ids that the decoder will be given, as far as they are known up front."""
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
         ids: Tensor | None = kwargs.get(prefix + "input_ids")
-        if ids is None and kwargs.get(prefix + "inputs_embeds") is None and hasattr(self, _SHIFT):
-            ids = getattr(self, _SHIFT)(labels)
+        if ids is None and kwargs.get(prefix + "inputs_embeds") is None:
+            ids = targets.targets_of_labels(self, labels)
         return ids
 
     def _default_mask(
@@ -213,9 +224,8 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
     ) -> Tensor | None:
         """The mask of target ids that is assumed where none is given; None is all ones."""
         given = kwargs.get("decoder_input_ids") is not None
-        if ids is not None and not given and hf.hides_pads_of_labels(self):
-            return ids != self.config.pad_token_id
-        return decoder.default_mask(ids)
+        mask = None if ids is None or given else targets.mask_of_targets(self, ids)
+        return decoder.default_mask(ids) if mask is None else mask
 
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
         """Whether a label may count in a row that the caller's mask, or the decoder's own, hides.

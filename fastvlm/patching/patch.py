@@ -91,8 +91,8 @@ def patch(
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
         raise PatchError(
             "fastvlm.patch: model must contain a Florence-2, BART, mBART, M2M100, Marian, Pegasus, "
-            "Blenderbot, TrOCR, Whisper, T5, GPT-2, BLIP, BERT, Gemma-2, T5Gemma, PaliGemma, "
-            "Llama or Mllama decoder, or modules of that structure; got "
+            "Blenderbot, TrOCR, Whisper, T5, Pix2Struct, GPT-2, BLIP, BERT, Gemma-2, T5Gemma, "
+            "PaliGemma, Llama or Mllama decoder, or modules of that structure; got "
             f"{type(model).__name__}, in which nothing can be patched"
             f"{' (' + why + ')' if why else ''}"
         )

@@ -47,8 +47,13 @@ def plan(
     # imported here: fastvlm's ops stand without transformers
     if importlib.util.find_spec("transformers") is None:
         raise PatchError("fastvlm.patch needs transformers: pip install 'fastvlm[hf]'")
-    from fastvlm.patching import davit
-    from fastvlm.patching.families import STACKS, left_alone, refusals, tower_linears
+    from fastvlm.patching.families import (
+        STACKS,
+        left_alone,
+        refusals,
+        tower_linears,
+        tower_parts,
+    )
 
     changes: list[Change] = []
     seen: set[int] = set()
@@ -70,8 +75,8 @@ def plan(
             if spec is not None and spec.reads_encoder:
                 shared[module] = spec
     parts = probe.PartTrials()
-    for name, module, rule in davit.tower_modules(model):
-        choice = parts.choice(module, _choose(module, rule, wanted), davit.KNOWN)
+    for name, module, rule, known in tower_parts(model):
+        choice = parts.choice(module, _choose(module, rule, wanted), known)
         add(_change(name, module, rule.floors, choice))
     if changes:
         for name, module in model.named_modules():
@@ -106,11 +111,14 @@ def _plan_stack(
     """
     found = []
     weights, compute = numbers
+    own_head = _head_of(stack)
     kept: set[nn.Module] = set()  # linear layers whose weight is read as it is
     per_image: set[nn.Module] = set()
     for name, module in stack.named_modules(prefix=prefix):
         kept.update(adapters_of(module))
         inner = next((r for r in rule.rules if module is not stack and r.matches(module)), None)
+        if module is own_head:
+            continue  # of the model, which makes it what it must be for a loss
         if inner is not None:
             found.append((name, module, inner, _choose(module, inner, wanted)))
             per_image.update(_projections_of_images(name, module, inner))
@@ -179,10 +187,11 @@ def _plan_outside(
     """The head, and the class that generates and has a loss."""
     from fastvlm.patching import families, language_model, tied
 
-    head: Any = getattr(module, "get_output_embeddings", lambda: None)()
+    head = _head_of(module)
     # asked of the class: a wrapper (PEFT) passes on the attributes of the model inside it
     trains = head is not None and hasattr(type(module), "get_output_embeddings")
     trains = trains and takes(module, "labels") and hasattr(module, "config")
+    trains = trains and not any(stack.matches(module) for stack in families.STACKS)
     loops = "loss" in wanted or language_model.runs_loop(module)
     other = foreign.other_forward(module) if trains and not is_patched(module) else None
     loops = loops and trains and _is_linear(head) and other is None
@@ -211,6 +220,11 @@ def _plan_outside(
         why = "weights= is for decoding" if weights else f"its head {type(head).__name__} is called"
         why = other or why
         add(_change(name, module, ("loss",), why))
+
+
+def _head_of(module: Any) -> Any:
+    """The head over tokens that a model, or a stack that has one, says it has."""
+    return getattr(module, "get_output_embeddings", lambda: None)()
 
 
 def _shares_states(module: Any, shared: dict[nn.Module, Stack]) -> bool:

@@ -3,9 +3,9 @@
 A class is known by the path of its module, in the versions that the tests build it in. Any other
 (a trainer's copy, a subclass, a newer release, a class that merely has the names) may compute
 something else with the same parts: so a small replica of it (`fastvlm.patching.replica`) is run,
-its own forward against ours, in float64: a stack with one layer of each kind, padded, with and
-without a cache, with gradients; norms and MLPs by themselves. What differs is left alone, and the
-report says by how much.
+its own forward against ours, in float64: a stack with one layer of each kind, behind the first
+where that hands its bias on, padded, with and without a cache, with gradients; norms and MLPs by
+themselves. What differs is left alone, and the report says by how much.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastvlm.ops import dispatch
 from fastvlm.patching import trials
 from fastvlm.patching.classes import become, swapped, unpatched_class
 from fastvlm.patching.replica import DTYPE, ROWS, Float64, Replica, signature, without_weights
-from fastvlm.patching.rules import StackRule, Swap
+from fastvlm.patching.rules import StackRule, Swap, spec_of
 
 # of what is compared, relative to the largest: both sides are float64
 SAME = 1e-6
@@ -140,7 +140,9 @@ def _try_layer(
     """The stack with one of its layers, both ways; what must go is refused in all its layers."""
     if not trial.swaps.keys() & (together | layers):
         return
-    replica = Replica(index)
+    swap = trial.swaps.get(stack)
+    hands_on = swap is not None and spec_of(swap).has_bias and index > 0
+    replica = Replica((0, index) if hands_on else (index,))  # with the layer whose bias it gets
     copied = replica.of(stack, layers_of(stack))
     base, failed = _run(lambda: trials.answers(copied))
     if base is None:

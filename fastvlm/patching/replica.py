@@ -64,8 +64,8 @@ def without_weights(module: nn.Module) -> str | None:
 class Replica:
     """Copies of modules that belong together: what they share is shared by the copies."""
 
-    def __init__(self, kept: int | None = None) -> None:
-        """kept: of a stack's layers, the only one that is copied."""
+    def __init__(self, kept: tuple[int, ...] | None = None) -> None:
+        """kept: of a stack's layers, those that are copied."""
         self.kept = kept
         self.window: int | None = None  # of the original: few rows are no longer than it
         self.random = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ class Replica:
         self._originals: list[Any] = []  # ids stay theirs while they live
 
     def of(self, module: nn.Module, layers: Any = None) -> nn.Module:
-        """layers: the ModuleList of which one layer is kept."""
+        """layers: the ModuleList of which some are kept."""
         if not self.copies:
             window = getattr(vars(module).get("config"), "sliding_window", None)
             self.window = window if isinstance(window, int) else None
@@ -104,7 +104,8 @@ class Replica:
             new._buffers[name] = None if buffer is None else _plain(buffer)
         new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         if module is layers and self.kept is not None:
-            new._modules["0"] = self.of(list(module.children())[self.kept])
+            every = list(module.children())
+            new._modules.update({str(n): self.of(every[k]) for n, k in enumerate(self.kept)})
             return new
         for name, child in module._modules.items():
             new._modules[name] = None if child is None else self._child(child, layers)
@@ -142,7 +143,7 @@ class Replica:
             return _EPS if name in ("eps", "variance_epsilon") else value
         if isinstance(value, int):
             if name == "layer_idx" and self.kept is not None:
-                return 0
+                return self.kept.index(value) if value in self.kept else 0
             # what is off by one stays off by one
             if name == "sliding_window" and self.window is not None:
                 return value - self.window + WINDOW
@@ -186,9 +187,10 @@ class Replica:
         if self.kept is None:
             return
         kinds = values.get("layer_types")
-        if kinds is not None and self.kept < len(kinds):
-            values["layer_types"] = [kinds[self.kept]]
-        values.update({name: 1 for name in _LAYERS if isinstance(values.get(name), int)})
+        if kinds is not None and max(self.kept) < len(kinds):
+            values["layer_types"] = [kinds[index] for index in self.kept]
+        count = len(self.kept)
+        values.update({name: count for name in _LAYERS if isinstance(values.get(name), int)})
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a stack of one layer gives on rows of its own, by which two ways to run it are compared:
-outputs and gradients of a padded batch and of one without padding, and where it decodes those of a
-prefill and two steps.
+"""What a stack of a layer or two gives on rows of its own, by which two ways to run it are
+compared: outputs and gradients of a padded batch and of one without padding, and where it decodes
+those of a prefill and two steps.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from fastvlm.patching.classes import unpatched_class
 from fastvlm.patching.replica import DTYPE, ROWS
 
 # where the attentions of a layer stand
-_OWN = ("self_attn", "layer.0.SelfAttention", "attention.self", "attn")
+_OWN = (
+    *("self_attn", "layer.0.SelfAttention", "attention.self", "attn"),
+    "self_attention.attention",
+)
 _CROSS = (
     *("encoder_attn", "cross_attn", "layer.1.EncDecAttention", "crossattention.self"),
-    "crossattention",
+    *("crossattention", "encoder_decoder_attention.attention"),
 )
 _KEYS = ("k_proj", "k", "key", "c_attn")
 
 
 def answers(stack: Any) -> list[Tensor]:
-    """What a stack of one layer gives: trained on a padded batch; if it decodes, by steps too."""
+    """What a small stack gives: trained on a padded batch; if it decodes, by steps too."""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(4, ROWS - 2, (2, 9), generator=random)
     own, cross = (_attention(layers_of(stack)[0], paths) for paths in (_OWN, _CROSS))

@@ -53,6 +53,7 @@ class Layouts:
         encoder's states too, and padding is neither computed nor differentiated.
     seen: of cross, where a text's rows may each see other keys of its image.
     static: of a call with transformers' StaticCache, which has no layouts.
+    last: the layer behind which a stack's own head reads the padded grid; None where there is none.
     marks: who took them; None where nobody counts (a static cache, whose mask goes along).
     """
 
@@ -63,6 +64,7 @@ class Layouts:
     packed: bool = False
     seen: Seen | None = None
     static: Static | None = None
+    last: Any = None
     marks: Marks | None = field(default_factory=Marks)
 
     @property
@@ -82,6 +84,15 @@ class Layouts:
         if not self.packed or rows is None or x.shape[:2] == (1, rows.num_tokens):
             return x
         return rows.pack(x).unsqueeze(0)
+
+    def leave(self, x: Tensor, layer: Any) -> Tensor:
+        """Hidden states as what is behind a layer has them: a head in the stack finds [B, L, d],
+        zeros at padding."""
+        rows = self.rows
+        if self.last is not layer or rows is None:
+            return x
+        padding = rows.q_padding
+        return x if padding is None or padding.index is None else rows.unpack(self.pack(x))
 
     def ancestry(self, moved: Tensor | None) -> Tensor | None:
         """What a step's rows read of the cache, whose own table is moved (None: each itself)."""

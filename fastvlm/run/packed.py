@@ -52,8 +52,9 @@ class PatchedLayer(Mixin):
         h, _ = run_layer(modules, self, residuals, h)
         if spec.clamps in ("always", "overflow"):
             h = _finite(h, spec.clamps)
+        h = h if layouts is None else layouts.leave(h, self)
         if spec.shares_bias:
-            return h, modules.position_bias, None
+            return (h, modules.position_bias, *(None,) * (spec.results - 2))
         return (h,) if spec.in_tuple else h
 
 

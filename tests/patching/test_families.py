@@ -10,12 +10,13 @@ from bert_models import BERTS
 from gemma3_models import GEMMA3
 from llama_models import LLAMAS
 from models import FAMILIES, PAD, RELATIVES, Family
+from pix2struct_models import PIX2STRUCT
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
 
-BY_TURNS = {**RELATIVES, **BERTS, **GEMMA3, **LLAMAS}
+BY_TURNS = {**RELATIVES, **BERTS, **GEMMA3, **LLAMAS, **PIX2STRUCT}
 ALL = {**FAMILIES, **BY_TURNS}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},

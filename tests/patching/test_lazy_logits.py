@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from models import RELATIVES
+from test_families import generate
 from test_loss_without_logits import TRAINED, assert_same, both
 from torch import Tensor, nn
 
+import fastvlm
 from fastvlm.patching.logits import LazyLogits
 
 
@@ -183,3 +187,27 @@ def test_pickled_and_copied_models_keep_the_loss() -> None:
         out = model(**batch)
         assert type(out.__dict__["logits"]) is LazyLogits
         assert torch.equal(out.loss, expected)
+
+
+class Cooled(tf.T5ForConditionalGeneration):
+    """Its logits are others than its head's."""
+
+    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+        out = super().forward(labels=labels, **kwargs)
+        out.logits = 0.7 * out.logits
+        return out
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_model_that_computes_with_its_logits_generates(weights: str | None) -> None:
+    model: Any = RELATIVES["flan_t5"].build()
+    model.__class__ = Cooled
+    inputs = RELATIVES["flan_t5"].inputs(model)
+    ask: dict[str, Any] = {"num_beams": 2, "return_dict_in_generate": True, "output_scores": True}
+    want = generate(model, inputs, **ask)
+    fastvlm.patch(model, weights=weights)
+    got = generate(model, inputs, **ask)
+    if weights is None:
+        assert torch.equal(got.sequences, want.sequences)
+        assert torch.allclose(got.sequences_scores, want.sequences_scores, atol=1e-4)
+    assert torch.equal(generate(model, inputs, num_beams=2), got.sequences)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCAB
+from models import FAMILIES, RELATIVES, VOCAB
 from test_families import generate
 from test_loss_without_logits import Calls, assert_same
 from torch import Tensor, nn
@@ -206,3 +206,21 @@ def test_groups_beside_an_adapter_on_the_head_are_refused() -> None:
     batch: dict[str, Tensor] = shared_batch("bart")
     with pytest.raises(ValueError, match="groups must be left out where the head is no plain"):
         model(**batch, groups=torch.zeros(7).long(), num_groups=1)
+
+
+def test_a_model_that_hands_its_decoder_nothing() -> None:
+    """VisionEncoderDecoder gives such arguments to its encoder, which forgets them."""
+    plain: Any = RELATIVES["vit_gpt2"].build()
+    ours = copy.deepcopy(plain)
+    fastvlm.patch(ours)
+    pixels = RELATIVES["vit_gpt2"].inputs(plain)["pixel_values"]
+    labels = torch.randint(3, VOCAB - 2, (3, 5), generator=torch.Generator().manual_seed(3))
+    reads = torch.tensor([2, 0, 0])
+    want = plain(pixel_values=pixels[reads], labels=labels).loss
+    got = ours(pixel_values=pixels, labels=labels, prompt_of_target=reads).loss
+    other = plain(pixel_values=pixels, labels=labels).loss
+    assert torch.allclose(got, want, rtol=1e-5)
+    assert not torch.allclose(other, want, rtol=1e-3)
+    want.backward()
+    got.backward()
+    assert_same(ours, plain, 1e-4)

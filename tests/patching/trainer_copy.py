@@ -24,6 +24,7 @@ HOMES = {
     "t5": ("t5", "T5ForConditionalGeneration"),
     "bert": ("bert", "BertLMHeadModel"),
     "blip_text": ("blip", "BlipTextLMHeadModel"),
+    "pix2struct": ("pix2struct", "Pix2StructForConditionalGeneration"),
 }
 _made = 0
 

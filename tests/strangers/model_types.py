@@ -32,6 +32,7 @@ from batches import (
 )
 from llama_models import LLAMAS
 from models import FAMILIES, RELATIVES
+from pix2struct_models import PIX2STRUCT
 from sizes import EOS, PAD, VOCAB, small
 from torch import nn
 
@@ -73,7 +74,7 @@ def _of(names: str, batches: Batches | None = None, **settings: Any) -> dict[str
 
 
 def _family(name: str) -> ModelType:
-    family = {**FAMILIES, **RELATIVES, **LLAMAS}[name]
+    family = {**FAMILIES, **RELATIVES, **LLAMAS, **PIX2STRUCT}[name]
 
     def batches() -> tuple[Batch, Batch]:
         return family.inputs(nn.Module()), family.training(nn.Module())
@@ -247,6 +248,7 @@ TYPES: dict[str, ModelType] = {
     ),
     **PAIRS,
     **_of("blip=BlipForConditionalGeneration", caption, **BLIP),
+    "pix2struct": _family("pix2struct"),
     **_of("blip-vqa=BlipForQuestionAnswering", answer, **BLIP),
     **_of(
         "mvp=MvpForConditionalGeneration plbart=PLBartForConditionalGeneration "
@@ -310,8 +312,7 @@ TYPES: dict[str, ModelType] = {
         "speecht5-tts=SpeechT5ForTextToSpeech moonshine=MoonshineForConditionalGeneration "
         "canary=CanaryForConditionalGeneration cohere_asr=CohereAsrForConditionalGeneration "
         "dia=DiaForConditionalGeneration "
-        "pix2struct=Pix2StructForConditionalGeneration udop=UdopForConditionalGeneration "
-        "blip-2=Blip2ForConditionalGeneration "
+        "udop=UdopForConditionalGeneration blip-2=Blip2ForConditionalGeneration "
         "instructblip=InstructBlipForConditionalGeneration idefics=IdeficsForVisionText2Text "
         "instructblipvideo=InstructBlipVideoForConditionalGeneration "
         "evolla=EvollaForProteinText2Text kosmos-2=Kosmos2ForConditionalGeneration "

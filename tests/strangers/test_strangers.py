@@ -29,6 +29,7 @@ WHOLE = {
     **dict.fromkeys(("pegasus", "blenderbot", "blenderbot-small"), _SEQ2SEQ),
     "t5": {*_SEQ2SEQ, "rms_norm"},
     **dict.fromkeys(("mt5", "umt5"), {*_SEQ2SEQ, "rms_norm"} - {"gelu_mlp"} | {"geglu_mlp"}),
+    "pix2struct": {*_SEQ2SEQ, "rms_norm"} - {"gelu_mlp"} | {"geglu_mlp"},
     "gemma2": {"self_attention", "cached_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "t5gemma": {"self_attention", "cross_attention", "rope", "geglu_mlp", "residual_rms_norm"},
     "t5gemma2": {"self_attention", "cross_attention", "rope", "geglu_mlp", "rms_norm"},
