@@ -25,7 +25,9 @@ def _stands_in(model: Any, *names: str) -> bool:
 
 
 def hands_to_decoder(model: Any) -> bool:
-    """Whether a model hands its decoder arguments that it does not know itself."""
+    """Whether a model of transformers hands its decoder arguments that it does not know itself."""
+    if not any(cls.__module__.startswith("transformers.models.") for cls in type(model).__mro__):
+        return False
     pairs = ("encoder_decoder", "vision_encoder_decoder", "speech_encoder_decoder")
     return not _stands_in(model, "pix2struct", *pairs)
 

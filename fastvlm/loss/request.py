@@ -110,40 +110,48 @@ def generating(decoder: nn.Module | None) -> Iterator[None]:
         _GENERATES.reset(token)
 
 
-# the decoder that a call is for, and the encoder row that each of its rows reads
-_READERS: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("fastvlm_readers", default=None)
+@dataclass
+class Readers:
+    """A call of a model with this decoder. rows: int64 [B], the encoder row that each row of it
+    reads; None where each reads its own. taken: the decoder knows them."""
+
+    decoder: nn.Module | None = None
+    rows: Tensor | None = None
+    taken: bool = False
+
+
+_READERS: ContextVar[Readers | None] = ContextVar("fastvlm_readers", default=None)
 # of each decoder: what its last such call was of, and these rows
 _READ: WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Tensor]] = WeakKeyDictionary()
 
 
 @contextmanager
-def reading(decoder: nn.Module | None, readers: Tensor | None) -> Iterator[None]:
-    """A call of a model with this decoder, whoever stands between them (`readers_for`)."""
+def reading(decoder: nn.Module | None, rows: Tensor | None) -> Iterator[Readers]:
+    """Such a call, whoever stands between the model and its decoder (`readers_for`)."""
     found = _READERS.get()
-    if decoder is not None and readers is not None:
-        found = decoder, readers
-    elif found is not None and found[0] is not decoder:  # another model's business
-        found = None
+    if rows is not None or found is None or found.decoder is not decoder:
+        found = Readers(decoder, rows)
     token = _READERS.set(found)
     try:
-        yield
+        yield found
     finally:
         _READERS.reset(token)
 
 
-def readers_for(decoder: nn.Module, given: Tensor | None) -> Tensor | None:
-    """The encoder row that each row of a decoder reads, where its model hands no such thing down.
-    given: its tokens, or their embeddings."""
+def readers_for(decoder: nn.Module, given: Tensor | None, handed: Tensor | None) -> Tensor | None:
+    """The encoder row that each row of a decoder reads: what it was handed, or, from a model that
+    hands it no such thing, what that was called with. given: its tokens, or their embeddings."""
     if torch.compiler.is_compiling() or given is None:
-        return None
+        return handed
     found = _READERS.get()
-    if found is not None and found[0] is decoder:
-        _READ[decoder] = weakref.ref(given), found[1]
-        return found[1]
-    known = _READ.get(decoder)
+    if found is not None and found.decoder is decoder and found.rows is not None:
+        found.taken = True
+        _READ[decoder] = weakref.ref(given), found.rows
+        return found.rows
+    known = None if handed is not None else _READ.get(decoder)
     if known is not None and known[0]() is given and pytorch.in_backward():
         return known[1]  # a checkpoint computes the call again
-    return None
+    return handed
 
 
 # of each decoder: the mask of its last call with labels, and what was answered

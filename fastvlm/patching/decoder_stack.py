@@ -234,9 +234,9 @@ class DecoderStack(PatchedStack):
     def _run(self, call: DecoderInputs, use_cache: bool | None, kwargs: dict[str, Any]) -> Any:
         """super().forward with layouts where that is possible, as it came otherwise."""
         layouts, call.readers = None, kwargs.pop(READERS, None)
-        if call.readers is None and self.spec.reads_encoder:
+        if self.spec.reads_encoder:
             given = call.inputs_embeds if call.input_ids is None else call.input_ids
-            call.readers = readers_for(self, given)
+            call.readers = readers_for(self, given, call.readers)
         asks = wants_attentions(self, kwargs) or not self._is_causal(kwargs)
         if not self.spec.reads_encoder:
             asks = asks or kwargs.get("encoder_hidden_states") is not None

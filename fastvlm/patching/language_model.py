@@ -128,24 +128,29 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
             self._place_images(kwargs)
         labels = kwargs.get("labels")
         groups, num_groups = kwargs.pop("groups", None), kwargs.pop("num_groups", None)
-        decoder = _decoder_of(self)
         self._check(kwargs, labels, groups, num_groups)
-        if kwargs.get(READERS) is not None and not takes(self, READERS):
-            if decoder is None or not decoder.takes_readers:
-                raise _fail(READERS, "left out: its decoder is not patched", kwargs[READERS])
-            if torch.compiler.is_compiling() and not targets.hands_to_decoder(self):
-                raise _fail(READERS, "left out where the whole model is compiled", kwargs[READERS])
-        with reading(decoder, kwargs.get(READERS)):
-            return self._called(kwargs, decoder, groups, num_groups)
+        readers = None if takes(self, READERS) else kwargs.get(READERS)
+        if torch.compiler.is_compiling():
+            if groups is not None:
+                raise _fail("groups", "left out where the whole model is compiled", groups)
+            if readers is not None and not targets.hands_to_decoder(self):
+                raise _fail(READERS, "left out where the model is compiled", readers)
+            return super().forward(**kwargs)
+        decoder = _decoder_of(self)
+        if readers is not None and (decoder is None or not decoder.takes_readers):
+            raise _fail(READERS, "left out: its decoder is not patched", readers)
+        with reading(decoder, readers) as read:
+            outputs = self._called(kwargs, decoder, groups, num_groups)
+        if readers is not None and not (read.taken or targets.hands_to_decoder(self)):
+            raise _fail(
+                READERS, "left out: it did not reach the decoder, which is compiled", readers
+            )
+        return outputs
 
     def _called(
         self, kwargs: dict[str, Any], decoder: DecoderStack | None, groups: Any, num_groups: Any
     ) -> Any:
         labels = kwargs.get("labels")
-        if torch.compiler.is_compiling():
-            if groups is not None:
-                raise _fail("groups", "left out where the whole model is compiled", groups)
-            return super().forward(**kwargs)
         if labels is None:
             around = loss_request()
             if around is not None and decoder is not None and around.decoder is decoder:
