@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -338,3 +339,29 @@ def test_who_hides_the_pads_that_it_makes_of_labels(kind: str) -> None:
     assert (found is None) == (masks[0] is None)
     assert found is None or found.tolist() == [[True, True, False, False]]
     assert masks[0] is None or masks[0].tolist() == [[1, 1, 0, 0]]
+
+
+@on_transformers_5
+def test_what_pix2struct_makes_of_labels() -> None:
+    sizes = {"hidden_size": 8, "d_kv": 8, "d_ff": 8, "num_hidden_layers": 1}
+    ends = {"vocab_size": 9, "pad_token_id": 1, "decoder_start_token_id": 1}
+    heads = {"num_heads": 1, "num_layers": 1}
+    config = tf.Pix2StructConfig(
+        text_config={**{n: v for n, v in sizes.items() if "layers" not in n}, **ends, **heads},
+        vision_config={**sizes, "num_attention_heads": 1, "patch_embed_hidden_size": 4},
+    )
+    model = tf.Pix2StructForConditionalGeneration(config)
+    given: dict[str, Any] = {}
+    model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
+    labels = torch.tensor([[5, 1, -100, 6]])
+    model(flattened_patches=torch.ones(1, 3, 6), labels=labels)
+    ids = targets.targets_of_labels(model, labels)
+    assert ids is not None
+    assert torch.equal(ids, given["input_ids"])
+    mask = targets.mask_of_targets(model, ids)
+    assert mask is not None
+    assert torch.equal(mask, given["attention_mask"] != 0)
+    assert mask.tolist() == [[True, True, False, False]]
+    assert not targets.hands_to_decoder(model)

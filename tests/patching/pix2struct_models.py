@@ -48,7 +48,12 @@ def pix2struct(tie_word_embeddings: bool = False, **settings: Any) -> nn.Module:
         vision_config=vision,
         tie_word_embeddings=tie_word_embeddings,
     )
-    return _spread(tf.Pix2StructForConditionalGeneration(config), 0.15)
+    model = _spread(tf.Pix2StructForConditionalGeneration(config), 0.15)
+    with torch.no_grad():  # scores have no scale: published queries are as small
+        for name, weight in model.named_parameters():
+            if name.endswith("query.weight"):
+                weight.mul_(8**-0.5)
+    return model
 
 
 def patches() -> tuple[Tensor, Tensor]:
