@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -97,7 +98,7 @@ def replaced_forward(cls: Any) -> str | None:
 
 
 # whose functions may stand under the names that a forward of transformers uses
-_THEIRS = ("transformers", "torch", "kernels")
+_THEIRS = {"transformers", "torch", "kernels", "numpy", "fastvlm", *sys.stdlib_module_names}
 
 
 def named_functions(cls: Any) -> list[tuple[dict[str, Any], str, Any]]:
@@ -117,7 +118,7 @@ def replaced_function(cls: Any) -> str | None:
     for _, name, found in named_functions(cls):
         # not __module__, which functools.wraps copies
         home = getattr(found, "__globals__", {}).get("__name__") or _origin(found)[0]
-        if home.partition(".")[0] not in (*_THEIRS, "fastvlm") and home not in ("builtins", "math"):
+        if home.partition(".")[0] not in _THEIRS:
             return f"the {name} of {cls.__name__} was replaced by one of {home}"
     return None
 
