@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import function
 
 
 def autocasts(device: str) -> bool:
@@ -46,3 +49,22 @@ def seed_for(x: Tensor, dropout_p: float) -> Tensor | None:
 def wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
     """None in place of the empty tensors that stand for gradients nobody asked for."""
     return [g if need else None for g, need in zip(grads, needs)]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Any:
+    """PyTorch's, which only refuses a second derivative where the gradient that comes in wants one:
+    that of a loss is 1, and wants none, and all behind it would pass for constants."""
+    theirs = function.once_differentiable(backward)
+
+    @functools.wraps(theirs)
+    def refuses(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(_wanting(grad) for grad in grads)
+        return theirs(ctx, *grads)
+
+    return refuses
+
+
+def _wanting(grad: Any) -> Any:
+    differs = isinstance(grad, Tensor) and grad.is_floating_point() and not grad.requires_grad
+    return grad.detach().requires_grad_() if differs else grad

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
-from fastvlm.ops._autograd import autocast, needs_grad, wanted
+from fastvlm.ops._autograd import autocast, needs_grad, once_differentiable, wanted
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import loss as reference
 

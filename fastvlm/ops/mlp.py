@@ -7,12 +7,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
 from fastvlm.compat import pytorch
 from fastvlm.ops._activation import number_of
-from fastvlm.ops._autograd import autocast, autocasts, needs_grad, seed_for, wanted
+from fastvlm.ops._autograd import (
+    autocast,
+    autocasts,
+    needs_grad,
+    once_differentiable,
+    seed_for,
+    wanted,
+)
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import mlp as reference
 

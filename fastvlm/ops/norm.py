@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
 from fastvlm.checks import FLOATS
-from fastvlm.ops._autograd import autocast_wide, needs_grad, seed_for, wanted
+from fastvlm.ops._autograd import autocast_wide, needs_grad, once_differentiable, seed_for, wanted
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import norm as reference
 

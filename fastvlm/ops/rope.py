@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvlm import checks
-from fastvlm.ops._autograd import needs_grad
+from fastvlm.ops._autograd import needs_grad, once_differentiable
 from fastvlm.ops.dispatch import define
 from fastvlm.reference import rope as reference
 

@@ -262,8 +262,12 @@ class DecoderStack(PatchedStack):
             hand(arguments, layouts, self.spec.hands)
             return self._settled(super().forward(**arguments), layouts)
         if layouts is None:
-            dtype = part_of(self, self.spec.embedding.tokens).weight.dtype
-            arguments["attention_mask"] = static.additive(call.attention_mask, self.config, dtype)
+            if static.is_fixed(call.past):
+                dtype = part_of(self, self.spec.embedding.tokens).weight.dtype
+                mask = static.additive(call.attention_mask, self.config, dtype)
+                arguments["attention_mask"] = mask
+            else:
+                arguments["attention_mask"] = call.attention_mask
             arguments |= self._read(*self._expanded(call))
             return super().forward(**arguments)
         self._share(call.past)

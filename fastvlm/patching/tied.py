@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastvlm.compat import pytorch
 from fastvlm.loss.request import LossRequest, loss_request
 from fastvlm.models.embedding import factor_of, with_own_row
 from fastvlm.nn.linear import is_plain
+from fastvlm.ops._autograd import once_differentiable
 from fastvlm.patching.classes import is_patched
 from fastvlm.patching.rules import Swap
 from fastvlm.run.mixin import Mixin

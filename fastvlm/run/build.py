@@ -163,6 +163,7 @@ class _Writer:
             way = 0 if spec.way is None else self.ways.index(getattr(part, spec.way))
             q, k = self.program.rope(q, k, part.head_dim, way)
         cache = beam_cache.layer_of(self.own, self.index)
+        ensure(cache.k is not None)  # a layer that the stack leaves out, by its configuration
         window = window_of(part, spec)
         if isinstance(window, tuple):  # of rows that see what comes
             raise NotCompilable

@@ -66,6 +66,11 @@ def _is_static(cache: Any) -> bool:
     return type(cache) is StaticCache and not hf.is_offloaded(cache)
 
 
+def is_fixed(past: Any) -> bool:
+    """Whether generate() may have made the masks of a call with this cache in `StaticMasks`."""
+    return past is not None and bool(getattr(past, "is_compileable", True))
+
+
 def is_shared(cross: Cache) -> bool:
     """Whether a cross-attention cache holds an image once, whatever the number of its readers."""
     return bool(cross.layers) and all(type(layer) is SharedStaticLayer for layer in cross.layers)

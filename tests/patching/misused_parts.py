@@ -346,3 +346,28 @@ def bias_of_the_head_after_patch(s: Scene) -> Results:
     bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
     head.bias = nn.Parameter(bias)
     return {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+
+
+@use
+def layers_left_out_by_the_configuration(s: Scene) -> Results:
+    """As an assistant that exits early: the layers stay where they are."""
+    s.put_in(s.model)
+    first = both(s.model, s.prompt, "-before")
+    text = s.model.config.get_text_config(decoder=True)
+    kept = text.num_hidden_layers
+    text.num_hidden_layers = 1
+    found = {**both(s.model, s.prompt), **trained(s.model.train(), s.batch)}
+    text.num_hidden_layers = kept
+    return {**first, **found, **both(s.model.eval(), s.prompt, "-after")}
+
+
+@use
+def bool_mask_of_four_dimensions(s: Scene) -> Results:
+    """Transformers' eager attention adds it to the scores, whatever was meant."""
+    s.model.set_attn_implementation("eager")
+    s.put_in(s.model)
+    labels = s.batch["labels"]
+    rows, length = labels.shape
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+    name = "decoder_attention_mask" if s.encodes else "attention_mask"
+    return trained(s.model.train(), {**s.batch, name: mask})

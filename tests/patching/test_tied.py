@@ -210,3 +210,18 @@ def test_untied_and_peculiar_embeddings_stay() -> None:
     model.get_decoder().embed_tokens.scale_grad_by_freq = True
     report = fastvlm.patch(model)
     assert any("no plain sum of rows" in (e.reason or "") for e in report.skipped)
+
+
+@pytest.mark.parametrize("name", ["bart", "gemma2"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    """Of a gradient penalty, which without a word would have no gradient."""
+    model = FAMILIES[name].build()
+    batch = FAMILIES[name].training(model)
+    fastvlm.patch(model)
+    weight = list(model.parameters())[-1]
+    loss = model.train()(**batch).loss
+    (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+    (usual,) = torch.autograd.grad(model(**batch).loss, weight)
+    assert torch.equal(grad, usual)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + grad.square().sum()).backward()
