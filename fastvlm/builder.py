@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 STAMP = ".stamp"  # beside a library: what it was built from, and its digest
 
@@ -51,14 +51,7 @@ def build_once(library: Path, key: str, compile_into: Callable[[Path], None]) ->
     Raises BuildError.
     """
     target = library.parent
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        lock = (target / ".lock").open("w")
-    except OSError as error:
-        raise BuildError(
-            f"cannot write to {target}: {error} (FASTVLM_CACHE_DIR names another folder)"
-        ) from error
-    with lock, locked(lock):
+    with open_lock(target) as lock, locked(lock):
         if is_intact(library, key):
             return library
         with tempfile.TemporaryDirectory(dir=target, prefix="build-") as work:
@@ -67,6 +60,17 @@ def build_once(library: Path, key: str, compile_into: Callable[[Path], None]) ->
             os.replace(Path(work) / library.name, library)
         (target / STAMP).write_text(_stamp(library, key))
     return library
+
+
+def open_lock(target: Path) -> IO[str]:
+    """The file of a cache's folder that is locked; both are made. Raises BuildError."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        return (target / ".lock").open("w")
+    except OSError as error:
+        raise BuildError(
+            f"cannot write to {target}: {error} (FASTVLM_CACHE_DIR names another folder)"
+        ) from error
 
 
 def _stamp(library: Path, key: str) -> str:

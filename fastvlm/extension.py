@@ -112,6 +112,10 @@ def _load() -> None:
     if not library.is_file():
         library = _cached()
         if not builder.is_intact(library, _key()):
+            # what is missing is said instead of "compiling", not after it
+            _compiler()
+            builder.find_ninja()
+            builder.open_lock(library.parent).close()
             print(
                 f"fastvlm: compiling the CPU extension once, into {library.parent}", file=sys.stderr
             )

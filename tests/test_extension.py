@@ -114,9 +114,24 @@ def test_three_processes_mend_a_damaged_library_once(built: Path, tmp_path: Path
 )
 def test_no_compiler(environment: dict[str, str], message: str, tmp_path: Path) -> None:
     environment = {"CXX": "", **environment}
-    out, _ = finish(start(tmp_path, **environment))
+    out, err = finish(start(tmp_path, **environment))
     assert out.startswith("False False 1 None"), out
     assert message in out
+    assert "compiling" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file stands where its folder would be: that stops root, too."""
+    (tmp_path / "file").touch()
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    out, err = finish(start(tmp_path / "file" / "cache", CXX=str(compiler)))
+    assert out.startswith("False False 1 None"), out
+    assert "cannot write to" in out
+    assert "FASTVLM_CACHE_DIR" in out
+    assert "compiling" not in err
 
 
 def test_compiler_that_fails(tmp_path: Path) -> None:
