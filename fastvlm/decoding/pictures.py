@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import threading
 import warnings
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import IO, Any, cast
 
 # Pillow's own limit: beyond it a file of a few bytes may ask for gigabytes
 MOST_PIXELS = 178_956_970
+
+
+class _Quiet:
+    lock = threading.Lock()
+    pictures = 0  # that are open now
+
+
+# as warnings.filterwarnings("ignore", module=r"PIL\.") writes it
+_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+@contextlib.contextmanager
+def _pillow_is_quiet() -> Iterator[None]:
+    """Within it no warning of Pillow's is shown, in any thread; everybody else's are.
+
+    It warns of what is large and of metadata that is odd; the picture is what matters.
+    warnings.catch_warnings puts all filters back as they were when it began: of two threads that
+    open pictures the second would leave those of the first, and nothing would warn any more.
+    """
+    with _Quiet.lock:
+        _Quiet.pictures += 1
+        if _PILLOW not in warnings.filters:
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        yield
+    finally:
+        with _Quiet.lock:
+            _Quiet.pictures -= 1
+            # gone already where somebody's catch_warnings has put an older list back
+            if _Quiet.pictures == 0 and _PILLOW in warnings.filters:
+                cast("list[object]", warnings.filters).remove(_PILLOW)
 
 
 class PictureError(ValueError):
@@ -26,11 +61,8 @@ def open_picture(file: str | Any | IO[bytes]) -> Any:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            # of what is large, and of metadata that is odd; the picture is what matters
-            warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
-                return as_rgb(opened)
+        with _pillow_is_quiet(), Image.open(file) as opened:
+            return as_rgb(opened)
     except PictureError:
         raise
     except Image.DecompressionBombError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +103,46 @@ def test_broken_metadata_is_no_reason(tmp_path: Path) -> None:
     segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
     (tmp_path / "a.jpg").write_bytes(data[:2] + segment + data[2:])
     assert open_picture(tmp_path / "a.jpg").size == (50, 40)
+
+
+class Slow(io.BytesIO):
+    """A file that says when it is read, and waits then."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return super().read(size)
+
+
+def test_threads_that_open_pictures_leave_the_warnings_of_all_others(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """The second begins before the first ends, and ends after it."""
+    before = list(warnings.filters)
+    files = [Slow(encoded(noise(seed))) for seed in (1, 2)]
+    threads = [threading.Thread(target=open_picture, args=(file,)) for file in files]
+    for thread, file in zip(threads, files):
+        thread.start()
+        assert file.begun.wait(60)
+    warnings.warn("while both are open", UserWarning, stacklevel=1)
+    for thread, file in zip(threads, files):
+        file.go_on.set()
+        thread.join()
+    warnings.warn("when both are closed", UserWarning, stacklevel=1)
+    said = [str(one.message) for one in recwarn]
+    assert said == ["while both are open", "when both are closed"]
+    assert list(warnings.filters) == before
+
+
+def test_what_pillow_warns_of_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    picture = Image.new("RGB", (9, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_picture(io.BytesIO(encoded(picture)))
+        with pytest.raises(Image.DecompressionBombWarning):
+            Image.open(io.BytesIO(encoded(picture)))
