@@ -27,8 +27,11 @@ SEED = 0
 def load_photo(path: str | None) -> tuple[Image.Image, str]:
     """An RGB photo and its file name; the default ships inside scikit-image's wheel."""
     if path is None:
-        import skimage
-
+        try:
+            import skimage
+        except ModuleNotFoundError:
+            wanted = "a photo; pip install scikit-image brings the one that is taken without it"
+            raise UsageError("--image", wanted, "none") from None
         path = str(Path(skimage.__file__).parent / "data" / DEFAULT_PHOTO)
     try:
         return open_picture(path), Path(path).name

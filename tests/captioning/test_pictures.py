@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -16,6 +17,8 @@ from speakers import speaker
 
 from fastvlm.decoding.images import to_pixels
 from fastvlm.decoding.pictures import PictureError, as_rgb, open_picture
+from fastvlm.loading import random_florence2
+from fastvlm.usage import UsageError
 
 
 def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
@@ -146,3 +149,10 @@ def test_what_pillow_warns_of_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> N
         open_picture(io.BytesIO(encoded(picture)))
         with pytest.raises(Image.DecompressionBombWarning):
             Image.open(io.BytesIO(encoded(picture)))
+
+
+def test_no_photo_and_none_of_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip install 'fastvlm[caption]' brings none."""
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(UsageError, match="--image wants a photo; pip install scikit-image"):
+        random_florence2.load_photo(None)
