@@ -176,8 +176,10 @@ What `make matrix` found, from benchmarks/results/versions.json; the rows are in
 
 `names`: every private name of another library (`fastvlm.compat`), called. `families`: tokens
 (greedy and 3 beams), loss and gradients of BART, mBART, Florence-2, Donut, Gemma-2, T5Gemma,
-PaliGemma 2 and Florenz, patched against unpatched; or refused by name. A test is skipped where that
-transformers has no such model. "not run" means that nobody has run it yet.
+PaliGemma 2 and Florenz, patched against unpatched; or refused by name. `more of families`: all that
+are patched, in tests/patching/test_families.py. `florenz`: tests/florenz. A test is skipped where
+that transformers has no such model. "not run" means that nobody has run it yet. From 5.21 on
+transformers wants Python 3.11.
 
 """
 

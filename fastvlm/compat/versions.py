@@ -12,8 +12,8 @@ Version = tuple[int, ...]
 # Oldest and newest minor that the tests have passed on (CONTRIBUTING.md, Versions).
 TESTED: dict[str, tuple[Version, Version]] = {
     "transformers": ((5, 5), (5, 24)),
-    "torch": ((2, 13), (2, 13)),
-    "python": ((3, 11), (3, 11)),
+    "torch": ((2, 10), (2, 14)),
+    "python": ((3, 10), (3, 13)),
 }
 # Attention, its caches and decoding: to 5.4 layers get `cache_position`, BART's give tuples and
 # hand nothing down to their attention, and Gemma-2's stack scales its embeddings itself.
