@@ -89,7 +89,12 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    return int(importlib.import_module("fastvlm.checking.command").run(args))
+    try:
+        return int(importlib.import_module("fastvlm.checking.command").run(args))
+    except ModuleNotFoundError as error:
+        if error.name not in ("PIL", "transformers"):  # of the model that is checked
+            raise
+        raise _missing("caption", error) from None
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -102,14 +107,18 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _with_extra(module: str, extra: str, args: argparse.Namespace) -> int:
     """Run a command whose packages an extra of pip brings."""
-    from fastvlm.usage import UsageError
-
     try:
         command = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        wanted = f"what pip install 'fastvlm[{extra}]' brings"
-        raise UsageError("this command", wanted, f"no module {error.name}") from None
+        raise _missing(extra, error) from None
     return int(command.run(args))
+
+
+def _missing(extra: str, error: ModuleNotFoundError) -> Exception:
+    from fastvlm.usage import UsageError
+
+    wanted = f"what pip install 'fastvlm[{extra}]' brings"
+    return UsageError("this command", wanted, f"no module {error.name}")
 
 
 def _arguments_of(module: str) -> Callable[[argparse.ArgumentParser], None]:

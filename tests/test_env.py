@@ -183,6 +183,30 @@ def test_unknown_command_is_a_usage_error() -> None:
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize("missing", ["PIL", "transformers"])
+@pytest.mark.parametrize("command", ["caption", "check"])
+def test_a_command_without_its_packages_says_what_brings_them(command: str, missing: str) -> None:
+    """One line, and the exit code of what cannot be done."""
+    code = (
+        "import sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        "from fastvlm.__main__ import main\n"
+        f"sys.exit(main([{command!r}, '--small']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTVLM_CPU": "0"},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"fastvlm {command}: this command wants what pip install 'fastvlm[caption]' brings; "
+        f"got no module {missing}\n"
+    )
+
+
 def test_tables() -> None:
     rows = [("a", "1"), ("long", "2")]
     assert text_table(("n", "v"), rows) == "n     v\n----  -\na     1\nlong  2"
