@@ -220,8 +220,7 @@ def test_who_reads_which_picture_is_never_left_out() -> None:
         model(**shared_batch())
     fastvlm.patch(model)
     model.decoder.forward = torch.compile(model.decoder.forward, backend="eager")
-    batch = {**shared_batch(), "labels": shared_batch()["labels"][:3]}
-    batch["prompt_of_target"] = torch.tensor([2, 0, 1])
+    batch = {**training(), "prompt_of_target": torch.tensor([2, 0, 1])}
     with pytest.raises(ValueError, match="prompt_of_target must be left out: it did not reach"):
         model(**batch)
 
@@ -293,8 +292,7 @@ def test_a_hook_on_the_head_keeps_nothing_from_the_layers(monkeypatch: pytest.Mo
     labels = training()["labels"]
     model(**training()).loss.backward()
     assert int((labels != -100).sum()) in calls.rows["geglu_mlp"]
-    assert (seen[0][labels == -100] == 0).all()
-    assert (seen[0][labels != -100] != 0).any(-1).all()
+    assert torch.equal((seen[0] != 0).any(-1), labels != -100)
 
 
 def test_a_head_that_is_exchanged() -> None:
@@ -336,7 +334,6 @@ def test_unpatched_again() -> None:
     model = pix2struct()
     classes = [type(m) for m in model.modules()]
     expected = generate(model, inputs(), num_beams=2)
-    fastvlm.patch(model, only="linear")
     fastvlm.patch(model)
     assert torch.equal(generate(copy.deepcopy(model), inputs(), num_beams=2), expected)
     fastvlm.unpatch(model)
