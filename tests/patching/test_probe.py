@@ -196,6 +196,10 @@ def test_a_trainers_copy_is_patched_as_the_family_is(family: str) -> None:
     assert not report.skipped
 
 
+# seen without a trial: what an attention says of itself, its stack's masks do not
+SAID = {"not causal": "its stack makes other masks", "window": "has another window"}
+
+
 @pytest.mark.parametrize(("family", "plant"), CASES)
 def test_what_computes_something_else_is_left_alone(family: str, plant: str) -> None:
     model = trainer_copy.build(family, PLANTS[family][plant])
@@ -205,6 +209,9 @@ def test_what_computes_something_else_is_left_alone(family: str, plant: str) -> 
         report = fastvlm.patch(model)
         assert torch.allclose(model(**batch).loss, expected, rtol=1e-5, atol=0)
     told = [e.reason for e in report.skipped if e.reason is not None]
+    if plant in SAID:
+        assert any(SAID[plant] in reason for reason in told), told
+        return
     found = [reason for reason in told if "of its size apart" in reason and "not known" in reason]
     assert found or plant == "RMS norm without offset", told
     assert found or any("it computes neither" in reason for reason in told)
