@@ -233,6 +233,14 @@ class FlorenzForConditionalGeneration(
             "of config.encoder or config.decoder and copy the rows that stay"
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. The config says what is so of a head that is the decoder's table: PEFT,
+        which compares it with the prompts' table, calls it untied when it merges an adapter, and a
+        checkpoint that says so has no head."""
+        if self.lm_head.weight is self.model.decoder.embed_tokens.weight:
+            self.config.tie_word_embeddings = True
+        return super().save_pretrained(*args, **kwargs)
+
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """As FlorenzModel.get_image_features."""
         return self.model.get_image_features(pixel_values, **kwargs)

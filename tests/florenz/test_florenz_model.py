@@ -264,6 +264,19 @@ def test_files_keep_the_model(model: Model, inputs: Batch, tmp_path: Path) -> No
         assert ours | {"dtype": None} == theirs | {"dtype": None}
 
 
+@pytest.mark.filterwarnings("ignore:.*no longer tied")
+def test_a_merged_adapter_is_saved_with_its_head(model: Model, tmp_path: Path) -> None:
+    """PEFT compares the head with the table of the prompts, and calls it untied."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(model, config).merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    again = FlorenzForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.tie_word_embeddings
+    assert torch.equal(again.lm_head.weight, merged.lm_head.weight)
+
+
 def test_a_file_without_gates_gives_closed_ones(tmp_path: Path) -> None:
     model = build("3.5B")
     kept = {n: p for n, p in model.state_dict().items() if "gate" not in n or "gate_proj" in n}
