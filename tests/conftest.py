@@ -126,6 +126,7 @@ TURNS = {
     **dict.fromkeys(("test_cpu_step", "test_t5", "test_trocr", "test_registered_attention"), 2),
     **dict.fromkeys(("test_gpt2", "test_mllama", "test_llama", "test_t5gemma2"), 2),
     "test_extension": 3,
+    "test_example_trainers": 2,
     **dict.fromkeys(("test_job_processes", "test_distributed", "test_accelerate"), 3),
 }
 
@@ -200,7 +201,7 @@ def sanitized() -> None:
 
 # folders of tests on tiny models, which gain nothing from threads; threads that spin slow their
 # neighbours down, and children that come about by fork must not find any
-ONE_THREAD = ("captioning", "checking", "decoding", "features", "florenz", "patching")
+ONE_THREAD = ("captioning", "checking", "decoding", "features", "florenz", "packing", "patching")
 
 
 @pytest.fixture(autouse=True)

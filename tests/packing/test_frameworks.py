@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,18 +24,7 @@ from fastvlm.packing import (
     pack_iterable,
 )
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports an example by name, and forgets it afterwards: their names are short."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(EXAMPLES) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
+ROOT = Path(__file__).parents[2]
 
 
 def falls(losses: list[float]) -> bool:
@@ -198,7 +185,7 @@ def two_processes(kind: str, folder: Path) -> list[list[list[float]]]:
                 "LOCAL_RANK": rank,
                 "ACCELERATE_USE_CPU": "true",
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
