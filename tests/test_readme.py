@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import headline
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # as a string of its own: a macro of C++ has no quotes
 VARIABLE = re.compile(r"\"(FASTVLM_[A-Z_]+)\"")
@@ -36,7 +36,7 @@ def test_the_figures_are_those_of_the_results() -> None:
     assert not re.search(r"\d[.\d]*x\b", outside), "a figure that no file stands behind"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_snippets_are_python(page: Path) -> None:
     text = page.read_text()
     for target in LINK.findall(text):
@@ -44,6 +44,20 @@ def test_links_lead_somewhere_and_snippets_are_python(page: Path) -> None:
             assert (page.parent / target).exists(), target
     for snippet in SNIPPET.findall(text):
         ast.parse(snippet)
+
+
+TRAINERS = sorted({*(ROOT / "docs/training").glob("*.md")} - {ROOT / "docs/training/index.md"})
+
+
+@pytest.mark.parametrize("page", TRAINERS, ids=lambda page: page.stem)
+def test_the_page_of_a_trainer_shows_the_program_that_is_tested(page: Path) -> None:
+    """tests/packing/test_example_trainers.py and test_frameworks.py run what it links first."""
+    text = page.read_text()
+    program = next(target for target in LINK.findall(text) if "examples/" in target)
+    shown = SNIPPET.findall(text)
+    assert shown
+    for snippet in shown:
+        assert snippet in (page.parent / program).read_text()
 
 
 def test_the_first_snippet_runs(

@@ -122,7 +122,7 @@ def test_an_unchanged_trainer(tmp_path: Path) -> None:
 @pytest.mark.turns(3)
 def test_the_page_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its snippet runs, on a tiny checkpoint in Microsoft's layout, and keeps what it says."""
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training" / "index.md").read_text()
     snippet = next(one for one in SNIPPET.findall(text) if "VisionFeatures" in one)
     config = published.microsoft_config(max_position_embeddings=200)
     (tmp_path / "microsoft").mkdir()
@@ -136,5 +136,5 @@ def test_the_page_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(snippet, "docs/training.md", "exec"), names)
+        exec(compile(snippet, "docs/training/index.md", "exec"), names)
     assert len(names["features"]) == 3
