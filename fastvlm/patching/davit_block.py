@@ -73,7 +73,7 @@ class _Half(Mixin):
             return False
         if not all(is_plain(conv, nn.Conv2d) for conv in convs):
             return False
-        if not all(is_plain(norm, nn.LayerNorm) for norm in norms):
+        if not all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
             return False
         if not all(map(is_bare, (self.drop_path1, self.drop_path2))):
             return False

@@ -161,11 +161,14 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
                 return settled(outputs) if recorded else outputs
         if self.training and torch.is_grad_enabled():
             padded_labels.look(self, labels)
-        hidden = self._hides_labels(kwargs, labels)
+        # with labels that the caller has shifted, these say nothing of the rows that count
+        shifted = kwargs.get("shift_labels") is not None
+        hidden = shifted or self._hides_labels(kwargs, labels)
         if self.training:  # in evaluation logits and caches are looked at, there too
             if kwargs.get("use_cache") is None:
                 kwargs["use_cache"] = False
-            self._without_tail(kwargs, labels)
+            if not shifted:
+                self._without_tail(kwargs, labels)
         head = self.get_output_embeddings()
         request = LossRequest(head, decoder, groups, num_groups, hidden_labels=hidden)
         with requesting(request):

@@ -160,6 +160,16 @@ def test_another_activation_since_is_called(act: Any, fused: list[str]) -> None:
     assert len(fused) == len(HALVES) - 1
 
 
+def test_a_norm_without_its_bias_since_is_called(fused: list[str]) -> None:
+    plain, ours = towers()
+    for tower in (plain, ours):
+        tower.blocks[1][0].spatial_block.norm1.bias = None
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(features(ours, x), features(plain, x), atol=1e-4, rtol=1e-4)
+    assert len(fused) == len(HALVES) - 1
+
+
 def test_dtypes_that_do_not_go_together_are_torchs_error() -> None:
     plain, ours = towers()
     ours.blocks[0][0].spatial_block.ffn.fc1.bfloat16()

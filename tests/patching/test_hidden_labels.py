@@ -13,6 +13,9 @@ import models
 import pytest
 import torch
 import transformers as tf
+from bert_models import BERTS
+from gemma3_models import GEMMA3
+from llama_models import LLAMAS
 from models import FAMILIES
 from test_loss_without_logits import Calls, assert_same
 from torch import Tensor, nn
@@ -194,3 +197,15 @@ def test_generate_leaves_padding_out(beams: int, monkeypatch: pytest.MonkeyPatch
     )
     assert torch.equal(model.generate(**batch, **settings), expected)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3", "mllama", "blip"])
+def test_labels_that_the_caller_has_shifted(name: str) -> None:
+    """They may count where labels do not, and where the mask hides."""
+    family = {**FAMILIES, **models.RELATIVES, **LLAMAS, **GEMMA3, **BERTS}[name]
+    plain = family.build()
+    batch = family.training(plain)
+    labels = batch["labels"]
+    shifted = torch.full_like(labels, -100)
+    shifted[:, :-1] = labels[:, 1:].clamp_min(3)
+    assert_trains_alike(plain, {**batch, "shift_labels": shifted})
