@@ -86,6 +86,27 @@ def caption() -> tuple[Batch, Batch]:
     return blip_inputs(nn.Module()), blip_training(nn.Module())
 
 
+def page() -> tuple[Batch, Batch]:
+    """Patches of a page as Kosmos-2.5 reads them, and texts that begin with four of its states."""
+    inputs, training = causal()
+    draw = torch.Generator().manual_seed(2)
+    places = torch.cartesian_prod(torch.arange(1.0, 4), torch.arange(1.0, 3)).expand(3, -1, -1)
+    patches = torch.cat([places, torch.randn(3, 6, 768, generator=draw)], 2)
+
+    def beside(batch: Batch) -> Batch:
+        begin, seen = torch.full((3, 4), 3), torch.ones(3, 4, dtype=torch.int64)
+        mask = torch.cat([seen, torch.zeros_like(batch["input_ids"])], 1)
+        whole = {
+            "input_ids": torch.cat([begin, batch["input_ids"]], 1),
+            "attention_mask": torch.cat([seen, batch["attention_mask"]], 1),
+        }
+        if "labels" in batch:
+            whole["labels"] = torch.cat([torch.full((3, 4), -100), batch["labels"]], 1)
+        return {**whole, "flattened_patches": patches, "image_embeds_position_mask": mask}
+
+    return beside(inputs), beside(training)
+
+
 def answer() -> tuple[Batch, Batch]:
     """Questions of several lengths, whose padding BLIP reads."""
     inputs = {**image()[0], **text()[0]}

@@ -25,6 +25,7 @@ from batches import (
     generating,
     image,
     numbers,
+    page,
     spectrogram,
     text,
     typed,
@@ -316,7 +317,7 @@ TYPES: dict[str, ModelType] = {
         "instructblip=InstructBlipForConditionalGeneration idefics=IdeficsForVisionText2Text "
         "instructblipvideo=InstructBlipVideoForConditionalGeneration "
         "evolla=EvollaForProteinText2Text kosmos-2=Kosmos2ForConditionalGeneration "
-        "kosmos-2.5=Kosmos2_5ForConditionalGeneration blt=BltForCausalLM git=GitForCausalLM "
+        "blt=BltForCausalLM git=GitForCausalLM "
         "musicgen-decoder=MusicgenForCausalLM musicgen_melody-decoder=MusicgenMelodyForCausalLM "
         "seamless_m4t-speech=SeamlessM4TForSpeechToText "
         "seamless_m4t_v2-speech=SeamlessM4Tv2ForSpeechToText "
@@ -325,6 +326,7 @@ TYPES: dict[str, ModelType] = {
         "nemotron_asr_streaming=NemotronAsrStreamingForRNNT parakeet_rnnt=ParakeetForRNNT "
         "parakeet_tdt=ParakeetForTDT"
     ),
+    **_of("kosmos-2.5=Kosmos2_5ForConditionalGeneration", page, latent_query_num=4),
     **_of("pop2piano=Pop2PianoForConditionalGeneration", spectrogram, decoder_start_token_id=EOS),
     **_of("moonshine_streaming=MoonshineStreamingForConditionalGeneration", num_key_value_heads=2),
     "musicgen": _music("Musicgen"),
