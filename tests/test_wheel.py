@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# 730 kB when this was written, 790 kB with six more families; tools, demo and emulator were 60 kB
-MOST_BYTES = 820_000
+# 730 kB when this was written, 790 kB with six more families, 822 kB with Pix2Struct and what looks
+# for functions that somebody exchanged; tools, demo and emulator were 60 kB
+MOST_BYTES = 850_000
 # what belongs to a checkout, and is imported by nothing in the wheel
 OURS = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
 CHECKOUT = OURS - {"fastvlm", "csrc"}
