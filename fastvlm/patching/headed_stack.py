@@ -16,16 +16,8 @@ from fastvlm.compat import hf
 from fastvlm.models.structure import layers_of
 from fastvlm.patching.decoder_stack import DecoderInputs, DecoderStack
 from fastvlm.patching.interposed import check_taken, layer_of
+from fastvlm.patching.padded_labels import hides_labels
 from fastvlm.run.layouts import Layouts
-
-
-def hides_labels(mask: Tensor, labels: Tensor) -> bool:
-    """Whether a label counts in a row that a mask hides, or where a loss is shifted behind one."""
-    if mask.shape != labels.shape:
-        return True  # as far as anybody can tell
-    counted, hidden = labels != -100, mask == 0
-    own, before = counted & hidden, counted[:, 1:] & hidden[:, :-1]
-    return bool(own.any() | before.any())
 
 
 class HeadedStack(DecoderStack):

@@ -236,11 +236,7 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
         return decoder.default_mask(ids) if mask is None else mask
 
     def _hides_labels(self, kwargs: dict[str, Any], labels: Tensor) -> bool:
-        """Whether a label may count in a row that the caller's mask, or the decoder's own, hides.
-
-        In its own row, or one row before, as the loss of most causal models shifts it: with padding
-        on the left, from the last pad. Which it is a class does not tell.
-        """
+        """Whether a label may count in a row that the caller's mask, or the decoder's, hides."""
         encodes = self.config.is_encoder_decoder
         mask = kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
         decoder = _decoder_of(self)
@@ -248,11 +244,7 @@ class LossModel(StaticMasks, RoomForAll, OwnLoop):
             mask = self._default_mask(decoder, kwargs, self._target_ids(kwargs, labels))
         if not isinstance(mask, Tensor):
             return False
-        if mask.shape != labels.shape or labels.dim() != 2:
-            return True  # as far as anybody can tell
-        counted, hidden = labels != -100, mask == 0
-        own, before = counted & hidden, counted[:, 1:] & hidden[:, :-1]
-        return bool(own.any() | before.any())
+        return padded_labels.hides_labels(mask, labels)
 
     def _encodes_here(self) -> bool:
         """Whether generate() hands the prompts and images to a method of the model to encode."""

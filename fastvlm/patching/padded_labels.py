@@ -1,4 +1,4 @@
-"""Labels in which padding counts: said once, and left as it is."""
+"""Labels in which padding counts: said once, and left as it is. Labels in rows that are hidden."""
 
 from __future__ import annotations
 
@@ -67,3 +67,16 @@ def _token(config: Any, name: str) -> int | None:
         if isinstance(found, int):
             return found
     return None
+
+
+def hides_labels(mask: Tensor, labels: Tensor) -> bool:
+    """Whether a label [B, L] may count in a row that a mask hides.
+
+    In its own row, or one row before, as the loss of most causal models shifts it: with padding on
+    the left, from the last pad. Which it is a class does not tell.
+    """
+    if mask.shape != labels.shape or labels.dim() != 2:
+        return True  # as far as anybody can tell
+    counted, hidden = labels != -100, mask == 0
+    own, before = counted & hidden, counted[:, 1:] & hidden[:, :-1]
+    return bool(own.any() | before.any())
