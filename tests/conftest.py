@@ -88,7 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # what a test file may import at its head, and a machine may lack
-OPTIONAL = ("hypothesis", "webdataset", "sacrebleu", "pycocoevalcap")
+OPTIONAL = ("accelerate", "hypothesis", "webdataset", "sacrebleu", "pycocoevalcap")
 _left_out: list[str] = []
 
 
