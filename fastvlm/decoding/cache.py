@@ -20,11 +20,13 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from fastvlm.checks import describe
 from fastvlm.compat import hf, pytorch
+from fastvlm.decoding.handed import HandedOut
 from fastvlm.layout import Layout, Padding
 from fastvlm.nn.linear import original
 
 DynamicLayer: Any = hf.cache_layer("DynamicLayer")
 
+_NAMES = ("keys", "values")
 # the module that filled a layer; beside the layers, not in them: a cache is copied, saved and kept
 _FILLED_BY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -41,6 +43,7 @@ class Readers:
     def __init__(self, in_groups: bool = False) -> None:
         self.layers = 0
         self.in_groups = in_groups
+        self.handed = HandedOut()
         self.forget()
 
     def forget(self) -> None:
@@ -50,6 +53,7 @@ class Readers:
         self._version: int | None = None  # of what is in it
         self._steps: dict[tuple[int, int], Layout] = {}
         self.seen: tuple[Any, Tensor | None] | None = None
+        self.handed.forget()
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Other rows than there were: change gives theirs from a tensor [R, ...] of those now."""
@@ -58,7 +62,16 @@ class Readers:
         now = self.layout.image_of.long() if self.image_of is None else self.image_of
         then = change(now)
         if then.shape != now.shape or not torch.equal(then, now):
+            self.take_back()
+            self.handed.forget()  # transformers' rows are others now too
             self.image_of, self._mask, self._steps, self.seen = then, None, {}, None
+
+    def take_back(self) -> None:
+        """What was written into copies of the keys and values. ValueError where rows that read one
+        image are to read other keys than each other."""
+        if self.handed:
+            for layer, name, tensor in self.handed.written():
+                layer.take_back(name, tensor)
 
     def images(self, batch: int) -> list[int]:
         """The image of each of batch rows. ValueError where they are not as many as the cache's."""
@@ -74,6 +87,7 @@ class Readers:
         mask: the encoder's, [images or batch, K], as at the prefill. image_of: what the caller says
         that its rows read. ValueError where the two do not fit the cache.
         """
+        self.take_back()
         found = self._steps.get((batch, length))
         version = None if mask is None else pytorch.version_of(mask)
         if found is not None and mask is self._mask and version == self._version:
@@ -167,26 +181,61 @@ class SharedCrossLayer(DynamicLayer):
             self._chosen = index, (k.index_select(0, index), v.index_select(0, index))
         return self._chosen[1]
 
-    def _padded(self, which: int) -> Tensor | None:
+    def _padded(self, name: str) -> Tensor | None:
         if self.packed is None or self.layout is None:
             return None
         module = _FILLED_BY[self]() if self in _FILLED_BY else None
-        rows = self.readers.image_of
-        shared = rows is None and self.layout.num_segments != self.layout.num_images
-        if shared and module is not None and original(type(module)) is type(module):
+        if self._expands and module is not None and original(type(module)) is type(module):
             raise RuntimeError(
                 "fastvlm: fastvlm.unpatch(model) came while this cache was in use: it holds the "
                 "keys and values of an image once for all beams, which only a patched model reads; "
                 "unpatch when generate() has returned"
             )
-        if shared:
-            rows = self.layout.image_of.long()
-        padded = self.layout.unpack_kv(self.packed[which]).transpose(1, 2)
-        return padded if rows is None else padded[rows]
+        copy = self.readers.handed.get(self, name)
+        if copy is not None:
+            return copy
+        packed = self.packed[_NAMES.index(name)]
+        padded, rows = self.layout.unpack_kv(packed).transpose(1, 2), self._rows
+        padded = padded if rows is None else padded[rows]
+        if pytorch.same_storage(padded, packed):
+            return padded
+        return self.readers.handed.add(self, name, padded)
+
+    @property
+    def _expands(self) -> bool:
+        """Whether rows that are still those of the prefill share images."""
+        layout = self.layout
+        assert layout is not None
+        return self.readers.image_of is None and layout.num_segments != layout.num_images
+
+    @property
+    def _rows(self) -> Tensor | None:
+        """int64 [R], the image of each row; None where each has its own, in order."""
+        assert self.layout is not None
+        return self.layout.image_of.long() if self._expands else self.readers.image_of
+
+    def take_back(self, name: str, copy: Tensor) -> None:
+        """What was written into a copy, [R, Hkv, length, D]."""
+        assert self.packed is not None
+        assert self.layout is not None
+        packed, rows = self.packed[_NAMES.index(name)], self._rows
+        grid = copy.transpose(1, 2)
+        if rows is not None:
+            images = self.layout.unpack_kv(packed).clone()
+            images[rows] = grid
+            seen = self.layout.unpack_kv(packed.new_ones(packed.shape[:1]))[rows] != 0
+            if not torch.equal(images[rows][seen], grid[seen]):
+                raise ValueError(
+                    f"fastvlm: {name} of rows that read the same image must stay the same, as the "
+                    "cache holds them once; decode with fastvlm.unpatch(model)"
+                )
+            grid = images
+        packed.copy_(self.layout.pack_kv(grid))
+        self._chosen = None
 
     @property
     def keys(self) -> Tensor | None:
-        return self._padded(0)
+        return self._padded("keys")
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -195,7 +244,7 @@ class SharedCrossLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self._padded(1)
+        return self._padded("values")
 
     @values.setter
     def values(self, value: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastvlm.compat import hf
+from fastvlm.decoding.handed import HandedOut
 
 DynamicLayer: Any = hf.cache_layer("DynamicLayer")
 
@@ -35,6 +36,7 @@ class Rows:
     def __init__(self, needed: int | None = None) -> None:
         self.layers = 0
         self.needed = needed
+        self.handed = HandedOut()
         self.before: Tensor | None = None  # the table, while rows are selected layer by layer
         self.forget()
 
@@ -43,6 +45,7 @@ class Rows:
         self.lengths: Tensor | None = None
         self.filled = 0
         self.moved = False
+        self.handed.forget()
 
     def grown(self, rows: int, filled: int, capacity: int, device: torch.device) -> None:
         """Room for capacity positions, filled of which are there now (or will be in a moment)."""
@@ -60,10 +63,25 @@ class Rows:
             self.table = torch.cat([self.table, more], 1)
         self.lengths.fill_(filled)
 
+    def let_go(self) -> None:
+        """Copies of keys and values are no longer the cache's. NotImplementedError where somebody
+        wrote into one."""
+        if not self.handed:
+            return
+        for layer, name, copy in self.handed.written():
+            now = layer.in_order(name)[:, :, : copy.shape[2]]
+            if not torch.equal(now, copy):
+                raise NotImplementedError(
+                    f"fastvlm: {name} of a cache whose beams have changed places were written "
+                    "into; decode with fastvlm.unpatch(model)"
+                )
+        self.handed.forget()
+
     def reorder(self, index: Tensor, begin: bool = False) -> None:
         """index: int64, the row of now that each row becomes. Of fewer rows the others leave:
         what they have written stays where it is, and nobody reads it any more. begin: some are -1,
         rows that come, and read nothing of what is there; there may be more than there were."""
+        self.let_go()
         if self.table is None or self.lengths is None:
             return
         if begin or index.shape[0] != self.table.shape[0]:
@@ -104,6 +122,7 @@ class Rows:
 
     def restart(self) -> None:
         """A new table, for rows that each layer is about to put in order by the old one."""
+        self.let_go()
         self.before = self.ancestry
         self.forget()
 
@@ -147,6 +166,8 @@ class RowLayer(DynamicLayer):
 
         like: [rows, L, Hkv, D], needed where there are no keys yet.
         """
+        if self.first:
+            self.rows.let_go()
         stop = self.filled + count
         like = self.k if like is None else like
         assert like is not None
@@ -206,9 +227,23 @@ class RowLayer(DynamicLayer):
             x = x[rows, torch.arange(self.filled, device=x.device)]
         return x.transpose(1, 2)
 
+    def in_order(self, name: str) -> Tensor | None:
+        """Keys or values in the order of the rows now, [rows, Hkv, length, D]."""
+        return self._ordered(self.__dict__.get(name[0]), self.rows.ancestry)
+
+    def _given(self, name: str) -> Tensor | None:
+        """The same, for somebody who may write into them."""
+        handed = self.rows.handed
+        copy = handed.get(self, name)
+        if copy is not None:
+            return copy
+        found = self.in_order(name)
+        copied = found is not None and self.rows.moved
+        return handed.add(self, name, found) if copied else found  # type: ignore[arg-type]
+
     @property
     def keys(self) -> Tensor | None:
-        return self._ordered(self.__dict__.get("k"), self.rows.ancestry)
+        return self._given("keys")
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -216,7 +251,7 @@ class RowLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self._ordered(self.__dict__.get("v"), self.rows.ancestry)
+        return self._given("values")
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -239,7 +274,7 @@ class RowLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own attention calls."""
         self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
-        return self.keys, self.values
+        return self.in_order("keys"), self.in_order("values")
 
     def get_seq_length(self) -> int:
         return self.filled
