@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import textwrap
 import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -24,6 +25,8 @@ FEATURES = (
     "fma", "f16c", "avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve",
 )  # fmt: skip
+
+_OPS_WIDTH = 60  # of a line of ops that are served alike
 
 
 def _ask(question: Callable[[], Any]) -> Any:
@@ -139,11 +142,18 @@ def _library() -> str:
 
 
 def backends(device: str) -> str:
-    """For each op: the backend that serves it on this device type, and why not a better one."""
+    """The backend that serves each op on this device type, and why not a better one."""
     status = importlib.import_module("fastvlm.ops.dispatch").status(device)
-    # a compiler's whole complaint stands once, above; here its first line will do
-    rows = [(op, backend, why.partition("\n")[0].rstrip(":")) for op, backend, why in status]
-    return text_table(("op", "backend", "why not a better one"), rows)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for op, backend, why in status:
+        # a compiler's whole complaint stands once, above; here its first line will do
+        alike.setdefault((backend, why.partition("\n")[0].rstrip(":")), []).append(op)
+    rows = []
+    for served, ops in alike.items():
+        for line in textwrap.wrap(", ".join(ops), _OPS_WIDTH, break_long_words=False):
+            rows.append((line, *served))
+            served = ("", "")
+    return text_table(("ops", "backend", "why not a better one"), rows)
 
 
 def describe() -> str:

@@ -90,7 +90,7 @@ def test_env_in_a_home_that_cannot_be_written() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "not loaded: BuildError: cannot write to /proc/.cache/fastvlm" in done.stdout
-    assert re.search(r"cross_attention +reference +cpu: BuildError: cannot write", done.stdout)
+    assert re.search(r"cross_attention,.* +reference +cpu: BuildError: cannot write", done.stdout)
     assert "FASTVLM_CACHE_DIR names another folder" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -144,6 +144,19 @@ def test_a_reason_of_many_lines_keeps_the_table(monkeypatch: pytest.MonkeyPatch)
     stub.status = lambda device: [("rope", "reference", "cpu: failed:\nline\nline")]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastvlm.ops.dispatch", stub)
     assert env.backends("cpu").splitlines()[-1].split() == ["rope", "reference", "cpu:", "failed"]
+
+
+def test_a_reason_that_many_ops_have_stands_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"op_number_{i}" for i in range(20)]
+    stub = types.ModuleType("dispatch")
+    stub.status = lambda device: [  # type: ignore[attr-defined]
+        *[(name, "reference", "cpu: no compiler") for name in names], ("rope", "cpu", "")
+    ]  # fmt: skip
+    monkeypatch.setitem(sys.modules, "fastvlm.ops.dispatch", stub)
+    text = env.backends("cpu")
+    assert text.count("no compiler") == 1
+    assert all(text.count(f"{name},") + text.count(f"{name}\n") == 1 for name in names)
+    assert text.splitlines()[-1].split() == ["rope", "cpu"]
 
 
 def test_build_prints_the_path(

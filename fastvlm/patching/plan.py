@@ -15,6 +15,7 @@ from fastvlm.models.embedding import factor_of
 from fastvlm.models.spec import Layer, Stack
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, TransposedLinear, is_transposed
+from fastvlm.ops import dispatch
 from fastvlm.patching import foreign, interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
@@ -312,7 +313,7 @@ def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> li
     """What a reader of the report should know of the model as a whole."""
     from fastvlm.run.attention import left_out_softcaps
 
-    notes = [*left_out_softcaps(model), *_states_cut_short(model)]
+    notes = [*_without_kernels(model), *left_out_softcaps(model), *_states_cut_short(model)]
     if compute is None:
         return notes
     linears = [c for c in changes if c.swap is not None and "linear" in c.swap.runs_on]
@@ -324,6 +325,26 @@ def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> li
     for why, found in names.items():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         notes.append(f"{found[0]}{more}: {why}")
+    return notes
+
+
+# of a device the kernels that nearly every op has there
+_KERNELS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def _without_kernels(model: nn.Module) -> list[str]:
+    """Said of each device of a model whose kernels cannot run here."""
+    notes = []
+    for device in sorted({parameter.device.type for parameter in model.parameters()}):
+        if device not in _KERNELS:
+            continue
+        why = dispatch.OPS["linear"].kernels[_KERNELS[device]].unavailable()
+        if why is not None:
+            notes.append(
+                f"the kernels for {device} do not run here ({why.splitlines()[0].rstrip(':')}): "
+                "PyTorch's operations serve in their place, more slowly; python -m fastvlm env "
+                "says more"
+            )
     return notes
 
 

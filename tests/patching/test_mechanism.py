@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
 import fastvlm
+from fastvlm.ops import dispatch
 from fastvlm.patching.patch import PatchError, is_patched
 
 
@@ -281,3 +283,15 @@ def test_a_norm_without_a_bias_is_called() -> None:
     expected = logits(model)
     fastvlm.patch(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_the_report_says_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["bart"].build()
+    assert not fastvlm.patch(model).notes
+    fastvlm.unpatch(model)
+    kernels = dispatch.OPS["linear"].kernels
+    broken = replace(kernels["cpu"], unavailable=lambda: "BuildError: no compiler:\nof any kind")
+    monkeypatch.setitem(kernels, "cpu", broken)
+    (note,) = fastvlm.patch(model).notes
+    assert "kernels for cpu do not run here (BuildError: no compiler)" in note
+    assert "python -m fastvlm env" in note
