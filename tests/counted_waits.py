@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastvlm.generate import searches
+from fastvlm.generate import ranking, searches
 
 # what waits for a device, where the tensor lies on one
 WAITS = {
@@ -38,7 +38,8 @@ class Counted(TorchFunctionMode):
 
 
 def leave_out_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal scores are put in order by PyTorch, of numbers that are on the host already."""
+    """Beams are ranked as on a GPU. Equal scores are put in order by PyTorch, of numbers that are
+    on the host already."""
     top = searches._top
 
     def uncounted(*args: Any) -> Any:
@@ -46,3 +47,4 @@ def leave_out_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
             return top(*args)
 
     monkeypatch.setattr(searches, "_top", uncounted)
+    monkeypatch.setattr(ranking, "_on_host", lambda device: False)

@@ -2,6 +2,10 @@
 // fastvlm/cpu/step.py has written them down. What lies between them stays in one arena.
 #include <chrono>
 #include <cmath>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../cpu/merge.h"
@@ -310,8 +314,55 @@ class Step : public Registers {
   std::vector<char> parts_;
 };
 
-void step(const Tensor& x, const Tensor& code, const Tensor& widths, const Tensor& numbers,
-          std::vector<Tensor> tensors, std::vector<Tensor> caches, int64_t start,
+// What is the same at every step. Its tensors are handed over once: to hand over a few hundred
+// takes as long as a small stack computes.
+struct Program {
+  Tensor code, widths, numbers;
+  std::vector<Tensor> tensors;
+};
+
+// The programs there are, by their numbers.
+class Programs {
+ public:
+  int64_t put(Program program) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    held_[++last_] = std::make_shared<const Program>(std::move(program));
+    return last_;
+  }
+  std::shared_ptr<const Program> at(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = held_.find(number);
+    STD_TORCH_CHECK(found != held_.end(), "program: there is no ", number);
+    return found->second;
+  }
+  void forget(int64_t number) {
+    std::shared_ptr<const Program> gone;  // destroyed after the lock: its tensors may be large
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = held_.find(number);
+    if (found == held_.end()) return;
+    gone = std::move(found->second);
+    held_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t last_ = 0;
+  std::unordered_map<int64_t, std::shared_ptr<const Program>> held_;
+};
+
+// Never destroyed: what outlives it at the end of the process would be let go of after PyTorch.
+Programs& programs() {
+  static Programs* const all = new Programs;
+  return *all;
+}
+
+int64_t step_program(Tensor code, Tensor widths, Tensor numbers, std::vector<Tensor> tensors) {
+  return programs().put({code, widths, numbers, std::move(tensors)});
+}
+
+void forget_program(const Tensor& code, int64_t program) { programs().forget(program); }
+
+void step(const Tensor& x, int64_t number, std::vector<Tensor> caches, int64_t start,
           const Tensor& lengths, const std::optional<Tensor>& ancestry, std::vector<Tensor> where,
           std::vector<Tensor> rotation, Tensor arena, Tensor out, std::optional<Tensor> seconds) {
   double* times = nullptr;
@@ -322,20 +373,27 @@ void step(const Tensor& x, const Tensor& code, const Tensor& widths, const Tenso
     times = static_cast<double*>(seconds->mutable_data_ptr());
   }
   if (x.size(0) == 0) return;
-  const Inputs inputs{tensors, caches, start, lengths, ancestry, where, rotation};
-  Step run(x, inputs, numbers);
-  run.place(Reader(widths, "widths"), x, arena, out);
-  run.run(Reader(code, "code"), times);
+  const std::shared_ptr<const Program> program = programs().at(number);
+  const Inputs inputs{program->tensors, caches, start, lengths, ancestry, where, rotation};
+  Step run(x, inputs, program->numbers);
+  run.place(Reader(program->widths, "widths"), x, arena, out);
+  run.run(Reader(program->code, "code"), times);
 }
 
 }  // namespace
 }  // namespace fastvlm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
+  m.def("step_program(Tensor code, Tensor widths, Tensor numbers, Tensor[] tensors) -> int");
+  m.def("forget_program(Tensor code, int program) -> ()");
   m.def(
-      "step(Tensor x, Tensor code, Tensor widths, Tensor numbers, Tensor[] tensors, "
-      "Tensor(a!)[] caches, int start, Tensor lengths, Tensor? ancestry, Tensor[] where, "
+      "step(Tensor x, int program, Tensor(a!)[] caches, int start, Tensor lengths, Tensor? "
+      "ancestry, Tensor[] where, "
       "Tensor[] rotation, Tensor(b!) arena, Tensor(c!) out, Tensor(d!)? seconds) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) { m.impl("step", TORCH_BOX(&fastvlm::step)); }
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {
+  m.impl("step_program", TORCH_BOX(&fastvlm::step_program));
+  m.impl("forget_program", TORCH_BOX(&fastvlm::forget_program));
+  m.impl("step", TORCH_BOX(&fastvlm::step));
+}

@@ -7,6 +7,7 @@ between the instructions stays in one arena, so that a step allocates its result
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class CpuStep:
         ]
         self._known = all(map(_readable, self._tensors))
         self._arena: Tensor | None = None
+        self._program: int | None = None
 
     def _list(self, numbers: list[int]) -> None:
         self._code += [len(numbers), *numbers]
@@ -88,11 +90,20 @@ class CpuStep:
         out = x.new_empty(x.shape[0], self._width)
         caches = [t for layer in layers for t in (layer.k, layer.v)]
         where = [at.where[i] for i in (0, 1, 2)] if at.where else []
+        if self._program is None:
+            self._program = self._handed_over()
         torch.ops.fastvlm_cpu.step.default(
-            x, *self._fixed, self._tensors, caches, at.start, at.lengths, at.ancestry, where,
+            x, self._program, caches, at.start, at.lengths, at.ancestry, where,
             [t.contiguous() for t in at.rotation], arena, out, _seconds,
         )  # fmt: skip
         return out
+
+    def _handed_over(self) -> int:
+        """The number of the program in the library, which holds its tensors as long as this is."""
+        number: int = torch.ops.fastvlm_cpu.step_program(*self._fixed, self._tensors)
+        forget = torch.ops.fastvlm_cpu.forget_program.default
+        weakref.finalize(self, forget, self._fixed[0], number).atexit = False
+        return number
 
 
 def _readable(tensor: Tensor) -> bool:

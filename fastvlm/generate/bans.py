@@ -59,6 +59,10 @@ class Banned:
         """How many tokens of a row are banned at most."""
         return len(self.everywhere) + max(map(len, self.of_rows or ()), default=0)
 
+    def holds(self, row: int, token: int) -> bool:
+        """Whether this token of this row is banned."""
+        return token in self.everywhere or (self.of_rows is not None and token in self.of_rows[row])
+
     def tensors(self, device: torch.device) -> list[Tensor]:
         """int64 [1 or R, n] each; -1 is none."""
         found = []

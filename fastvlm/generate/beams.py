@@ -18,7 +18,7 @@ from fastvlm.generate.bans import together
 from fastvlm.generate.feed import Asked, Feed
 from fastvlm.generate.head import Last
 from fastvlm.generate.plan import Plan, Written
-from fastvlm.generate.ranking import best
+from fastvlm.generate.ranking import continuations
 from fastvlm.generate.searches import BeamSearch, Candidate, GreedySearch
 
 
@@ -102,17 +102,10 @@ class _Loop:
         hopes = scales
         if config.early_stopping == "never" and penalty > 0.0:
             hopes = [(config.max_length - self.begun) ** penalty] * len(ready)
-        table, vocabulary = self._candidates(last, ready, scales, hopes)
+        asked = self._candidates(last, ready, scales, hopes)
         # asked once a step, where all are of one length
         lengths = [len(one.rows[0]) + 1 - one.later for one in ready]
         over = {length: plan.ends.all_end(length, plan.device) for length in set(lengths)}
-        asked = [
-            [
-                Candidate(int(place) // vocabulary, int(place) % vocabulary, *numbers)
-                for place, *numbers in each
-            ]
-            for each in table
-        ]
         ends = self._ends(ready, asked, [over[length] for length in lengths])
         for one, candidates, hits, hope in zip(ready, asked, ends, hopes):
             one.step(candidates, hits, early, hope)
@@ -120,29 +113,20 @@ class _Loop:
 
     def _candidates(
         self, last: Last, ready: list[Any], scales: list[float], hopes: list[float]
-    ) -> tuple[list[list[list[float]]], int]:
-        """Of each search the place, value, ranked and hoped of its best continuations, in one
-        transfer, and the vocabulary."""
+    ) -> list[list[Candidate]]:
+        """Of each search its best continuations."""
         plan, beams = self.plan, len(ready[0].rows)
         groups = together([one.bans.next(one.rows) for one in ready], beams)
-        found = []
+        found: list[list[Candidate]] = [[] for _ in ready]
         for places, banned in groups:
-            part = [ready[place] for place in places]
             theirs = last
             if len(groups) > 1:
                 theirs = last.of([p * beams + beam for p in places for beam in range(beams)])
-            running = torch.tensor([one.scores for one in part], device=plan.device)
-            rows = [row for one in part for row in one.rows]
-            found.append(best(plan, theirs, rows, banned, running))
-        values = torch.cat([scores for scores, _, _ in found])
-        chosen = torch.cat([places for _, places, _ in found])
-        if len(groups) > 1:
-            order = [place for places, _ in groups for place in places]
-            back = torch.tensor([order.index(i) for i in range(len(order))], device=plan.device)
-            values, chosen = values[back], chosen[back]
-        parts = (chosen, values, values / _column(scales, values), values / _column(hopes, values))
-        table: list[list[list[float]]] = torch.stack([p.double() for p in parts], 2).tolist()
-        return table, found[0][2]
+            part = [ready[place] for place in places]
+            lengths = [scales[place] for place in places], [hopes[place] for place in places]
+            for place, each in zip(places, continuations(plan, theirs, part, banned, *lengths)):
+                found[place] = each
+        return found
 
     def _ends(
         self, ready: list[Any], asked: list[list[Candidate]], over: list[bool]
@@ -181,13 +165,6 @@ def _rows_of(live: Sequence[Any]) -> list[int]:
         found += range(row, row + one.count) if one.is_ready else []
         row += one.count
     return found
-
-
-def _column(numbers: list[float], like: Tensor) -> float | Tensor:
-    """To divide rows by: a number where it is the same for all, as in transformers' loop."""
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 def _order(

@@ -92,30 +92,69 @@ class Last:
         return self.head is not None and k <= min(MOST_RANKED, self.head.vocabulary)
 
 
-def best_of_rows(last: Last, k: int, banned: Banned, normal: bool = True) -> tuple[Tensor, Tensor]:
-    """The k best tokens of each row that are not banned, and their scores, [R, k or more].
-
-    normal: log-probabilities; otherwise logits. Descending where nothing is banned.
-    """
+def best_of_rows(last: Last, k: int, banned: Banned) -> tuple[Tensor, Tensor]:
+    """The k best tokens of each row that are not banned, and their log-probabilities, [R, k or
+    more]. Descending where nothing is banned."""
     assert last.head is not None
     assert last.states is not None
-    device, rows = last.states.device, last.states.shape[0]
-    width = last.head.vocabulary
-    wide = min(width, k + banned.most)
+    device = last.states.device
+    wide = min(last.head.vocabulary, k + banned.most)
     if banned.forced is not None:
-        taken = sorted(banned.forced)
-        others = [token for token in range(wide) if token not in banned.forced]
-        tokens = torch.tensor(taken + others[: max(0, wide - len(taken))], device=device)
-        tokens = tokens.expand(rows, -1)
-        values = torch.zeros(tokens.shape, device=device)
-        values[:, len(taken) :] = float("-inf")
+        values, tokens = _forced(banned.forced, wide, last.states)
     else:
-        values, tokens, total = last.head.best(last.states, wide)
-        values = values if normal else values + total.unsqueeze(1)
+        values, tokens, _ = last.head.best(last.states, wide)
     for bans in banned.tensors(device):
         found = (tokens.unsqueeze(2) == bans.unsqueeze(1)).any(2)
         values = values.masked_fill(found, float("-inf"))
     return values, tokens
+
+
+def _forced(tokens: Sequence[int], wide: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """What `best_of_rows` gives where nothing else may come, before bans."""
+    taken, rows = sorted(tokens), states.shape[0]
+    others = [token for token in range(wide) if token not in taken]
+    chosen = torch.tensor(taken + others[: max(0, wide - len(taken))], device=states.device)
+    values = torch.zeros(rows, chosen.shape[0], device=states.device)
+    values[:, len(taken) :] = float("-inf")
+    return values, chosen.expand(rows, -1)
+
+
+def read_best_of_rows(
+    last: Last, k: int, banned: Banned
+) -> tuple[list[list[float]], list[list[int]]]:
+    """`best_of_rows` on the host, where a few numbers are banned without a tensor."""
+    if banned.forced is not None:
+        values, tokens = best_of_rows(last, k, banned)
+        return values.tolist(), tokens.tolist()
+    assert last.head is not None
+    assert last.states is not None
+    wide = min(last.head.vocabulary, k + banned.most)
+    values, tokens, _ = last.head.best(last.states, wide)
+    found: list[list[float]] = values.tolist()
+    theirs: list[list[int]] = tokens.tolist()
+    if banned.most:
+        for row, (scores, each) in enumerate(zip(found, theirs)):
+            for place, token in enumerate(each):
+                if banned.holds(row, token):
+                    scores[place] = float("-inf")
+    return found, theirs
+
+
+def best_token_of_rows(last: Last, banned: Banned) -> list[int]:
+    """The best token of each row that is not banned; 0 where all are, as argmax has it."""
+    assert last.head is not None
+    assert last.states is not None
+    if banned.forced is None:
+        wide = min(last.head.vocabulary, 1 + banned.most)
+        rows: list[list[int]] = last.head.best(last.states, wide)[1].tolist()
+        if not banned.most:
+            return [each[0] for each in rows]
+    else:
+        rows = [sorted(banned.forced)] * last.states.shape[0]
+    return [
+        next((token for token in each if not banned.holds(row, token)), 0)
+        for row, each in enumerate(rows)
+    ]
 
 
 def mask_logits(scores: Tensor, banned: Banned) -> Tensor:

@@ -18,7 +18,7 @@ from fastvlm.layout import Layout
 from fastvlm.models.structure import part_of
 from fastvlm.run import graphs
 from fastvlm.run.build import build_step
-from fastvlm.run.embedding import embed_step, rotation_of
+from fastvlm.run.embedding import StepEmbedding, rotation_of
 from fastvlm.run.layouts import Layouts
 from fastvlm.run.step import DecodeStep
 
@@ -54,6 +54,7 @@ class Lean:
         self._starts = None if table is None else starts_of(part_of(stack, table), rows)
         self._in_order = list(range(rows))
         self._class = type(stack)
+        self._embed = StepEmbedding(stack)
         self._slots: Slots | None = None
         self._columns: list[int] = []  # with slots: where each row begins
 
@@ -83,7 +84,7 @@ class Lean:
             self._seen = torch.cat((self._seen, own.unsqueeze(1)), 1)
         if self._positions is not None:
             self._positions = self._positions + 1
-        x = embed_step(self.stack, tokens.unsqueeze(1), filled, None, self._starts)
+        x = self._embed(tokens.unsqueeze(1), filled, None, self._starts)
         rotation = rotation_of(self.stack, x, self._positions, filled)
         layouts = Layouts(cross=self._cross, visible=self._seen, marks=None)
         states = self.step(x, layouts, rotation)

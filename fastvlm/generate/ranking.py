@@ -2,12 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastvlm.generate.bans import Banned
-from fastvlm.generate.head import Last, best_of_rows
+from fastvlm.generate.head import Last, best_of_rows, read_best_of_rows
 from fastvlm.generate.plan import Plan
+from fastvlm.generate.searches import Candidate, descending, float32
+
+
+def continuations(
+    plan: Plan,
+    last: Last,
+    searches: Sequence[Any],
+    banned: Banned,
+    scales: list[float],
+    hopes: list[float],
+) -> list[list[Candidate]]:
+    """The best continuations of each search. scales, hopes: what `Candidate.value` of each is
+    divided by for `Candidate.ranked` and `Candidate.hoped`."""
+    scores = [one.scores for one in searches]
+    if _on_host(plan.device) and _ranks(plan, last, banned):
+        found = best_in_python(last, scores, _count(plan, len(scores[0])), banned)
+        return [
+            [
+                Candidate(*each, *divided)
+                for each, *divided in zip(one, _divided(one, scale), _divided(one, hope))
+            ]
+            for one, scale, hope in zip(found, scales, hopes)
+        ]
+    rows = [row for one in searches for row in one.rows]
+    running = torch.tensor(scores, device=plan.device)
+    values, places, vocabulary = best(plan, last, rows, banned, running)
+    parts = (places, values, values / _column(scales, values), values / _column(hopes, values))
+    table: list[list[list[float]]] = torch.stack([p.double() for p in parts], 2).tolist()
+    return [
+        [Candidate(int(p) // vocabulary, int(p) % vocabulary, *numbers) for p, *numbers in one]
+        for one in table
+    ]
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether to rank in Python: a handful of numbers, for which PyTorch's calls take longer. From
+    another device they would come in two transfers, and sums and quotients may round otherwise."""
+    return device.type == "cpu"
+
+
+def _count(plan: Plan, beams: int) -> int:
+    """How many of the best continuations of a search of so many beams are looked at."""
+    return beams * max(2, 1 + len(plan.eos))
+
+
+def _ranks(plan: Plan, last: Last, banned: Banned) -> bool:
+    """Whether beams are ranked by the best of the head."""
+    config = plan.config
+    if not plan.ranks or config.do_sample or config.num_beams == 1:
+        return False
+    return last.rankable(_count(plan, config.num_beams) + banned.most)
+
+
+def _divided(found: list[tuple[int, int, float]], by: float) -> list[float]:
+    """Scores by a number, in float32."""
+    (rounded,) = float32([by])
+    return float32([value / rounded for _, _, value in found])
+
+
+def _column(numbers: list[float], like: Tensor) -> float | Tensor:
+    """To divide rows by: a number where it is the same for all, as in transformers' loop."""
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 def best(
@@ -22,9 +89,9 @@ def best(
     searches, beams = running.shape
     if plan.config.num_beams == 1:
         return greedy(plan, last, rows, banned)
-    k = beams * max(2, 1 + len(plan.eos))
+    k = _count(plan, beams)
     draws = plan.config.do_sample
-    if plan.ranks and not draws and last.rankable(k + banned.most):
+    if _ranks(plan, last, banned):
         assert last.head is not None
         return *best_of_images(last, running, k, banned), last.head.vocabulary
     scores = torch.nn.functional.log_softmax(plan.logits(last), dim=-1)
@@ -60,3 +127,17 @@ def best_of_images(last: Last, running: Tensor, k: int, banned: Banned) -> tuple
     # stable: of equal values the lower place
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values[:, :k], tokens.gather(1, order[:, :k])
+
+
+def best_in_python(
+    last: Last, running: list[list[float]], k: int, banned: Banned
+) -> list[list[tuple[int, int, float]]]:
+    """`best_of_images`, of each image the beam, token and summed score of its k best."""
+    values, tokens = read_best_of_rows(last, k, banned)
+    beams, found = len(running[0]), []
+    for image, scores in enumerate(running):
+        rows = slice(image * beams, (image + 1) * beams)
+        sums = float32([s + value for s, row in zip(scores, values[rows]) for value in row])
+        theirs = [(beam, token) for beam, row in enumerate(tokens[rows]) for token in row]
+        found.append([(*theirs[place], sums[place]) for place in descending(sums)[:k]])
+    return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.generate.bans import Banned
-from fastvlm.generate.head import Last, best_of_rows
+from fastvlm.generate.head import Last, best_token_of_rows
 from fastvlm.generate.plan import Plan, Written
 
 
@@ -25,8 +25,7 @@ def sample(plan: Plan, ids: Tensor) -> Written:
     bans = plan.bans(rows)
     last = plan.steps.begin(ids)
     while True:
-        tokens = _choose(plan, last, rows, bans.next(rows), live, count)
-        taken: list[int] = tokens.tolist()
+        taken = _choose(plan, last, rows, bans.next(rows), live, count)
         if plan.ends.fills:
             for place, number in enumerate(live):
                 if ended[number]:
@@ -58,13 +57,12 @@ def sample(plan: Plan, ids: Tensor) -> Written:
 
 def _choose(
     plan: Plan, last: Last, rows: list[list[int]], banned: Banned, live: list[int], count: int
-) -> Tensor:
-    """The next token of each row that is left, int64 [R]."""
+) -> list[int]:
+    """The next token of each row that is left."""
     draws = plan.config.do_sample
     ranks = plan.ranks and not draws and plan.notes is None
     if ranks and last.rankable(1 + banned.most):
-        values, tokens = best_of_rows(last, 1, banned, normal=False)
-        return tokens.gather(1, values.argmax(1, keepdim=True)).squeeze(1)
+        return best_token_of_rows(last, banned)
     scores = plan.processed(rows, plan.logits(last), banned)
     tokens = _drawn(scores, live, count) if draws else torch.argmax(scores, dim=-1)
     if plan.notes is not None:
@@ -72,7 +70,8 @@ def _choose(
         everyone = taken.new_full((count,), float("nan"))
         everyone[torch.tensor(live, device=taken.device)] = taken
         plan.notes.note(everyone)
-    return tokens
+    found: list[int] = tokens.tolist()
+    return found
 
 
 def _drawn(scores: Tensor, live: list[int], count: int) -> Tensor:

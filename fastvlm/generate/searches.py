@@ -6,7 +6,9 @@ and leave it between any two steps: nothing of it depends on who else is there.
 
 from __future__ import annotations
 
-from ctypes import c_float
+import functools
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -106,14 +108,14 @@ class BeamSearch(Search):
         hope: what `Candidate.value` is divided by for `Candidate.hoped`.
         """
         beams, first = len(self.rows), self.number * len(self.rows)
-        values = [_sum(c.value, _FAR) if end else c.value for c, end in zip(candidates, ends)]
+        values = float32([c.value + _FAR if end else c.value for c, end in zip(candidates, ends)])
         chosen = _top(values, beams)
         full = self.is_full
         just = ends[:beams] + [False] * (len(candidates) - beams)
         if any(just) or not full:
             self._merge(candidates, just, _FAR * (full and early), first)
         best = candidates[chosen[0]]
-        hoped = c_float(values[chosen[0]] / hope).value if ends[chosen[0]] else best.hoped
+        (hoped,) = float32([values[chosen[0]] / hope]) if ends[chosen[0]] else [best.hoped]
         self.rows, self.paths, self.scores, self.parents = (
             [self.rows[candidates[i].beam] + [candidates[i].token] for i in chosen],
             [self.paths[candidates[i].beam] + [first + candidates[i].beam] for i in chosen],
@@ -128,12 +130,12 @@ class BeamSearch(Search):
         self, candidates: list[Candidate], just: list[bool], late: float, first: int
     ) -> None:
         """The best of what had ended and what ends now."""
-        scores = [one.score for one in self.found]
-        for candidate, ended in zip(candidates, just):
-            score = candidate.ranked
-            for reason in (late, 0.0 if self.improves else _FAR, 0.0 if ended else _FAR):
-                score = _sum(score, reason) if reason else score
-            scores.append(score)
+        scores = [one.ranked for one in candidates]
+        for reason in (late, 0.0 if self.improves else _FAR):
+            if reason:
+                scores = float32([score + reason for score in scores])
+        ranked = float32([s if ended else s + _FAR for s, ended in zip(scores, just)])
+        scores = [one.score for one in self.found] + ranked
         kept, beams = [], len(self.found)
         for i in _top(scores, beams):
             if i < beams:
@@ -163,15 +165,31 @@ class GreedySearch(Search):
         self.bans.grow(None, self.rows)
 
 
-def _sum(a: float, b: float) -> float:
-    """Of two float32."""
-    return c_float(a + b).value
+def float32(numbers: list[float]) -> list[float]:
+    """Rounded: sums and quotients of two float32 are what float32 arithmetic gives."""
+    return array("f", numbers).tolist()
+
+
+def descending(values: list[float]) -> list[int]:
+    """The places of the highest, then of the others; of equal ones the lower first, and NaN above
+    all, as PyTorch sorts."""
+    places: Sequence[int] = range(len(values))
+    above = [place for place in places if values[place] != values[place]]
+    if above:
+        places = [place for place in places if values[place] == values[place]]
+    return above + sorted(places, key=values.__getitem__, reverse=True)
 
 
 def _top(values: list[float], count: int) -> list[int]:
     """The places of the highest, descending."""
-    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+    order = descending(values)
     if any(values[a] == values[b] for a, b in pairwise(order[: count + 1])):
-        found: list[int] = torch.topk(torch.tensor(values), count).indices.tolist()
-        return found
+        return list(_top_of_equal(tuple(values), count))
     return order[:count]
+
+
+@functools.lru_cache(maxsize=1024)
+def _top_of_equal(values: tuple[float, ...], count: int) -> tuple[int, ...]:
+    """Which of equal values come first is PyTorch's to say. What has not ended is equally far from
+    the best at nearly every step: asked once."""
+    return tuple(torch.topk(torch.tensor(values), count).indices.tolist())

@@ -18,7 +18,7 @@ from fastvlm.nn.norm import is_plain_rms_norm
 from fastvlm.nn.wrapped import owns
 from fastvlm.run.attention import scale_of, softcap_of, window_of
 from fastvlm.run.embedded import embeds_alike
-from fastvlm.run.embedding import check_embedding, embed_step, rotation_of, ways_to_turn
+from fastvlm.run.embedding import StepEmbedding, check_embedding, rotation_of, ways_to_turn
 from fastvlm.run.layer import run_layer
 from fastvlm.run.program import NotCompilable, Program, ensure, has_no_hooks
 from fastvlm.run.step import STEPS, DecodeStep
@@ -53,14 +53,14 @@ def run_step(
     if id(stack) not in steps or ((known := steps[id(stack)]) is not None and known.is_stale):
         made = build_step(stack, past)
         if made is not None and not embeds_alike(
-            stack, arguments(), embed_step(stack, ids, filled, position_ids)
+            stack, arguments(), StepEmbedding(stack)(ids, filled, position_ids)
         ):
             made = None
         steps[id(stack)] = made
     step = steps[id(stack)]
     if step is None or step.stack() is not stack:
         return None
-    x = embed_step(stack, ids, filled, position_ids)
+    x = StepEmbedding(stack)(ids, filled, position_ids)
     return step(x, layouts, rotation_of(stack, x, position_ids, filled)).unsqueeze(1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat import hf
 from fastvlm.decoding.prefixes import only_counts, starts_of
-from fastvlm.models.embedding import factor_of, with_own_row
+from fastvlm.models.embedding import factor_of, own_row, with_own_row
 from fastvlm.models.spec import Embedding
 from fastvlm.models.structure import part_of
 from fastvlm.nn.linear import is_plain
@@ -44,64 +44,68 @@ def _offset(positions: Any, spec: Embedding) -> Any:
     return 0 if spec.offset is None else getattr(positions, spec.offset, None)
 
 
-def embed_step(
-    stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None,
-    starts: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """ids [R, 1] at position filled -> [R, d]; less where a row starts if it is padded.
+class StepEmbedding:
+    """What embeds the new tokens of a stack, its parts looked up once."""
 
-    position_ids: [1 or R, 1], for a stack that goes by them. starts: int64 [R], where that is known
-    already.
-    """
-    spec: Embedding = stack.spec.embedding
-    tokens = part_of(stack, spec.tokens)
-    x = F.embedding(ids[:, 0], tokens.weight)
-    factor = factor_of(tokens)
-    if factor is not None and factor != 1:
-        x = x * factor
-    x = with_own_row(tokens, ids[:, 0], x)
-    if spec.scaled:
-        x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
-    if spec.factor is not None:
-        x = x * getattr(stack, spec.factor)
-    if spec.types is not None:
-        x = x + part_of(stack, spec.types).weight[0]
-    if spec.norm is not None and spec.norm_first:
-        x = _normalized(x, part_of(stack, spec.norm))
-    if spec.counts_tokens:
-        x = x + getattr(stack, str(spec.positions))(ids, **{hf.length_argument(): filled})[:, 0]
-    elif spec.positions is not None:
-        x = (
-            x
-            + part_of(stack, spec.positions).weight[
-                _places(stack, ids, filled, position_ids, starts)
-            ]
-        )
-    if spec.norm is not None and not spec.norm_first:
-        x = _normalized(x, part_of(stack, spec.norm))
-    return x
+    def __init__(self, stack: Any) -> None:
+        self._stack = stack
+        spec: Embedding = stack.spec.embedding
+        self._spec = spec
+        self._tokens = tokens = part_of(stack, spec.tokens)
+        self._own, self._factor = own_row(tokens), factor_of(tokens)
+        self._positions: Any = spec.positions and part_of(stack, spec.positions)
+        self._norm: Any = spec.norm and part_of(stack, spec.norm)
 
+    def __call__(
+        self, ids: Tensor, filled: int, position_ids: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """ids [R, 1] at position filled -> [R, d]; less where a row starts if it is padded.
 
-def _normalized(x: Tensor, norm: Any) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        position_ids: [1 or R, 1], for a stack that goes by them. starts: int64 [R], where that is
+        known already.
+        """
+        spec, stack = self._spec, self._stack
+        x = torch.embedding(self._tokens.weight, ids[:, 0])
+        if self._factor is not None and self._factor != 1:
+            x = x * self._factor
+        if self._own is not None:
+            x = with_own_row(self._tokens, ids[:, 0], x)
+        if spec.scaled:
+            x = x * torch.tensor(stack.config.hidden_size**0.5, dtype=x.dtype)
+        if spec.factor is not None:
+            x = x * getattr(stack, spec.factor)
+        if spec.types is not None:
+            x = x + part_of(stack, spec.types).weight[0]
+        if spec.norm_first:
+            x = self._normalized(x)
+        if spec.counts_tokens:
+            x = x + self._positions(ids, **{hf.length_argument(): filled})[:, 0]
+        elif self._positions is not None:
+            x = x + self._positions.weight[self._places(ids, filled, position_ids, starts)]
+        return x if spec.norm_first else self._normalized(x)
 
+    def _normalized(self, x: Tensor) -> Tensor:
+        norm = self._norm
+        if norm is None:
+            return x
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-def _places(
-    stack: Any, ids: Tensor, filled: int, position_ids: Tensor | None, starts: Tensor | None
-) -> int | Tensor:
-    """Which rows of a table of positions the new tokens get: an index, or one for each."""
-    spec: Embedding = stack.spec.embedding
-    if spec.given and position_ids is not None:
-        return position_ids[:, 0]
-    if spec.skips is not None:
-        pad: int = part_of(stack, spec.skips)
-        return torch.where(ids[:, 0] != pad, filled + 1, 0) + pad
-    if spec.given:
-        return filled if starts is None else filled - starts
-    table = part_of(stack, str(spec.positions))
-    at = filled + _offset(table, spec)
-    starts = starts_of(table, ids.shape[0]) if starts is None else starts
-    return at if starts is None else at - starts
+    def _places(
+        self, ids: Tensor, filled: int, position_ids: Tensor | None, starts: Tensor | None
+    ) -> int | Tensor:
+        """Which rows of a table of positions the new tokens get: an index, or one for each."""
+        spec = self._spec
+        if spec.given and position_ids is not None:
+            return position_ids[:, 0]
+        if spec.skips is not None:
+            pad: int = part_of(self._stack, spec.skips)
+            return torch.where(ids[:, 0] != pad, filled + 1, 0) + pad
+        if spec.given:
+            return filled if starts is None else filled - starts
+        at: int = filled + _offset(self._positions, spec)
+        starts = starts_of(self._positions, ids.shape[0]) if starts is None else starts
+        return at if starts is None else at - starts
 
 
 def rotation_of(stack: Any, x: Tensor, position_ids: Tensor | None, filled: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -240,8 +242,18 @@ def call(
     return given
 
 
+PROGRAM = ("code", "widths", "numbers", "tensors")
+
+
 def run(given: dict[str, Any]) -> Tensor:
-    torch.ops.fastvlm_cpu.step(*given.values())
+    library = torch.ops.fastvlm_cpu
+    program = [given[name] for name in PROGRAM]
+    number = library.step_program(*program)
+    rest = {name: value for name, value in given.items() if name not in PROGRAM}
+    try:
+        library.step(rest.pop("x"), number, *rest.values())
+    finally:
+        library.forget_program(program[0], number)
     out: Tensor = given["out"]
     return out
 
@@ -306,6 +318,29 @@ class TestBadPrograms:
 
     def test_no_rows(self) -> None:
         assert run(call(rows=0)).shape == (0, 16)
+
+    @pytest.mark.parametrize("number", [0, -1, 2**40])
+    def test_a_program_that_is_not_there(self, number: int) -> None:
+        rest = {name: value for name, value in call().items() if name not in PROGRAM}
+        torch.ops.fastvlm_cpu.forget_program(torch.zeros(0, dtype=torch.int64), number)
+        with pytest.raises(RuntimeError, match=f"program: there is no {number}"):
+            torch.ops.fastvlm_cpu.step(rest.pop("x"), number, *rest.values())
+
+
+def test_a_program_goes_with_its_step(served: list[CpuStep]) -> None:
+    """And with it the tensors that it holds."""
+    model, inputs = patched("bart")
+    generate(model, inputs)
+    number = served[-1]._program
+    weight = weakref.ref(served[-1]._tensors[0])
+    rest = {name: value for name, value in call().items() if name not in PROGRAM}
+    served.clear()
+    fastvlm.unpatch(model)
+    del model
+    gc.collect()
+    assert weight() is None
+    with pytest.raises(RuntimeError, match=f"program: there is no {number}"):
+        torch.ops.fastvlm_cpu.step(rest.pop("x"), number, *rest.values())
 
 
 def test_a_default_device_is_nobody_s_business(served: list[CpuStep]) -> None:

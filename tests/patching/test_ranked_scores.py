@@ -18,14 +18,23 @@ if attention_refused() is not None:
     pytest.skip(str(attention_refused()), allow_module_level=True)
 
 from fastvlm.generate.bans import KNOWN, NONE, Bans, unknown
-from fastvlm.generate.head import Head, Last, best_of_rows, mask_logits
-from fastvlm.generate.ranking import best_of_images
+from fastvlm.generate.head import (
+    Head,
+    Last,
+    best_of_rows,
+    best_token_of_rows,
+    mask_logits,
+    read_best_of_rows,
+)
+from fastvlm.generate.ranking import best_in_python, best_of_images
+from fastvlm.generate.searches import descending, float32
 from fastvlm.loss.request import LossRequest
 from fastvlm.patching.logits import State
 from fastvlm.patching.recorded import RecordedLogits
 
 IMAGES, BEAMS, VOCAB, WIDTH = 2, 3, 37, 16
 ROWS = IMAGES * BEAMS
+INF, NAN = float("inf"), float("nan")
 OUTSIDE = VOCAB + 5  # an embedding may have more rows than the head
 
 # every kind of the table, in more than one state
@@ -89,22 +98,31 @@ def assert_best(found: tuple[Tensor, Tensor], full: Tensor, k: int) -> None:
     assert torch.equal(tokens[:, :k][real], wanted.indices[:, :k][real])
 
 
-@pytest.mark.parametrize("normal", [False, True], ids=["logits", "log-probabilities"])
 @pytest.mark.parametrize("first", PROCESSORS)
 @pytest.mark.parametrize("then", [None, "suppress", "no-repeat-2", "eos"])
 @pytest.mark.parametrize("length", [1, 8])
-def test_processors(first: str, then: str | None, length: int, normal: bool) -> None:
+def test_processors(first: str, then: str | None, length: int) -> None:
     chosen, x = [PROCESSORS[name] for name in (first, then) if name is not None], last()
-    scores = x.all_logits()
-    scores = F.log_softmax(scores, dim=-1) if normal else scores
+    scores = F.log_softmax(x.all_logits(), dim=-1)
     full = LogitsProcessorList(chosen)(ids(length), scores)
     banned = grown(chosen, ids(length))
     assert torch.allclose(mask_logits(scores.clone(), banned), full, atol=1e-5)
-    assert_best(best_of_rows(x, 5, banned, normal=normal), full, 5)
-    if normal:
-        running = torch.randn(IMAGES, BEAMS)
-        of_images = (full.view(IMAGES, BEAMS, VOCAB) + running[:, :, None]).view(IMAGES, -1)
-        assert_best(best_of_images(x, running, 2 * BEAMS, banned), of_images, 2 * BEAMS)
+    found = best_of_rows(x, 5, banned)
+    assert_best(found, full, 5)
+    assert read_best_of_rows(x, 5, banned) == tuple(each.tolist() for each in found)
+    assert best_token_of_rows(x, banned) == full.argmax(1).tolist()
+    running = torch.randn(IMAGES, BEAMS)
+    of_images = (full.view(IMAGES, BEAMS, VOCAB) + running[:, :, None]).view(IMAGES, -1)
+    found = best_of_images(x, running, 2 * BEAMS, banned)
+    assert_best(found, of_images, 2 * BEAMS)
+    assert best_in_python(x, running.tolist(), 2 * BEAMS, banned) == in_lists(*found)
+
+
+def in_lists(values: Tensor, places: Tensor) -> list[list[tuple[int, int, float]]]:
+    return [
+        [(place // VOCAB, place % VOCAB, value) for place, value in zip(*each)]
+        for each in zip(places.tolist(), values.tolist())
+    ]
 
 
 def test_beams_that_change_places() -> None:
@@ -132,8 +150,24 @@ def test_equal_scores_go_by_index() -> None:
     x.head.module.weight.copy_(x.head.module.weight[:1].expand(VOCAB, -1).clone())
     same = Last(x.states[:1].expand(ROWS, -1), x.head)
     banned = grown([PROCESSORS["suppress"]], ids())
-    found = best_of_images(same, torch.zeros(IMAGES, BEAMS), 6, banned)[1]
-    assert found.tolist() == [[0, 3, 4, 5, 6, 7]] * IMAGES
+    found = best_of_images(same, torch.zeros(IMAGES, BEAMS), 6, banned)
+    assert found[1].tolist() == [[0, 3, 4, 5, 6, 7]] * IMAGES
+    assert best_in_python(same, [[0.0] * BEAMS] * IMAGES, 6, banned) == in_lists(*found)
+
+
+@pytest.mark.parametrize("values", [
+    [1.0, 3.0, 2.0], [2.0, 5.0, 5.0, 2.0], [1.0, NAN, 7.0, NAN], [-INF, -1e9, INF],
+])  # fmt: skip
+def test_numbers_are_put_in_order_as_pytorch_does(values: list[float]) -> None:
+    wanted = torch.tensor(values).sort(descending=True, stable=True).indices
+    assert descending(values) == wanted.tolist()
+
+
+def test_python_rounds_as_float32_does() -> None:
+    a, b = torch.randn(2, 4000) * 2.0 ** torch.randint(-20, 20, (2, 4000))
+    pairs = list(zip(a.tolist(), b.tolist()))
+    assert float32([x + y for x, y in pairs]) == (a + b).tolist()
+    assert float32([x / y for x, y in pairs]) == (a / b).tolist()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
