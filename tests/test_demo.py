@@ -15,8 +15,12 @@ from fastvlm.checking import meters
 from fastvlm.loading import random_florence2 as florence2
 
 
-def test_writes_table_chart_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["demo", "--small", "--new-tokens", "8", "--rounds", "2", "--out", str(tmp_path)])
+def test_writes_table_chart_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default beside whoever runs it, not over the results that are kept."""
+    monkeypatch.chdir(tmp_path)
+    code = main(["demo", "--small", "--new-tokens", "8", "--rounds", "2"])
     out, err = capsys.readouterr()
     assert code == 0
     for line in (
@@ -29,9 +33,10 @@ def test_writes_table_chart_and_figures(tmp_path: Path, capsys: pytest.CaptureFi
         assert line in out
     assert "the weights are random" in out.lower()
     assert "run 2 of 2, fastvlm" in err
-    names = {path.name for path in tmp_path.iterdir()}
+    folder = tmp_path / "fastvlm-demo"
+    names = {path.name for path in folder.iterdir()}
     assert names == {f"demo-cpu-small.{suffix}" for suffix in ("json", "svg", "png")}
-    figures = json.loads((tmp_path / "demo-cpu-small.json").read_text())
+    figures = json.loads((folder / "demo-cpu-small.json").read_text())
     assert set(figures) >= {
         "date", "machine", "versions", "workload", "identical_tokens", "sides", "ratio",
         "memory_method", "patch_report",

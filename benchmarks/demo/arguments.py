@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fastvlm.usage import MOST_TOKENS, UsageError, whole_number
 
+DEFAULT_OUT = "fastvlm-demo"
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="PATH", help="a photo (default: one of scikit-image's)")
@@ -34,18 +36,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole_number("--threads", 1), metavar="N", help="default: PyTorch's own"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    parser.add_argument("--out", metavar="DIR", help="where the chart and the figures go")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help=f"where the chart and the figures go (default: {DEFAULT_OUT})",
+    )
     parser.add_argument("--small", action="store_true", help="a tiny model: seconds, for testing")
 
 
 def out_folder(given: str | None) -> Path:
-    """The folder for the results, made if need be: in a checkout its benchmarks/results."""
-    if given is not None:
-        folder = Path(given)
-    else:
-        source = Path(__file__).resolve().parents[2]
-        in_checkout = (source / "benchmarks" / "cases.py").is_file()
-        folder = source / "benchmarks" / "results" if in_checkout else Path("fastvlm-demo")
+    """The folder for the results, made if need be."""
+    folder = Path(DEFAULT_OUT if given is None else given)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
