@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
 
 def autocasts(device: str) -> bool:
@@ -51,20 +50,35 @@ def wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(grads, needs)]
 
 
+class _Refused(torch.autograd.Function):
+    """Gradients as they are, of which no gradient can be taken."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Any) -> Any:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "fastvlm: its ops have no second derivative (create_graph=True, a gradient penalty); "
+            "take it of a model without fastvlm.patch, or after fastvlm.unpatch(model)"
+        )
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Any:
-    """PyTorch's, which only refuses a second derivative where the gradient that comes in wants one:
-    that of a loss is 1, and wants none, and all behind it would pass for constants."""
-    theirs = function.once_differentiable(backward)
+    """A backward pass whose gradients want none themselves: a RuntimeError says so where one is
+    taken. PyTorch's decorator refuses only where the gradient that comes in wants one: that of a
+    loss is 1, and wants none, and all behind it would pass for constants."""
 
-    @functools.wraps(theirs)
-    def refuses(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(_wanting(grad) for grad in grads)
-        return theirs(ctx, *grads)
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return found
+        several = found if isinstance(found, tuple) else (found,)
+        wanting = [g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in several]
+        refused = _Refused.apply(*wanting)
+        return refused if isinstance(found, tuple) else refused[0]
 
-    return refuses
-
-
-def _wanting(grad: Any) -> Any:
-    differs = isinstance(grad, Tensor) and grad.is_floating_point() and not grad.requires_grad
-    return grad.detach().requires_grad_() if differs else grad
+    return run

@@ -242,7 +242,7 @@ def cross_attention(
     Returns [Tq, H, D] in q's dtype; zeros for a row whose image has no token. With return_lse a
     pair, the second [Tq, H] in float32 (float64 for float64), -inf for such a row. Gradients for q,
     k and v, through both; dK and dV are sums over all readers of an image, deterministic. A second
-    derivative is refused (``once_differentiable``).
+    derivative is refused (RuntimeError).
 
     Raises TypeError for what is no tensor or Layout, ValueError for shapes, dtypes, devices and
     numbers that do not fit; the message names the argument.
@@ -280,7 +280,7 @@ def self_attention(
     the segment: column clamp(key - query, -D, D) + D (T5's relative positions, arXiv 1910.10683,
     with their buckets looked up once for each distance). Its gradient is a sum over all pairs of a
     distance, deterministic. scale, softcap, dropout_p, return_lse and errors: as in
-    `cross_attention`. A second derivative is refused (``once_differentiable``).
+    `cross_attention`. A second derivative is refused (RuntimeError).
 
     Returns [T, H, D] in q's dtype; with return_lse [T, H] as well.
     """

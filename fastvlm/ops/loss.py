@@ -118,7 +118,7 @@ def linear_cross_entropy(
 
     Returns the loss in float32; with groups also the summed loss [num_groups] and the count of
     rows [num_groups] of each group. Gradients for h, weight and bias, each only if it wants one; a
-    second derivative is refused (``once_differentiable``). On a CPU with AMX the logits' gradients
+    second derivative is refused (RuntimeError). On a CPU with AMX the logits' gradients
     are rounded to bfloat16, where h and weight are, for the products behind them. The idea:
     cut-cross-entropy, arXiv 2411.09009.
 

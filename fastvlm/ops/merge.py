@@ -57,7 +57,7 @@ def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) 
     float64): their logsumexp.
 
     Returns [T, H, D] in out's dtype; zeros for a row that sees no key in either. Gradients for all
-    four. A second derivative is refused (``once_differentiable``).
+    four. A second derivative is refused (RuntimeError).
 
     Raises TypeError or ValueError; the message names the argument.
     """

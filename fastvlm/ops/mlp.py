@@ -318,7 +318,7 @@ def gelu_mlp(
     dropout_p: of the activation, in [0, 1).
 
     Returns [..., N]. Backward keeps x w1^T + b1 [..., F] and recomputes the activation from it;
-    gradients only for what wants one. A second derivative is refused (``once_differentiable``).
+    gradients only for what wants one. A second derivative is refused (RuntimeError).
 
     Raises TypeError or ValueError; the message names the argument.
     """
@@ -359,7 +359,7 @@ def geglu_mlp(
 
     Returns [..., N]. Backward keeps the two projections [..., F] and recomputes the activation and
     the product; gradients only for what wants one. A second derivative is refused
-    (``once_differentiable``).
+    (RuntimeError).
 
     Raises TypeError or ValueError; the message names the argument.
     """

@@ -203,7 +203,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, offset: float = 1.
     too, where a sum in bfloat16 would round the weight away.
 
     Returns [..., N] in x's dtype. Gradients for x and weight; a second derivative is refused
-    (``once_differentiable``). Raises TypeError or ValueError; the message names the argument.
+    (RuntimeError). Raises TypeError or ValueError; the message names the argument.
     """
     if not _fits(x, None, weight):
         _explain("rms_norm", x, None, weight=weight)
@@ -230,7 +230,7 @@ def residual_rms_norm(
     (factor 1). eps, offset: as in `rms_norm`, for both norms.
 
     Returns h, or (h, y), in the wider dtype of x and residual. Gradients for all five tensors, each
-    only if it wants one; a second derivative is refused (``once_differentiable``).
+    only if it wants one; a second derivative is refused (RuntimeError).
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "residual_rms_norm"
@@ -268,7 +268,7 @@ def residual_layer_norm(
     x, residual: [..., N]. weight, bias: [N]. dropout_p in [0, 1). LayerNorm: arXiv 1607.06450.
 
     Returns [..., N] in the wider dtype of x and residual (float32 under autocast, as PyTorch's
-    layer_norm). Gradients for all four; a second derivative is refused (``once_differentiable``).
+    layer_norm). Gradients for all four; a second derivative is refused (RuntimeError).
     Raises TypeError or ValueError; the message names the argument.
     """
     op = "residual_layer_norm"

@@ -50,7 +50,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     half of R holding all angles; dims past R pass through. Computed in float32.
 
     Returns q and k turned, in their dtypes. Gradients for q and k; cos and sin are constants and
-    must not want one. A second derivative is refused (``once_differentiable``).
+    must not want one. A second derivative is refused (RuntimeError).
 
     Raises TypeError or ValueError; the message names the argument.
     """
