@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every
+from torch.utils import _python_dispatch
 from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,6 +25,19 @@ def is_transformed() -> bool:
 def is_watched() -> bool:
     """Whether a dispatch mode (a counter, a tracer) sees every op that is called."""
     return bool(torch._C._len_torch_dispatch_stack() > 0)
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """Inside, ops are called past all dispatch modes: what a finalizer does is nobody's trace."""
+    manager: AbstractContextManager[Any] = _python_dispatch._disable_current_modes()
+    return manager
+
+
+def refusing(message: str, grads: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors among grads as they are, but that a gradient of theirs is this error."""
+    error = torch._C._functions.DelayedError(message.encode(), len(grads))
+    found = error(*(g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in grads))
+    return found if isinstance(found, tuple) else (found,)
 
 
 def version_of(x: Tensor) -> int | None:

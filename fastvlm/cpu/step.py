@@ -101,9 +101,13 @@ class CpuStep:
     def _handed_over(self) -> int:
         """The number of the program in the library, which holds its tensors as long as this is."""
         number: int = torch.ops.fastvlm_cpu.step_program(*self._fixed, self._tensors)
-        forget = torch.ops.fastvlm_cpu.forget_program.default
-        weakref.finalize(self, forget, self._fixed[0], number).atexit = False
+        weakref.finalize(self, _forget, self._fixed[0], number).atexit = False
         return number
+
+
+def _forget(code: Tensor, program: int) -> None:
+    with pytorch.unwatched():  # it comes at any time
+        torch.ops.fastvlm_cpu.forget_program.default(code, program)
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from fastvlm.checks import describe
 from fastvlm.compat import hf, pytorch
-from fastvlm.decoding.handed import HandedOut
+from fastvlm.decoding.handed import HandedOut, same
 from fastvlm.layout import Layout, Padding
 from fastvlm.nn.linear import original
 
@@ -59,19 +59,12 @@ class Readers:
         """Other rows than there were: change gives theirs from a tensor [R, ...] of those now."""
         if self.layout is None:
             return
+        self.handed.settle()
         now = self.layout.image_of.long() if self.image_of is None else self.image_of
         then = change(now)
         if then.shape != now.shape or not torch.equal(then, now):
-            self.take_back()
             self.handed.forget()  # transformers' rows are others now too
             self.image_of, self._mask, self._steps, self.seen = then, None, {}, None
-
-    def take_back(self) -> None:
-        """What was written into copies of the keys and values. ValueError where rows that read one
-        image are to read other keys than each other."""
-        if self.handed:
-            for layer, name, tensor in self.handed.written():
-                layer.take_back(name, tensor)
 
     def images(self, batch: int) -> list[int]:
         """The image of each of batch rows. ValueError where they are not as many as the cache's."""
@@ -87,7 +80,7 @@ class Readers:
         mask: the encoder's, [images or batch, K], as at the prefill. image_of: what the caller says
         that its rows read. ValueError where the two do not fit the cache.
         """
-        self.take_back()
+        self.handed.settle()
         found = self._steps.get((batch, length))
         version = None if mask is None else pytorch.version_of(mask)
         if found is not None and mask is self._mask and version == self._version:
@@ -191,15 +184,16 @@ class SharedCrossLayer(DynamicLayer):
                 "keys and values of an image once for all beams, which only a patched model reads; "
                 "unpatch when generate() has returned"
             )
-        copy = self.readers.handed.get(self, name)
+        handed = self.readers.handed
+        copy = handed.copy_of(self, name)
         if copy is not None:
             return copy
-        packed = self.packed[_NAMES.index(name)]
-        padded, rows = self.layout.unpack_kv(packed).transpose(1, 2), self._rows
+        packed, rows = self.packed[_NAMES.index(name)], self._rows
+        padded = self.layout.unpack_kv(packed).transpose(1, 2)
         padded = padded if rows is None else padded[rows]
         if pytorch.same_storage(padded, packed):
-            return padded
-        return self.readers.handed.add(self, name, padded)
+            return handed.shown(self, padded)
+        return handed.copied(self, name, padded)
 
     @property
     def _expands(self) -> bool:
@@ -215,23 +209,34 @@ class SharedCrossLayer(DynamicLayer):
         return self.layout.image_of.long() if self._expands else self.readers.image_of
 
     def take_back(self, name: str, copy: Tensor) -> None:
-        """What was written into a copy, [R, Hkv, length, D]."""
+        """copy [R, Hkv, length, D]: the packed keys become what was written into it. ValueError
+        where rows that read one image would read other keys than each other."""
         assert self.packed is not None
         assert self.layout is not None
         packed, rows = self.packed[_NAMES.index(name)], self._rows
-        grid = copy.transpose(1, 2)
+        theirs = images = copy.transpose(1, 2)
         if rows is not None:
             images = self.layout.unpack_kv(packed).clone()
-            images[rows] = grid
-            seen = self.layout.unpack_kv(packed.new_ones(packed.shape[:1]))[rows] != 0
-            if not torch.equal(images[rows][seen], grid[seen]):
+            images[rows] = theirs
+            # of several rows of an image one has been written: the others must agree but in padding
+            real = self.layout.unpack_kv(packed.new_ones(packed.shape[:1]))[rows] != 0
+            if not same(images[rows][real], theirs[real]):
                 raise ValueError(
                     f"fastvlm: {name} of rows that read the same image must stay the same, as the "
                     "cache holds them once; decode with fastvlm.unpatch(model)"
                 )
-            grid = images
-        packed.copy_(self.layout.pack_kv(grid))
-        self._chosen = None
+        written = self.layout.pack_kv(images)
+        if not same(written, packed):
+            packed.copy_(written)
+            self.renew()
+
+    def renew(self) -> None:
+        """What a step reads of some keys is a copy: it becomes what they are now."""
+        if self._chosen is None or self.packed is None:
+            return
+        index, chosen = self._chosen
+        for some, each in zip(chosen, self.packed):
+            some.copy_(each.index_select(0, index))
 
     @property
     def keys(self) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastvlm.compat import hf
-from fastvlm.decoding.handed import HandedOut
+from fastvlm.decoding.handed import HandedOut, same
 
 DynamicLayer: Any = hf.cache_layer("DynamicLayer")
 
@@ -64,17 +64,9 @@ class Rows:
         self.lengths.fill_(filled)
 
     def let_go(self) -> None:
-        """Copies of keys and values are no longer the cache's. NotImplementedError where somebody
+        """Copies of keys and values are the cache's no longer. NotImplementedError where somebody
         wrote into one."""
-        if not self.handed:
-            return
-        for layer, name, copy in self.handed.written():
-            now = layer.in_order(name)[:, :, : copy.shape[2]]
-            if not torch.equal(now, copy):
-                raise NotImplementedError(
-                    f"fastvlm: {name} of a cache whose beams have changed places were written "
-                    "into; decode with fastvlm.unpatch(model)"
-                )
+        self.handed.settle()
         self.handed.forget()
 
     def reorder(self, index: Tensor, begin: bool = False) -> None:
@@ -234,12 +226,26 @@ class RowLayer(DynamicLayer):
     def _given(self, name: str) -> Tensor | None:
         """The same, for somebody who may write into them."""
         handed = self.rows.handed
-        copy = handed.get(self, name)
+        copy = handed.copy_of(self, name)
         if copy is not None:
             return copy
         found = self.in_order(name)
-        copied = found is not None and self.rows.moved
-        return handed.add(self, name, found) if copied else found  # type: ignore[arg-type]
+        if found is None or not self.rows.moved:
+            return found
+        return handed.copied(self, name, found)
+
+    def take_back(self, name: str, copy: Tensor) -> None:
+        """NotImplementedError: rows that have changed places share keys."""
+        now = self.in_order(name)
+        # there may be a position more than when it was given: a forward goes layer by layer
+        if now is None or not same(now[:, :, : copy.shape[2]], copy):
+            raise NotImplementedError(
+                f"fastvlm: {name} of a cache whose beams have changed places were written into; "
+                "decode with fastvlm.unpatch(model)"
+            )
+
+    def renew(self) -> None:
+        """A view is what steps read."""
 
     @property
     def keys(self) -> Tensor | None:
@@ -292,6 +298,8 @@ class RowLayer(DynamicLayer):
             self.rows.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self.first:
+            self.rows.let_go()
         if tokens_to_remove > 0:  # once the length to keep; transformers' layers refuse it too
             raise ValueError(
                 "fastvlm: tokens_to_remove must be 0 or less, the number of tokens to remove as a "
@@ -306,6 +314,8 @@ class RowLayer(DynamicLayer):
 
     def drop(self, count: int) -> None:
         """The first count positions are given up, and no copy of them is kept."""
+        if self.first:
+            self.rows.let_go()
         for x in (self.k, self.v):
             if x is not None:
                 x[:, : self.filled - count] = x[:, count : self.filled].clone()

@@ -95,66 +95,58 @@ class Last:
 def best_of_rows(last: Last, k: int, banned: Banned) -> tuple[Tensor, Tensor]:
     """The k best tokens of each row that are not banned, and their log-probabilities, [R, k or
     more]. Descending where nothing is banned."""
-    assert last.head is not None
-    assert last.states is not None
-    device = last.states.device
-    wide = min(last.head.vocabulary, k + banned.most)
-    if banned.forced is not None:
-        values, tokens = _forced(banned.forced, wide, last.states)
-    else:
-        values, tokens, _ = last.head.best(last.states, wide)
-    for bans in banned.tensors(device):
+    values, tokens = _best(last, k, banned)
+    for bans in banned.tensors(tokens.device):
         found = (tokens.unsqueeze(2) == bans.unsqueeze(1)).any(2)
         values = values.masked_fill(found, float("-inf"))
     return values, tokens
 
 
-def _forced(tokens: Sequence[int], wide: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """What `best_of_rows` gives where nothing else may come, before bans."""
-    taken, rows = sorted(tokens), states.shape[0]
-    others = [token for token in range(wide) if token not in taken]
-    chosen = torch.tensor(taken + others[: max(0, wide - len(taken))], device=states.device)
-    values = torch.zeros(rows, chosen.shape[0], device=states.device)
-    values[:, len(taken) :] = float("-inf")
-    return values, chosen.expand(rows, -1)
-
-
-def read_best_of_rows(
+def best_lists_of_rows(
     last: Last, k: int, banned: Banned
 ) -> tuple[list[list[float]], list[list[int]]]:
-    """`best_of_rows` on the host, where a few numbers are banned without a tensor."""
-    if banned.forced is not None:
-        values, tokens = best_of_rows(last, k, banned)
-        return values.tolist(), tokens.tolist()
-    assert last.head is not None
-    assert last.states is not None
-    wide = min(last.head.vocabulary, k + banned.most)
-    values, tokens, _ = last.head.best(last.states, wide)
-    found: list[list[float]] = values.tolist()
-    theirs: list[list[int]] = tokens.tolist()
+    """The same as lists, a few numbers of which are banned without a tensor."""
+    found = _best(last, k, banned)
+    values: list[list[float]] = found[0].tolist()
+    tokens: list[list[int]] = found[1].tolist()
     if banned.most:
-        for row, (scores, each) in enumerate(zip(found, theirs)):
+        for row, (scores, each) in enumerate(zip(values, tokens)):
             for place, token in enumerate(each):
                 if banned.holds(row, token):
                     scores[place] = float("-inf")
-    return found, theirs
+    return values, tokens
 
 
 def best_token_of_rows(last: Last, banned: Banned) -> list[int]:
     """The best token of each row that is not banned; 0 where all are, as argmax has it."""
-    assert last.head is not None
-    assert last.states is not None
     if banned.forced is None:
-        wide = min(last.head.vocabulary, 1 + banned.most)
-        rows: list[list[int]] = last.head.best(last.states, wide)[1].tolist()
+        rows: list[list[int]] = _best(last, 1, banned)[1].tolist()
         if not banned.most:
             return [each[0] for each in rows]
     else:
+        assert last.states is not None
         rows = [sorted(banned.forced)] * last.states.shape[0]
     return [
         next((token for token in each if not banned.holds(row, token)), 0)
         for row, each in enumerate(rows)
     ]
+
+
+def _best(last: Last, k: int, banned: Banned) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens of each row, as many more than k as may be banned; where some
+    are forced these, at 0, and others at -inf."""
+    assert last.head is not None
+    assert last.states is not None
+    wide = min(last.head.vocabulary, k + banned.most)
+    if banned.forced is None:
+        values, tokens, _ = last.head.best(last.states, wide)
+        return values, tokens
+    taken, (rows, _) = sorted(banned.forced), last.states.shape
+    others = [token for token in range(wide) if token not in taken]
+    chosen = torch.tensor(taken + others[: max(0, wide - len(taken))], device=last.states.device)
+    values = torch.zeros(rows, chosen.shape[0], device=chosen.device)
+    values[:, len(taken) :] = float("-inf")
+    return values, chosen.expand(rows, -1)
 
 
 def mask_logits(scores: Tensor, banned: Banned) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastvlm.generate.bans import Banned
-from fastvlm.generate.head import Last, best_of_rows, read_best_of_rows
+from fastvlm.generate.head import Last, best_lists_of_rows, best_of_rows
 from fastvlm.generate.plan import Plan
-from fastvlm.generate.searches import Candidate, descending, float32
+from fastvlm.generate.searches import Candidate, descending, float32, over
 
 
 def continuations(
@@ -27,13 +27,7 @@ def continuations(
     scores = [one.scores for one in searches]
     if _on_host(plan.device) and _ranks(plan, last, banned):
         found = best_in_python(last, scores, _count(plan, len(scores[0])), banned)
-        return [
-            [
-                Candidate(*each, *divided)
-                for each, *divided in zip(one, _divided(one, scale), _divided(one, hope))
-            ]
-            for one, scale, hope in zip(found, scales, hopes)
-        ]
+        return [_judged(*each) for each in zip(found, scales, hopes)]
     rows = [row for one in searches for row in one.rows]
     running = torch.tensor(scores, device=plan.device)
     values, places, vocabulary = best(plan, last, rows, banned, running)
@@ -64,10 +58,11 @@ def _ranks(plan: Plan, last: Last, banned: Banned) -> bool:
     return last.rankable(_count(plan, config.num_beams) + banned.most)
 
 
-def _divided(found: list[tuple[int, int, float]], by: float) -> list[float]:
-    """Scores by a number, in float32."""
-    (rounded,) = float32([by])
-    return float32([value / rounded for _, _, value in found])
+def _judged(found: list[tuple[int, int, float]], scale: float, hope: float) -> list[Candidate]:
+    """found: beams, tokens and summed scores."""
+    values = [value for _, _, value in found]
+    ranked, hoped = over(values, scale), over(values, hope)
+    return [Candidate(*one, r, h) for one, r, h in zip(found, ranked, hoped)]
 
 
 def _column(numbers: list[float], like: Tensor) -> float | Tensor:
@@ -133,7 +128,7 @@ def best_in_python(
     last: Last, running: list[list[float]], k: int, banned: Banned
 ) -> list[list[tuple[int, int, float]]]:
     """`best_of_images`, of each image the beam, token and summed score of its k best."""
-    values, tokens = read_best_of_rows(last, k, banned)
+    values, tokens = best_lists_of_rows(last, k, banned)
     beams, found = len(running[0]), []
     for image, scores in enumerate(running):
         rows = slice(image * beams, (image + 1) * beams)

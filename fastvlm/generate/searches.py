@@ -7,6 +7,7 @@ and leave it between any two steps: nothing of it depends on who else is there.
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class BeamSearch(Search):
         if any(just) or not full:
             self._merge(candidates, just, _FAR * (full and early), first)
         best = candidates[chosen[0]]
-        (hoped,) = float32([values[chosen[0]] / hope]) if ends[chosen[0]] else [best.hoped]
+        hoped = over([values[chosen[0]]], hope)[0] if ends[chosen[0]] else best.hoped
         self.rows, self.paths, self.scores, self.parents = (
             [self.rows[candidates[i].beam] + [candidates[i].token] for i in chosen],
             [self.paths[candidates[i].beam] + [first + candidates[i].beam] for i in chosen],
@@ -131,9 +132,10 @@ class BeamSearch(Search):
     ) -> None:
         """The best of what had ended and what ends now."""
         scores = [one.ranked for one in candidates]
-        for reason in (late, 0.0 if self.improves else _FAR):
-            if reason:
-                scores = float32([score + reason for score in scores])
+        if late:
+            scores = float32([score + late for score in scores])
+        if not self.improves:
+            scores = float32([score + _FAR for score in scores])
         ranked = float32([s if ended else s + _FAR for s, ended in zip(scores, just)])
         scores = [one.score for one in self.found] + ranked
         kept, beams = [], len(self.found)
@@ -168,6 +170,14 @@ class GreedySearch(Search):
 def float32(numbers: list[float]) -> list[float]:
     """Rounded: sums and quotients of two float32 are what float32 arithmetic gives."""
     return array("f", numbers).tolist()
+
+
+def over(values: Sequence[float], by: float) -> list[float]:
+    """Quotients in float32; what a length to a power comes to may be 0 there."""
+    (divisor,) = float32([by])
+    if divisor:
+        return float32([value / divisor for value in values])
+    return [math.copysign(math.inf, value) if value else math.nan for value in values]
 
 
 def descending(values: list[float]) -> list[int]:

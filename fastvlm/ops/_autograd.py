@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.compat import pytorch
+
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a device type; PyTorch does not answer for every type."""
@@ -50,19 +52,10 @@ def wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(grads, needs)]
 
 
-class _Refused(torch.autograd.Function):
-    """Gradients as they are, of which no gradient can be taken."""
-
-    @staticmethod
-    def forward(ctx: Any, *grads: Any) -> Any:
-        return grads
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "fastvlm: its ops have no second derivative (create_graph=True, a gradient penalty); "
-            "take it of a model without fastvlm.patch, or after fastvlm.unpatch(model)"
-        )
+_TWICE = (
+    "fastvlm: its ops have no second derivative (create_graph=True, a gradient penalty); take it "
+    "of a model without fastvlm.patch, or after fastvlm.unpatch(model)"
+)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Any:
@@ -76,9 +69,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Any:
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph=True
             return found
-        several = found if isinstance(found, tuple) else (found,)
-        wanting = [g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in several]
-        refused = _Refused.apply(*wanting)
+        refused = pytorch.refusing(_TWICE, found if isinstance(found, tuple) else (found,))
         return refused if isinstance(found, tuple) else refused[0]
 
     return run

@@ -90,6 +90,8 @@ class InterleavedStack(DecoderStack):
             return None
         step = filled > 0 and length == 1 and states is None
         readers: Any = None if kept is None else kept.readers
+        if readers is not None:
+            readers.handed.settle()
         if step and readers is not None and self._saw(readers.seen, call.encoder_mask, batch):
             call.seen = readers.seen[0]
             return call.seen.layout

@@ -155,6 +155,17 @@ def test_second_derivative_works_or_is_refused(name: str) -> None:
         sum(g.square().sum() for g in first).backward()
 
 
+def test_gradients_of_a_graph_that_goes_on_are_gradients(name: str) -> None:
+    """Of create_graph=True, and they may be written into."""
+    inputs = make(name)
+    loss = total(CASES[name].run(*inputs))
+    usual = torch.autograd.grad(loss, inputs, retain_graph=True)
+    first = torch.autograd.grad(loss, inputs, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, usual))
+    first[0].mul_(2)
+    assert torch.equal(first[0], 2 * usual[0])
+
+
 def test_two_runs_are_bit_identical(name: str) -> None:
     inputs = make(name)
     first, second = (_outs(CASES[name].run(*inputs)) for _ in range(2))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import FAMILIES
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 import fastvlm
@@ -23,7 +24,7 @@ def reordered(index: list[int]) -> tuple[Callable[[Any], None], Rows]:
     return (lambda cache: cache.reorder_cache(order)), (lambda x: x[order])
 
 
-CHANGES: dict[str, tuple[Callable[[Any], None], Rows]] = {
+CHANGES: dict[str, tuple[Callable[[Any], Any], Rows]] = {
     "swap": reordered([1, 0, 2]),
     "one-prompt-for-all": reordered([2, 2, 2]),
     "same": reordered([0, 1, 2]),
@@ -52,7 +53,8 @@ def steps(model: nn.Module, name: str, changes: list[str], padded: bool = True) 
         token = torch.tensor([[20], [30], [40]])
         for change in changes:
             act, rows = CHANGES[change]
-            act(cache)
+            made = act(cache)
+            cache = made if isinstance(made, Cache) else cache
             token, states, mask = rows(token), rows(states), rows(mask)
             step = model(
                 encoder_outputs=BaseModelOutput(states), attention_mask=mask,

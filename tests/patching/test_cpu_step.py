@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from models import FAMILIES, RELATIVES
 from pix2struct_models import PIX2STRUCT
 from test_families import generate
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastvlm
 from fastvlm import extension
@@ -327,17 +330,19 @@ class TestBadPrograms:
             torch.ops.fastvlm_cpu.step(rest.pop("x"), number, *rest.values())
 
 
-def test_a_program_goes_with_its_step(served: list[CpuStep]) -> None:
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode, FlopCounterMode])
+def test_a_program_goes_with_its_step(served: list[CpuStep], mode: Any) -> None:
     """And with it the tensors that it holds."""
     model, inputs = patched("bart")
     generate(model, inputs)
     number = served[-1]._program
     weight = weakref.ref(served[-1]._tensors[0])
     rest = {name: value for name, value in call().items() if name not in PROGRAM}
-    served.clear()
     fastvlm.unpatch(model)
     del model
-    gc.collect()
+    with mode():  # whatever happens to be going on
+        served.clear()
+        gc.collect()
     assert weight() is None
     with pytest.raises(RuntimeError, match=f"program: there is no {number}"):
         torch.ops.fastvlm_cpu.step(rest.pop("x"), number, *rest.values())

@@ -21,13 +21,13 @@ from fastvlm.generate.bans import KNOWN, NONE, Bans, unknown
 from fastvlm.generate.head import (
     Head,
     Last,
+    best_lists_of_rows,
     best_of_rows,
     best_token_of_rows,
     mask_logits,
-    read_best_of_rows,
 )
 from fastvlm.generate.ranking import best_in_python, best_of_images
-from fastvlm.generate.searches import descending, float32
+from fastvlm.generate.searches import descending, float32, over
 from fastvlm.loss.request import LossRequest
 from fastvlm.patching.logits import State
 from fastvlm.patching.recorded import RecordedLogits
@@ -109,7 +109,7 @@ def test_processors(first: str, then: str | None, length: int) -> None:
     assert torch.allclose(mask_logits(scores.clone(), banned), full, atol=1e-5)
     found = best_of_rows(x, 5, banned)
     assert_best(found, full, 5)
-    assert read_best_of_rows(x, 5, banned) == tuple(each.tolist() for each in found)
+    assert best_lists_of_rows(x, 5, banned) == tuple(each.tolist() for each in found)
     assert best_token_of_rows(x, banned) == full.argmax(1).tolist()
     running = torch.randn(IMAGES, BEAMS)
     of_images = (full.view(IMAGES, BEAMS, VOCAB) + running[:, :, None]).view(IMAGES, -1)
@@ -168,6 +168,9 @@ def test_python_rounds_as_float32_does() -> None:
     pairs = list(zip(a.tolist(), b.tolist()))
     assert float32([x + y for x, y in pairs]) == (a + b).tolist()
     assert float32([x / y for x, y in pairs]) == (a / b).tolist()
+    for by in (3.7, 1e-30, 0.0, 1e-60, 7):
+        some = [*a[:9].tolist(), -INF]
+        assert over(some, by) == (torch.tensor(some) / by).tolist()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
