@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fastvlm.patching.log_probs import log_prob_change
     from fastvlm.patching.patch import PatchError, patch, patched, unpatch
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Caption",
     "Captioner",

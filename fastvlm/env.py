@@ -38,11 +38,11 @@ def _ask(question: Callable[[], Any]) -> Any:
 
 
 def _version(package: str) -> str:
+    if package == "fastvlm":
+        return str(importlib.import_module("fastvlm").__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        if package == "fastvlm":
-            return "not installed (running from source)"
         return "not installed"
 
 

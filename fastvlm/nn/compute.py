@@ -5,6 +5,9 @@ Import it where it is needed only, as `fastvlm.nn.low_precision`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,6 +29,19 @@ FEWEST_ROWS = 65
 FEWEST_INPUTS = 192
 
 
+_in_steps: ContextVar[bool] = ContextVar("fastvlm_in_steps", default=False)
+
+
+@contextlib.contextmanager
+def as_in_steps() -> Iterator[None]:
+    """Inside, layers with a copy of their weight in fewer bits read it, as few rows do."""
+    token = _in_steps.set(True)
+    try:
+        yield
+    finally:
+        _in_steps.reset(token)
+
+
 def unavailable(compute: str) -> str | None:
     """Why there is no "int8" or "bf16" arithmetic here."""
     return int8.unavailable() if compute == "int8" else bf16.unavailable()
@@ -37,6 +53,11 @@ def rounds_rows(compute: str) -> bool:
     return compute == "bf16" or bf16.tiles()
 
 
+def has_few_inputs(compute: str, inputs: int) -> bool:
+    """Whether a product alone, outside of an MLP, is not worth quantizing its rows."""
+    return not rounds_rows(compute) and inputs < FEWEST_INPUTS
+
+
 def can(layer: Any, x: Tensor) -> bool:
     """Whether rows like x [..., any] can meet the weight of a layer in its arithmetic.
 
@@ -44,6 +65,8 @@ def can(layer: Any, x: Tensor) -> bool:
     PyTorch dispatches, a compiler or a transform at work, another device or backend.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if _in_steps.get() and isinstance(layer, LowPrecisionLinear):
         return False
     if type(x) not in DENSE or x.device.type != "cpu" or x.dtype not in DTYPES:
         return False
@@ -78,7 +101,7 @@ def linear(
         return None
     if rounds_rows(layer.compute):
         return rounded_linear(x, layer, residual, factors)
-    if layer.in_features < FEWEST_INPUTS:
+    if has_few_inputs(layer.compute, layer.in_features):
         return None
     weight, scale = copy_of(layer)
     assert scale is not None

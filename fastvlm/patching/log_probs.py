@@ -14,6 +14,8 @@ from fastvlm.compat import hf
 from fastvlm.patching.classes import is_patched, swapped, unpatched_class
 from fastvlm.patching.weights import LINEAR, is_approximate
 
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
 
 @dataclass(frozen=True)
 class LogProbChange:
@@ -29,11 +31,16 @@ class LogProbChange:
     positions: int
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"log-probability of the most probable token at {self.positions} positions: off by "
             f"{self.mean:.2e} on average, {self.max:.2e} at most; it is the same token at "
             f"{self.agreement:.1%}"
         )
+        if self.max == 0:
+            told += (
+                " (nothing was computed in fewer bits: compute= is for 65 rows and more at once)"
+            )
+        return told
 
 
 def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChange:
@@ -42,19 +49,33 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
     model: patched with ``weights`` or ``compute``, "bf16" or "int8". inputs: keyword arguments of
     one call of it, for an encoder-decoder with labels or decoder_input_ids. Runs the model twice,
     in eval mode and without gradients; padding (labels of -100, zeros of the mask) does not count.
+    All positions go through the decoder at once, and with weights its layers read them in fewer
+    bits, however many rows that makes, as the steps of a caption do.
 
-    Raises TypeError for what is no nn.Module, ValueError for a model without such weights, or for
-    inputs with a cache (a call would change it) or nothing but padding.
+    Raises TypeError for what is no nn.Module or no mapping, ValueError for a model without such
+    weights, or for inputs of an encoder-decoder without labels or decoder_input_ids, with a cache
+    (a call would change it) or nothing but padding.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastvlm.log_prob_change: model must be a torch.nn.Module; got {model!r}")
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            "fastvlm.log_prob_change: inputs must be a mapping, the keyword arguments of one call; "
+            f"got {type(inputs).__name__}"
+        )
     if not any(_reads_a_copy(module) for module in model.modules()):
         raise ValueError(
-            "fastvlm.log_prob_change: model must be patched with weights or compute; got "
-            f'{type(model).__name__} with its own: fastvlm.patch(model, weights="int8")'
+            "fastvlm.log_prob_change: model must be patched with weights or compute, and have "
+            f"layers that follow; got {type(model).__name__}, all of whose weights are its own "
+            '(fastvlm.patch(model, weights="int8"); its report says what is left and why)'
         )
     if hf.cache_in(inputs) is not None:
         raise ValueError("fastvlm.log_prob_change: inputs must be without past_key_values")
+    if _encodes(model) and not {"labels", *_DECODER_INPUTS} & inputs.keys():
+        raise ValueError(
+            "fastvlm.log_prob_change: inputs must have labels or decoder_input_ids; got "
+            f"{', '.join(inputs)}"
+        )
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -63,7 +84,8 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
                 logits: Tensor = model(**inputs).logits
             counted = _counted(model, inputs, logits)
             best, own = _best(logits[counted])
-            logits = model(**inputs).logits[counted]
+            with _as_in_steps():
+                logits = model(**inputs).logits[counted]
     finally:
         for module in in_training:
             module.training = True
@@ -74,6 +96,16 @@ def log_prob_change(model: nn.Module, inputs: Mapping[str, Any]) -> LogProbChang
     return LogProbChange(
         change.mean().item(), change.max().item(), same.mean().item(), best.numel()
     )
+
+
+def _encodes(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _as_in_steps() -> contextlib.AbstractContextManager[None]:
+    from fastvlm.nn.compute import as_in_steps  # loads torch.compile: a second
+
+    return as_in_steps()
 
 
 def _reads_a_copy(module: nn.Module) -> bool:
@@ -105,8 +137,7 @@ def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _counted(model: Any, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
     """Which positions of the logits are no padding, by the mask or the labels of the decoder."""
-    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if encoder or "decoder_input_ids" in inputs:
+    if _encodes(model) or "decoder_input_ids" in inputs:
         mask = inputs.get("decoder_attention_mask")
         if mask is None and inputs.get("labels") is not None:
             mask = inputs["labels"] != -100

@@ -26,7 +26,8 @@ from fastvlm.patching.classes import (
     unpatched_class,
 )
 from fastvlm.patching.foreign import own_forward
-from fastvlm.patching.plan import entries_of, notes_of, plan, streamed
+from fastvlm.patching.notes import notes_of
+from fastvlm.patching.plan import entries_of, plan, streamed
 from fastvlm.patching.report import Report
 from fastvlm.patching.rules import FLOORS
 from fastvlm.patching.weights import check_compute, check_weights
@@ -85,7 +86,7 @@ def patch(
     report = Report(
         type(model).__name__,
         entries_of(changes, weights),
-        notes=[*outside(), *notes_of(model, changes, compute)],
+        notes=[*outside(), *notes_of(model, changes, weights, compute)],
     )
     if not report.patched:
         why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))

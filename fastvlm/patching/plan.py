@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvlm.compat.versions import attention_refused, cross_cache_has_window
-from fastvlm.models import t5gemma
+from fastvlm.compat.versions import attention_refused
 from fastvlm.models.embedding import factor_of
 from fastvlm.models.spec import Layer, Stack
 from fastvlm.models.structure import takes
 from fastvlm.nn.linear import Linear, TransposedLinear, is_transposed
-from fastvlm.ops import dispatch
 from fastvlm.patching import foreign, interposed, probe
 from fastvlm.patching.classes import PatchError, is_patched
 from fastvlm.patching.report import Entry
@@ -25,10 +22,11 @@ from fastvlm.patching.weights import (
     adapters_of,
     choose_linear,
     compute_of,
+    ops_in,
     read_at_a_step,
     runs_in,
+    stays_as_it_is,
     storage_of,
-    why_not_in,
 )
 
 
@@ -309,45 +307,6 @@ def streamed(changes: list[Change]) -> list[Tensor]:
     return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
-def notes_of(model: nn.Module, changes: list[Change], compute: str | None) -> list[str]:
-    """What a reader of the report should know of the model as a whole."""
-    from fastvlm.run.attention import left_out_softcaps
-
-    notes = [*_without_kernels(model), *left_out_softcaps(model), *_states_cut_short(model)]
-    if compute is None:
-        return notes
-    linears = [c for c in changes if c.swap is not None and "linear" in c.swap.runs_on]
-    names: dict[str, list[str]] = {}
-    for change in linears:
-        why = None if compute_of(change.swap) else why_not_in(compute, change.module)
-        if why is not None:
-            names.setdefault(why, []).append(change.name)
-    for why, found in names.items():
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        notes.append(f"{found[0]}{more}: {why}")
-    return notes
-
-
-# of a device the kernels that nearly every op has there
-_KERNELS = {"cpu": "cpu", "cuda": "triton"}
-
-
-def _without_kernels(model: nn.Module) -> list[str]:
-    """Said of each device of a model whose kernels cannot run here."""
-    notes = []
-    for device in sorted({parameter.device.type for parameter in model.parameters()}):
-        if device not in _KERNELS:
-            continue
-        why = dispatch.OPS["linear"].kernels[_KERNELS[device]].unavailable()
-        if why is not None:
-            notes.append(
-                f"the kernels for {device} do not run here ({why.splitlines()[0].rstrip(':')}): "
-                "PyTorch's operations serve in their place, more slowly; python -m fastvlm env "
-                "says more"
-            )
-    return notes
-
-
 _MLPS = ("gelu_mlp", "geglu_mlp")
 
 
@@ -357,13 +316,16 @@ def entries_of(changes: list[Change], weights: str | None) -> list[Entry]:
     entries = []
     for change in changes:
         runs_on = () if change.swap is None else change.swap.runs_on
+        kind = narrow[id(change.module)]
+        if kind is not None and stays_as_it_is(kind, change.module):
+            runs_on = tuple(op for op in runs_on if op != ops_in(kind)[0])
         if any(id(part) in low for part in change.module.children()):
             # an MLP of such layers calls them one by one
             runs_on = tuple("low_precision_linear" if op in _MLPS else op for op in runs_on)
         else:
             kinds = {narrow.get(id(part)) for part in change.module.modules()} - {None}
-            for kind in kinds:
-                others = runs_in(str(kind))
+            for each in kinds:
+                others = runs_in(str(each))
                 more = dict.fromkeys(others[op] for op in runs_on if op in others)
                 runs_on = (*runs_on, *more)
         entry = Entry(change.name, type(change.module).__name__, runs_on, change.reason)
@@ -371,19 +333,3 @@ def entries_of(changes: list[Change], weights: str | None) -> list[Entry]:
             entry = replace(entry, reads=read_at_a_step(change.module, storage_of(change.swap)))
         entries.append(entry)
     return entries
-
-
-def _states_cut_short(model: nn.Module) -> list[str]:
-    """What a reader of the report should know of cross-attention whose own cache is too short."""
-    if not cross_cache_has_window():
-        return []
-    cross = [m for m in model.modules() if t5gemma.is_cross_attention(m)]
-    configs: Iterator[Any] = (getattr(module, "config", None) for module in cross)
-    slides = (c for c in configs if "sliding_attention" in (getattr(c, "layer_types", None) or ()))
-    windows = {config.sliding_window for config in slides}
-    return [
-        f"of more than {window} encoder states this transformers' cache keeps the last ones alone "
-        "in layers of sliding attention, and its generate() fails or reads those; a patched one "
-        "reads all, as transformers 5.10 does"
-        for window in sorted(windows)
-    ]

@@ -91,6 +91,13 @@ def why_not_in(compute: str, module: Any) -> str | None:
     return None
 
 
+def stays_as_it_is(compute: str, module: Any) -> bool:
+    """Whether products of a layer alone are left out of some arithmetic, for their few inputs."""
+    from fastvlm.nn.compute import has_few_inputs
+
+    return has_few_inputs(compute, module.in_features)
+
+
 def ops_in(compute: str) -> tuple[str, str]:
     """The ops of a product and of an MLP of many rows in some arithmetic."""
     from fastvlm.nn.compute import rounds_rows

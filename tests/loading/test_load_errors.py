@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from published import microsoft_config, paper_config, weights, write, write_safetensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastvlm
@@ -258,6 +260,33 @@ def test_transformers_own_layout_is_as_strict(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "more", state_dict=more)
     with pytest.raises(fastvlm.LoadError, match=r"without a place in the model \(1\): extra"):
         fastvlm.load(tmp_path / "more")
+
+
+def test_a_captioner_without_the_pooler_of_its_encoder(tmp_path: Path) -> None:
+    """As TrOCR's checkpoints come; anything else that is missing is an error."""
+    vision = tf.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    text = tf.GPT2Config(
+        vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True,
+        is_decoder=True,
+    )  # fmt: skip
+    model: Any = tf.VisionEncoderDecoderModel(
+        encoder=tf.ViTModel(vision, add_pooling_layer=False), decoder=tf.GPT2LMHeadModel(text)
+    )
+    model.save_pretrained(tmp_path)
+    loaded = fastvlm.load(tmp_path).model
+    assert type(loaded) is tf.VisionEncoderDecoderModel
+    pixels, ids = torch.randn(1, 3, 16, 16), torch.tensor([[3, 4]])
+    with torch.no_grad():
+        given = {"pixel_values": pixels, "decoder_input_ids": ids}
+        assert torch.equal(loaded(**given).logits, model.eval()(**given).logits)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["decoder.transformer.h.0.ln_1.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(fastvlm.LoadError, match=r"tensors missing \(1\): decoder.transformer.h.0"):
+        fastvlm.load(tmp_path)
 
 
 def test_a_commit_of_the_hub_from_its_cache(tmp_path: Path) -> None:

@@ -251,8 +251,32 @@ def test_beside_weights_of_fewer_bits(
     assert set(low_precision._copies[model.model.decoder.layers[0].fc1]) == {compute}
     both = fastvlm.log_prob_change(model, FAMILIES["bart"].training(model))
     assert both.agreement > 0.8
+    # the decoder reads its copies, as in a step, however many rows the labels make
+    ran: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch, narrow.as_in_steps():
+        was = narrow.copy_of
+        patch.setattr(narrow, "copy_of", lambda layer: (ran.append(layer), was(layer))[1])
+        logits(model, "bart")
+    assert ran
+    assert not any(isinstance(layer, low_precision.LowPrecisionLinear) for layer in ran)
     with pytest.raises(RuntimeError, match=rf'weights="{compute}" is for decoding'):
         model(**FAMILIES["bart"].training(model))
+
+
+def test_the_report_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of few inputs are not quantized; those of an MLP are, of any."""
+    if narrow.unavailable("int8") is not None:
+        pytest.skip("no int8 arithmetic here")
+    monkeypatch.setattr(narrow, "rounds_rows", lambda compute: False)  # as without AMX
+    report = fastvlm.patch(models.bart(), compute="int8")
+    ops_of = {entry.module: entry.ops for entry in report.entries}
+    layer = "model.encoder.layers.0"
+    assert ops_of[f"{layer}.self_attn.q_proj"] == ("linear",)
+    assert "int8_gelu_mlp" in ops_of[layer]
+    monkeypatch.setattr(narrow, "FEWEST_INPUTS", 1)
+    (q,) = (e for e in fastvlm.patch(models.bart(), compute="int8").entries
+            if e.module == f"{layer}.self_attn.q_proj")  # fmt: skip
+    assert q.ops == ("linear", "int8_linear")
 
 
 def test_weights_that_are_left_alone(any_rows: None, called: list[str], compute: str) -> None:

@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 import transformers as tf
-from models import FAMILIES, Family
+from models import FAMILIES, RELATIVES, Family
 from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
@@ -288,10 +288,21 @@ def test_a_norm_without_a_bias_is_called() -> None:
 def test_the_report_says_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["bart"].build()
     assert not fastvlm.patch(model).notes
-    fastvlm.unpatch(model)
     kernels = dispatch.OPS["linear"].kernels
     broken = replace(kernels["cpu"], unavailable=lambda: "BuildError: no compiler:\nof any kind")
     monkeypatch.setitem(kernels, "cpu", broken)
     (note,) = fastvlm.patch(model).notes
     assert "kernels for cpu do not run here (BuildError: no compiler)" in note
     assert "python -m fastvlm env" in note
+
+
+def test_the_report_says_what_was_asked_and_what_nobody_knows() -> None:
+    model = RELATIVES["vit_gpt2"].build()
+    (note,) = fastvlm.patch(model).notes
+    assert note.startswith("encoder.layers (1 of ViTLayer) runs as transformers computes it")
+    model = FAMILIES["bart"].build()
+    if fastvlm.nn.compute.unavailable("bf16") is not None:
+        pytest.skip("no bfloat16 arithmetic here")
+    notes = fastvlm.patch(model, weights="int8", compute="bf16").notes
+    assert notes[0].startswith('weights="int8": ')
+    assert notes[1].endswith("the weights are bf16, the rows rounded to bfloat16")
