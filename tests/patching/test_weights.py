@@ -116,9 +116,9 @@ def test_log_prob_change_refuses_what_it_cannot_compare() -> None:
         fastvlm.log_prob_change("bart", inputs)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"inputs must be a mapping, .*; got list"):
         fastvlm.log_prob_change(model, [inputs])  # type: ignore[arg-type]
+    fastvlm.patch(model, weights="bf16")
     with pytest.raises(ValueError, match="must have labels or decoder_input_ids; got input_ids"):
         fastvlm.log_prob_change(model, {"input_ids": inputs["input_ids"]})
-    fastvlm.patch(model, weights="bf16")
     with pytest.raises(ValueError, match="inputs must be without past_key_values"):
         fastvlm.log_prob_change(model, {**inputs, "past_key_values": object()})
     nothing = torch.full_like(inputs["labels"], -100)
