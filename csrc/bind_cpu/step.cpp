@@ -387,9 +387,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_cpu, m) {
   m.def("step_program(Tensor code, Tensor widths, Tensor numbers, Tensor[] tensors) -> int");
   m.def("forget_program(Tensor code, int program) -> ()");
   m.def(
-      "step(Tensor x, int program, Tensor(a!)[] caches, int start, Tensor lengths, Tensor? "
-      "ancestry, Tensor[] where, "
-      "Tensor[] rotation, Tensor(b!) arena, Tensor(c!) out, Tensor(d!)? seconds) -> ()");
+      "step(Tensor x, int program, Tensor(a!)[] caches, int start, Tensor lengths, "
+      "Tensor? ancestry, Tensor[] where, Tensor[] rotation, Tensor(b!) arena, Tensor(c!) out, "
+      "Tensor(d!)? seconds) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_cpu, CPU, m) {

@@ -32,7 +32,8 @@ class Report:
     """The entries of one `fastvlm.patch`; ``print(report)`` shows them as a table.
 
     huge_bytes: of the weights that a decoding step reads, what lies on huge pages now.
-    notes: what is installed here in a version that fastvlm is not tested on.
+    notes: of the model as a whole: what was asked for, versions that fastvlm is not tested on,
+    devices whose kernels do not run here, stacks of layers that nothing is known of.
     """
 
     model: str

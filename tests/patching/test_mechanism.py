@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
 import fastvlm
+from fastvlm.nn import compute as narrow
 from fastvlm.ops import dispatch
 from fastvlm.patching.patch import PatchError, is_patched
 
@@ -296,13 +297,18 @@ def test_the_report_says_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -
     assert "python -m fastvlm env" in note
 
 
-def test_the_report_says_what_was_asked_and_what_nobody_knows() -> None:
-    model = RELATIVES["vit_gpt2"].build()
-    (note,) = fastvlm.patch(model).notes
+def test_the_report_names_a_stack_that_nobody_knows() -> None:
+    (note,) = fastvlm.patch(RELATIVES["vit_gpt2"].build()).notes
     assert note.startswith("encoder.layers (1 of ViTLayer) runs as transformers computes it")
-    model = FAMILIES["bart"].build()
-    if fastvlm.nn.compute.unavailable("bf16") is not None:
-        pytest.skip("no bfloat16 arithmetic here")
-    notes = fastvlm.patch(model, weights="int8", compute="bf16").notes
+
+
+@pytest.mark.parametrize(
+    ("rounds", "rows"), [(True, "rounded to bfloat16"), (False, "quantized to int8")]
+)
+def test_the_report_says_what_was_asked(
+    rounds: bool, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narrow, "rounds_rows", lambda compute: rounds)
+    notes = fastvlm.patch(FAMILIES["bart"].build(), weights="int8", compute="int8").notes
     assert notes[0].startswith('weights="int8": ')
-    assert notes[1].endswith("the weights are bf16, the rows rounded to bfloat16")
+    assert notes[1].endswith(f"the weights are int8, the rows {rows}")
