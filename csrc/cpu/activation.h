@@ -1,6 +1,8 @@
 // The activations of the MLPs and their derivatives.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -68,7 +70,7 @@ inline Vec silu_slope(Vec x) {
   return s + x * s * (s * e);
 }
 
-inline Vec activated(Vec x, Activation activation) {
+FASTVLM_INLINE Vec activated(Vec x, Activation activation) {
   switch (activation) {
     case Activation::kGelu: return gelu_erf(x);
     case Activation::kGeluTanh: return gelu_tanh(x);
@@ -80,7 +82,7 @@ inline Vec activated(Vec x, Activation activation) {
 
 // The same for a result that is rounded to bfloat16 or fewer bits, to a relative error of 2^-12:
 // the polynomial of normal_tail with fewer terms, and no division.
-inline Vec roughly_activated(Vec x, Activation activation) {
+FASTVLM_INLINE Vec roughly_activated(Vec x, Activation activation) {
   const Vec one = broadcast(1.0f), square = x * x;
   switch (activation) {
     case Activation::kGelu: {
@@ -104,6 +106,18 @@ inline Vec roughly_activated(Vec x, Activation activation) {
     case Activation::kRelu: return relu(x);
   }
   return x;
+}
+
+// body(std::integral_constant), so that a loop asks once which one it is.
+template <class Body>
+FASTVLM_INLINE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::kGelu: return body(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kRelu: return body(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kSilu: return body(std::integral_constant<Activation, Activation::kSilu>{});
+  }
 }
 
 inline Vec activation_slope(Vec x, Activation activation) {

@@ -70,7 +70,7 @@ void with_weight_type(DType dtype, Body&& body) {
 
 // Writes f(i, vector) for i = 0, kLanes, ... over n elements of to.
 template <class T, class F>
-inline void map_to(T* to, int64_t n, F f) {
+FASTVLM_INLINE void map_to(T* to, int64_t n, F f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, f(i, static_cast<int64_t>(kLanes)));
   if (i < n) store_partial(to + i, f(i, n - i), n - i);

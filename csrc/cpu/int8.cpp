@@ -87,6 +87,12 @@ class QuantizedBlock {
       for (int64_t r = 0; r < count; ++r) set(row + r, 0, x.cols, from + r * x.stride);
     });
   }
+  // of f(i, lanes); sums are overwritten
+  template <class F>
+  void set(int64_t row, int64_t first, int64_t n, float* sums, F f) const {
+    map_to(sums, n, f);
+    set(row, first, n, sums);
+  }
   QuantizedRows<Kind> rows(int64_t first) const {
     return {data_.data() + first * stride(), stride(), factors_.data() + first * groups_, groups_};
   }
@@ -113,7 +119,7 @@ void multiply_panel(QuantizedRows<Kind> x, int64_t rows, Int8Panel panel, int64_
 }
 
 template <class Kind>
-struct Int8Arithmetic {
+struct Int8Arithmetic : Stores {
   using Weight = PackedInt8<Kind>;
   using Block = QuantizedBlock<Kind>;
   static constexpr int64_t kTileRows = 6;

@@ -142,7 +142,7 @@ void multiply(Rows x, int64_t rows, const PackedWeight& w, int64_t begin, int64_
 
 void linear_of(const Matrix& x, const PackedWeight& w, const Tail& tail) {
   const Cut cut(x.rows, w.rows);
-  const FloatBias bias(tail.bias);
+  const FloatBias bias(tail.bias, w.rows);
   const int64_t own = row_scratch(x.cols) + kRows * kCols;
   Scratch<float> scratch(workers() * own);
   with_type(tail.dtype, [&](auto type) {
@@ -153,39 +153,49 @@ void linear_of(const Matrix& x, const PackedWeight& w, const Tail& tail) {
               const Rows a = float_rows(x, first, rows, sums + kRows * kCols);
               multiply(a, rows, w, begin, end, sums,
                        [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                         write<T>(tail, bias, first + r, w.rows, n, count, from);
+                         write<Stores, T>(tail, bias, first + r, w.rows, n, count, from);
                        });
             });
   });
+}
+
+template <Activation kKind>
+void activate_as(const float* sums, const float* bias, int64_t count, float* to) {
+  map_to(to, count, [=](int64_t i, int64_t n) {
+    return activated(load_some(sums + i, n) + load_some(bias + i, n), kKind);
+  });
+}
+
+void activate_row(Activation activation, const float* sums, const float* bias, int64_t count,
+                  float* to) {
+  auto run = [&](auto kind) { activate_as<kind.value>(sums, bias, count, to); };
+  with_activation(activation, run);
 }
 
 // An MLP whose row blocks are enough for the threads: each goes through both products.
 void mlp_of_blocks(const PackedMlpArgs& args, const PackedWeight& w1, const PackedWeight& w2,
                    const FloatBias& b1) {
   const Cut cut(args.x.rows, 1);
-  const FloatBias b2(args.tail.bias);
+  const FloatBias b2(args.tail.bias, w2.rows);
   const int64_t between = row_stride(w1.rows);
   const int64_t own = row_scratch(args.x.cols) + kRows * (between + kCols);
   Scratch<float> scratch(workers() * own);
   with_type(args.tail.dtype, [&](auto type) {
     using T = decltype(type);
-    cut.run(args.x.rows * w1.rows,
-            [&](int64_t first, int64_t rows, int64_t, int64_t, int64_t worker) {
-              float* sums = scratch.data() + worker * own;
-              float* hidden = sums + kRows * kCols;
-              const Rows a = float_rows(args.x, first, rows, hidden + kRows * between);
-              multiply(a, rows, w1, 0, w1.rows, sums,
-                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                         map_to(hidden + r * between + n, count, [&](int64_t i, int64_t some) {
-                           const Vec x = load_some(from + i, some) + b1.at(n + i, some);
-                           return activated(x, args.activation);
-                         });
-                       });
-              multiply(of_rows(hidden, between), rows, w2, 0, w2.rows, sums,
-                       [&](int64_t r, int64_t n, int64_t count, const float* from) {
-                         write<T>(args.tail, b2, first + r, w2.rows, n, count, from);
-                       });
-            });
+    cut.run(args.x.rows * w1.rows, [&](int64_t first, int64_t rows, int64_t, int64_t,
+                                       int64_t worker) {
+      float* sums = scratch.data() + worker * own;
+      float* hidden = sums + kRows * kCols;
+      const Rows a = float_rows(args.x, first, rows, hidden + kRows * between);
+      multiply(a, rows, w1, 0, w1.rows, sums,
+               [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                 activate_row(args.activation, from, b1.from(n), count, hidden + r * between + n);
+               });
+      multiply(of_rows(hidden, between), rows, w2, 0, w2.rows, sums,
+               [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                 write<Stores, T>(args.tail, b2, first + r, w2.rows, n, count, from);
+               });
+    });
   });
 }
 
@@ -197,18 +207,16 @@ void mlp_of_shares(const PackedMlpArgs& args, const PackedWeight& w1, const Pack
   const Cut cut(args.x.rows, w1.rows);
   const int64_t own = row_scratch(args.x.cols) + kRows * kCols;
   Scratch<float> scratch(workers() * own);
-  cut.run(args.x.rows * w1.rows, [&](int64_t first, int64_t rows, int64_t begin, int64_t end,
-                                     int64_t worker) {
-    float* sums = scratch.data() + worker * own;
-    const Rows a = float_rows(args.x, first, rows, sums + kRows * kCols);
-    multiply(
-        a, rows, w1, begin, end, sums, [&](int64_t r, int64_t n, int64_t count, const float* from) {
-          map_to(hidden.data() + (first + r) * between + n, count, [&](int64_t i, int64_t some) {
-            const Vec x = load_some(from + i, some) + b1.at(n + i, some);
-            return activated(x, args.activation);
+  cut.run(args.x.rows * w1.rows,
+          [&](int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t worker) {
+            float* sums = scratch.data() + worker * own;
+            const Rows a = float_rows(args.x, first, rows, sums + kRows * kCols);
+            multiply(a, rows, w1, begin, end, sums,
+                     [&](int64_t r, int64_t n, int64_t count, const float* from) {
+                       activate_row(args.activation, from, b1.from(n), count,
+                                    hidden.data() + (first + r) * between + n);
+                     });
           });
-        });
-  });
   linear_of({hidden.data(), DType::kFloat, args.x.rows, w1.rows, between}, w2, args.tail);
 }
 
@@ -222,7 +230,7 @@ void packed_linear(const PackedLinearArgs& args) {
 void packed_mlp(const PackedMlpArgs& args) {
   if (args.x.rows == 0 || args.w2.rows == 0) return;
   const PackedWeight w1(args.w1), w2(args.w2);
-  const FloatBias b1(args.b1);
+  const FloatBias b1(args.b1, w1.rows);
   const bool many = divide_up(args.x.rows, kRows) >= kEach * workers();
   (many ? mlp_of_blocks : mlp_of_shares)(args, w1, w2, b1);
 }

@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+// For what a loop calls once a vector or a row, where a call would pass through memory what lies in
+// registers.
+#define FASTVLM_INLINE __attribute__((always_inline)) inline
+
 #ifndef CPU_CAPABILITY
 #define CPU_CAPABILITY DEFAULT
 #endif

@@ -1,4 +1,4 @@
-"""Linear layers that compute many rows in int8 or bfloat16: a vision tower, an encoder, a prefill.
+"""Layers that compute many rows in int8 or bfloat16: a vision tower, an encoder, a prefill.
 
 Import it where it is needed only, as `fastvlm.nn.low_precision`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastvlm import ops
 from fastvlm.cpu import bf16, int8
 from fastvlm.cpu.common import DTYPES
-from fastvlm.nn.linear import DENSE, Linear
+from fastvlm.nn.linear import DENSE, Conv2d, Linear
 from fastvlm.nn.low_precision import LowPrecisionLinear, stored_copy
 from fastvlm.ops import dispatch
 from fastvlm.ops._autograd import autocasts
@@ -53,13 +53,20 @@ def rounds_rows(compute: str) -> bool:
     return compute == "bf16" or bf16.tiles()
 
 
+def rounds_maps() -> bool:
+    """Whether convolutions are computed in bfloat16, whatever the arithmetic of products."""
+    return bf16.unavailable() is None
+
+
 def has_few_inputs(compute: str, inputs: int) -> bool:
     """Whether a product alone, outside of an MLP, is not worth quantizing its rows."""
     return not rounds_rows(compute) and inputs < FEWEST_INPUTS
 
 
-def can(layer: Any, x: Tensor) -> bool:
+def can(layer: Any, x: Tensor, rows: int | None = None) -> bool:
     """Whether rows like x [..., any] can meet the weight of a layer in its arithmetic.
+
+    rows: how many, where not as many as x has.
 
     Not: few rows, gradients on, autocast, another dtype than the weight's, a kind of tensor that
     PyTorch dispatches, a compiler or a transform at work, another device or backend.
@@ -70,7 +77,9 @@ def can(layer: Any, x: Tensor) -> bool:
         return False
     if type(x) not in DENSE or x.device.type != "cpu" or x.dtype not in DTYPES:
         return False
-    if x.numel() < FEWEST_ROWS * x.shape[-1] or autocasts("cpu") or _transformed():
+    if rows is None:
+        rows = x.numel() // max(1, x.shape[-1])
+    if rows < FEWEST_ROWS or autocasts("cpu") or _transformed():
         return False
     weight = layer.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.is_inference():
@@ -117,6 +126,20 @@ def rounded_linear(
     return ops.bf16_linear(x, weight, scale, layer.bias, residual, factors=factors)
 
 
+def conv2d(x: Tensor, layer: Any) -> Tensor | None:
+    """layer(x) of a map [B, C, H, W] with both rounded to bfloat16, by PyTorch's library, and so
+    are the sums before the bias; None where it cannot be. In int8 arithmetic too."""
+    if x.dim() != 4 or x.shape[1] != layer.in_channels or not rounds_maps():
+        return None
+    if not can(layer, x, x[:, 0].numel() // (layer.stride[0] * layer.stride[1])):
+        return None
+    weight, _ = stored_copy(layer, "bf16")
+    weight = weight.unflatten(1, (*layer.kernel_size, layer.in_channels)).permute(0, 3, 1, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out: Tensor = layer._conv_forward(x.to(torch.bfloat16), weight, None)
+    return out.to(x.dtype) if layer.bias is None else (layer.bias[:, None, None] + out)
+
+
 def mlp(
     x: Tensor,
     fc1: Any,
@@ -153,6 +176,16 @@ class ComputeLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         out = linear(input, self)
+        return super().forward(input) if out is None else out
+
+
+class ComputeConv2d(Conv2d):
+    """The same for a convolution, which is in bfloat16 where the CPU has that."""
+
+    compute = "bf16"
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = conv2d(input, self)
         return super().forward(input) if out is None else out
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvlm import ops
@@ -48,6 +49,23 @@ class TransposedLinear(nn.Module):
             theirs: Callable[[Tensor], Tensor] = super().forward
             return theirs(input)
         return ops.linear(input, self.weight.t(), self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` with the same parameters and results, whose channels lie together.
+
+    On a CPU PyTorch's library is up to six times as fast so where there are few channels, and what
+    follows, a norm over the channels, need not copy its map.
+    """
+
+    compute: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, H, W] -> [B, C', H', W']."""
+        known = input.dtype in (torch.float32, torch.bfloat16)
+        if type(input) in DENSE and input.dim() == 4 and input.device.type == "cpu" and known:
+            input = input.contiguous(memory_format=torch.channels_last)
+        return super().forward(input)
 
 
 def original(cls: type) -> Any:
@@ -108,8 +126,11 @@ def is_plain_product(module: object) -> bool:
 
 
 def weight_of(module: Any) -> Tensor:
-    """The weight of such a layer, [outputs, inputs]: itself, or a view of it."""
+    """The weight of such a layer or a convolution, [outputs, inputs]: itself, or a view of it; the
+    inputs of a convolution are [height, width, channels]."""
     weight: Tensor = module.weight
+    if weight.dim() == 4:
+        return weight.permute(0, 2, 3, 1).flatten(1)
     return weight.t() if is_transposed(module) else weight
 
 
@@ -130,6 +151,6 @@ def is_low_precision(module: nn.Module) -> bool:
 
 
 def is_approximate(module: nn.Module) -> bool:
-    """The same, or with its own weight in arithmetic of fewer bits."""
-    computes = isinstance(module, (Linear, TransposedLinear)) and module.compute is not None
-    return is_low_precision(module) or computes
+    """The same, or with its own weight in arithmetic of fewer bits (a convolution, too)."""
+    kinds = (Linear, TransposedLinear, Conv2d)
+    return is_low_precision(module) or (isinstance(module, kinds) and module.compute is not None)

@@ -29,6 +29,7 @@ from fastvlm.models import (
     whisper,
 )
 from fastvlm.models.spec import Attention, Layer, Mlp, Stack
+from fastvlm.nn.linear import original
 from fastvlm.nn.mlp import GegluMLP
 from fastvlm.patching import davit
 from fastvlm.patching.decoder_stack import DecoderStack
@@ -292,6 +293,19 @@ def _parts_of_pix2structs_tower(model: nn.Module) -> Iterator[tuple[str, nn.Modu
 
 def tower_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linear layers of the vision towers: most of what a tower computes."""
-    named = (each for each in model.named_modules() if set(TOWERS) & set(each[0].split(".")))
-    found = (*named, *_parts_of_pix2structs_tower(model))
+    found = (*_parts_of_towers(model), *_parts_of_pix2structs_tower(model))
     return [(name, module) for name, module in found if isinstance(module, nn.Linear)]
+
+
+def tower_convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    """The convolutions of the vision towers that read every channel: those between stages."""
+    return [
+        (name, module)
+        for name, module in _parts_of_towers(model)
+        if isinstance(module, nn.Conv2d) and original(type(module)) is nn.Conv2d
+        if module.groups == 1
+    ]
+
+
+def _parts_of_towers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return (each for each in model.named_modules() if set(TOWERS) & set(each[0].split(".")))

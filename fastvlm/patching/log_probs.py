@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvlm.compat import hf
 from fastvlm.patching.classes import is_patched, swapped, unpatched_class
-from fastvlm.patching.weights import LINEAR, is_approximate
+from fastvlm.patching.weights import CONV, LINEAR, is_approximate
 
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
@@ -114,10 +114,11 @@ def _reads_a_copy(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _own_weights(model: nn.Module) -> Iterator[None]:
-    """Inside the block, linear layers compute with their own weights; the copies are kept."""
+    """Inside the block, layers compute with their own weights; the copies are kept."""
     changed = {m: type(m) for m in model.modules() if _reads_a_copy(m)}
     for module in changed:
-        module.__class__ = swapped(unpatched_class(module), LINEAR)
+        plain = CONV if isinstance(module, nn.Conv2d) else LINEAR
+        module.__class__ = swapped(unpatched_class(module), plain)
     try:
         yield
     finally:

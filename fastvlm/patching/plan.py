@@ -20,6 +20,7 @@ from fastvlm.patching.rules import Rule, StackRule, Swap, spec_of
 from fastvlm.patching.weights import (
     LINEAR,
     adapters_of,
+    choose_conv,
     choose_linear,
     compute_of,
     ops_in,
@@ -50,6 +51,7 @@ def plan(
         STACKS,
         left_alone,
         refusals,
+        tower_convs,
         tower_linears,
         tower_parts,
     )
@@ -89,6 +91,9 @@ def plan(
                         name, linear, ("linear",), _choose_linear(linear, wanted, None, arithmetic)
                     )
                 )
+        for name, conv in tower_convs(model):
+            arithmetic = None if conv in adapters else compute
+            add(_change(name, conv, ("linear",), _choose_conv(conv, wanted, arithmetic)))
         for name, module, reason in left_alone(model):
             add(Change(name, module, (), None, reason))
     return changes
@@ -256,6 +261,11 @@ def _choose_linear(
     if missing is None and not _is_linear(module):
         return f"{type(module).__name__} is called as it is: it does more than nn.Linear"
     return missing or choose_linear(module, storage, compute)
+
+
+def _choose_conv(module: nn.Module, wanted: frozenset[str], compute: str | None) -> Swap | str:
+    missing = _missing(_LINEAR, wanted) or foreign.other_forward(module)
+    return missing or choose_conv(module, compute)
 
 
 def _projections_of_images(name: str, attention: Any, rule: Rule) -> list[nn.Module]:

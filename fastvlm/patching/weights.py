@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.nn.linear import Linear, TransposedLinear, is_approximate, is_transposed
+from fastvlm.nn.linear import Conv2d, Linear, TransposedLinear, is_approximate, is_transposed
 from fastvlm.patching.rules import Swap
 
 STORAGES = ("bf16", "int8")
 ARITHMETICS = ("int8", "bf16")
 LINEAR = Swap(Linear, ("linear",))
 TRANSPOSED = Swap(TransposedLinear, ("linear",))
+CONV = Swap(Conv2d, ("conv2d",))
 
 
 def check_weights(op: str, weights: str | None, floors: frozenset[str]) -> None:
@@ -67,6 +68,17 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
     return Swap(ComputeLowPrecisionLinear, runs_on, (*attributes, ("compute", compute)))
 
 
+def choose_conv(module: Any, compute: str | None) -> Swap:
+    """The swap of a vision tower's convolution."""
+    if compute is None or why_not_in(compute, module) or module.weight.is_inference():
+        return CONV
+    from fastvlm.nn.compute import ComputeConv2d, rounds_maps  # loads torch.compile: a second
+
+    if not rounds_maps():
+        return CONV
+    return Swap(ComputeConv2d, (*CONV.runs_on, "bf16_conv2d"), (("compute", compute),))
+
+
 def why_not_in(compute: str, module: Any) -> str | None:
     """Why a linear layer keeps its own arithmetic though another was asked for."""
     from fastvlm.cpu.common import DTYPES
@@ -95,7 +107,7 @@ def stays_as_it_is(compute: str, module: Any) -> bool:
     """Whether products of a layer alone are left out of some arithmetic, for their few inputs."""
     from fastvlm.nn.compute import has_few_inputs
 
-    return has_few_inputs(compute, module.in_features)
+    return isinstance(module, nn.Linear) and has_few_inputs(compute, module.in_features)
 
 
 def ops_in(compute: str) -> tuple[str, str]:
@@ -126,7 +138,7 @@ def compute_of(swap: Swap | None) -> str | None:
 
 
 def forget_copy(module: nn.Module) -> None:
-    """Let go of a linear layer's copy in fewer bits, if it can have one."""
+    """Let go of a layer's copy in fewer bits, if it can have one."""
     if is_approximate(module):
         from fastvlm.nn.low_precision import forget
 

@@ -1,0 +1,132 @@
+"""The convolutions between the stages of a vision tower: their layout, and bfloat16 arithmetic."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from error_rule import BACKWARD, FORWARD, check
+from torch import Tensor, nn
+
+import fastvlm
+from fastvlm.nn import compute as narrow
+from fastvlm.nn import low_precision
+from fastvlm.nn.linear import Conv2d
+
+# channels in and out, size of the kernel, stride, padding
+KINDS = [(3, 16, 7, 4, 3), (16, 24, 3, 2, 1), (8, 5, (3, 2), (1, 2), 0), (4, 6, 1, 1, 0)]
+
+
+def layers(kind: tuple[int, ...], bias: bool = True) -> tuple[nn.Conv2d, Conv2d]:
+    inputs, outputs, *rest = kind
+    plain = nn.Conv2d(inputs, outputs, *rest, bias=bias)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = Conv2d
+    return plain, ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_numbers_in_another_layout(kind: tuple[int, ...], dtype: torch.dtype) -> None:
+    plain, ours = layers(kind)
+    x = torch.randn(2, kind[0], 19, 23)
+    results: list[list[Tensor]] = []
+    for layer, to in ((plain, dtype), (ours, dtype), (plain, torch.float64)):
+        layer = copy.deepcopy(layer).to(dtype).to(to)
+        input = x.to(dtype).to(to).requires_grad_()
+        out = layer(input)
+        grads = torch.autograd.grad(out.square().sum(), (input, layer.weight))
+        results.append([out.detach(), *grads])
+    for name, torchs, found, exact in zip(("y", "dx", "dw"), *results):
+        check(name, found, torchs, exact, FORWARD if name == "y" else BACKWARD)
+
+
+def test_channels_lie_together_behind_it() -> None:
+    """Of a picture too, whose channels come one after the other: a norm need not copy its map."""
+    plain, ours = layers(KINDS[0])
+    x = torch.randn(1, 3, 32, 32)
+    assert ours(x).permute(0, 2, 3, 1).is_contiguous()
+    assert not plain(x).permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.fixture(params=["bf16", "int8"])
+def rounding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An arithmetic in which convolutions are bfloat16 here, also of a map of few rows."""
+    monkeypatch.setattr(narrow, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(narrow, "unavailable", lambda compute: None)
+    monkeypatch.setattr(narrow.bf16, "unavailable", lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operands_are_rounded_and_nothing_else(
+    kind: tuple[int, ...], bias: bool, rounding: str
+) -> None:
+    plain, ours = layers(kind, bias)
+    ours.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    x = torch.randn(2, kind[0], 19, 23)
+    with torch.no_grad():
+        found = ours(x)
+        assert found.dtype == torch.float32
+        rounded = (t.bfloat16().double() for t in (x, plain.weight))
+        shift = None if plain.bias is None else plain.bias.double()
+        exact = F.conv2d(*rounded, shift, plain.stride, plain.padding)
+        product = exact if shift is None else exact - shift[:, None, None]
+        # the sums are rounded once, before the bias
+        assert ((found - exact).abs() <= 2**-8 * product.abs() + 1e-6).all()
+        assert not torch.equal(found, plain(x))
+        plain.weight += 1
+        ours.weight += 1  # a copy is never stale
+        assert (ours(x) - plain(x)).abs().max() < 0.05 * plain(x).abs().max()
+    x.requires_grad_()
+    assert torch.equal(ours(x), layers(kind, bias)[1]._conv_forward(x, ours.weight, ours.bias))
+
+
+def test_a_map_of_other_channels_is_refused_as_pytorch_does(rounding: str) -> None:
+    _, ours = layers(KINDS[1])
+    ours.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected input"):
+        ours(torch.randn(1, 7, 9, 9))
+
+
+def test_the_tower_has_them_and_gives_them_back(rounding: str) -> None:
+    model = models.florence2()
+    tower = model.model.vision_tower
+    x = torch.randn(1, 3, 64, 64)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+
+    def features() -> Tensor:
+        with torch.no_grad():
+            found: Tensor = tower(x).last_hidden_state
+        return found
+
+    plain = features()
+    report = fastvlm.patch(model)
+    assert [e.ops for e in report.entries if e.kind == "Conv2d" and ".convs." in e.module] == (
+        [("conv2d",)] * len(tower.convs)
+    )
+    ours = features()
+    assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+    fastvlm.patch(model, compute=rounding)
+    assert not torch.equal(features(), ours)
+    assert all(embed.conv in low_precision._copies for embed in tower.convs)
+    fastvlm.unpatch(model)
+    assert torch.equal(features(), plain)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert not any(embed.conv in low_precision._copies for embed in tower.convs)
+
+
+def test_a_class_of_somebodys_own_stays() -> None:
+    class Own(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    model = models.florence2()
+    conv = model.model.vision_tower.convs[1].conv
+    conv.__class__ = Own
+    fastvlm.patch(model)
+    assert type(conv) is Own
