@@ -12,7 +12,7 @@ import torch
 from fastvlm import ops, triton
 from fastvlm.triton import configs
 from fastvlm.triton.common import dot_precision
-from fastvlm.triton.configs import older
+from fastvlm.triton.configs.spills import SPILLING, without_spills
 
 F32, BF16 = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
 
@@ -106,42 +106,41 @@ def test_the_best_config_that_fails_gives_way_to_the_first() -> None:
     assert configs._best.pop(("a kernel",)) is good
 
 
-@pytest.mark.parametrize("version", [(3, 6, 0), (3, 7, 1)])
-def test_an_older_triton_chooses_no_config_that_spills_there(version: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("version", "family"),
+    [(version, family) for version in SPILLING for family in configs.FAMILIES],
+)
+def test_another_triton_chooses_no_config_that_spills_there(
+    version: tuple[int, ...], family: str
+) -> None:
     """Every config that is named is in the tables, each case has one left, and no other changes."""
-    now = importlib.import_module("fastvlm.triton.configs.sm90")
+    now = importlib.import_module(f"fastvlm.triton.configs.{family}")
     table = {**now.ATTENTION, **now.MLP, **now.LOSS}
-    assert older.without_spills("sm90", table, (3, 8, 0)) == table
-    assert older.without_spills("sm90", table, None) is table
-    changed = older.without_spills("sm90", table, version)
-    named = [
-        (kernel, spill)
-        for below, families in older.SPILLING.items()
-        if version < below
-        for kernel, spills in families["sm90"].items()
-        for spill in spills
-    ]
-    assert {k for k in table if changed[k] != table[k]} == {kernel for kernel, _ in named}
-    for kernel, spill in named:
+    assert without_spills(family, table, (3, 8, 0)) == table
+    assert without_spills(family, table, None) is table
+    changed = without_spills(family, table, (*version, 1))
+    named = SPILLING[version].get(family, {})
+    assert {k for k in table if changed[k] != table[k]} == set(named)
+    for kernel, spills in named.items():
         before, after = (
             [config for case in found[kernel] for config in case.configs]
             for found in (table, changed)
         )
-        gone = before.count(spill.config) if spill.of is None else 1
-        assert gone
-        assert after.count(spill.config) == before.count(spill.config) - gone
-        assert all(new in after for new in spill.instead)
+        for spill in spills:
+            every = spill.of is None
+            gone = before.count(spill.config) if every else sum(s == spill for s in spills)
+            assert gone
+            assert after.count(spill.config) == before.count(spill.config) - gone
+            assert all(new in after for new in spill.instead)
         assert all(case.configs for case in changed[kernel])
-    sm80 = importlib.import_module("fastvlm.triton.configs.sm80")
-    assert older.without_spills("sm80", {**sm80.MLP}, version) == sm80.MLP
 
 
 def test_one_case_alone_is_meant() -> None:
     """Heads above 128 are left without it, the others keep it."""
     now = importlib.import_module("fastvlm.triton.configs.sm90")
-    (spill,) = older.SPILLING[3, 8]["sm90"]["cached_attention"]
+    (spill,) = SPILLING[3, 7]["sm90"]["cached_attention"]
     table = {**now.ATTENTION, **now.MLP, **now.LOSS}
-    *_, wide, others = older.without_spills("sm90", table, (3, 7, 1))["cached_attention"]
+    *_, wide, others = without_spills("sm90", table, (3, 7, 1))["cached_attention"]
     assert wide.when(size=2, d=256, rows=4)
     assert spill.config not in wide.configs
     assert spill.config in others.configs

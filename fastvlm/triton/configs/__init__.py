@@ -90,11 +90,11 @@ def family(x: Tensor) -> str:
 def table(name: str) -> Table:
     """All kernels of one family, as the Triton that is installed may choose from it."""
     module = importlib.import_module(f"fastvlm.triton.configs.{name}")
-    older = importlib.import_module("fastvlm.triton.configs.older")
+    spills = importlib.import_module("fastvlm.triton.configs.spills")
     found: Table = {**module.ATTENTION, **module.MLP, **module.LOSS}
     installed = versions.installed("triton")
     version = None if installed is None else versions.parsed(installed)
-    return older.without_spills(name, found, version)
+    return spills.without_spills(name, found, version)
 
 
 def options(kernel: str, x: Tensor, **key: int) -> list[Config]:
