@@ -87,8 +87,11 @@ Capability choose(std::string wanted) {
   if (avx512 && (wanted.empty() || wanted == "AVX512")) return Capability::kAVX512;
   if (avx2 && (wanted.empty() || wanted == "AVX2")) return Capability::kAVX2;
 #endif
-  STD_TORCH_CHECK(wanted.empty() || wanted == "DEFAULT", "FASTVLM_CPU_CAPABILITY=", wanted,
-                  ": not a capability of this CPU and this build");
+  STD_TORCH_CHECK(
+      wanted.empty() || wanted == "DEFAULT",
+      "FASTVLM_CPU_CAPABILITY must be one of DEFAULT, AVX2, AVX512, AVX512_BF16 and AMX "
+      "that this CPU and this build have; got ",
+      wanted);
   return Capability::kDefault;
 }
 

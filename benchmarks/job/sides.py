@@ -56,8 +56,8 @@ def side_of(side: str, model: Any) -> Iterator[None]:
 def _copied(model: Any, bits: str) -> None:
     """The copies of weights in fewer bits are there, as after a first call."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and is_approximate(module):
-            stored_copy(module, bits)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and is_approximate(module):
+            stored_copy(module, "bf16" if isinstance(module, nn.Conv2d) else bits)
 
 
 class _Tower(nn.Module):

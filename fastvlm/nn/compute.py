@@ -129,15 +129,18 @@ def rounded_linear(
 def conv2d(x: Tensor, layer: Any) -> Tensor | None:
     """layer(x) of a map [B, C, H, W] with both rounded to bfloat16, by PyTorch's library, and so
     are the sums before the bias; None where it cannot be. In int8 arithmetic too."""
-    if x.dim() != 4 or x.shape[1] != layer.in_channels or not rounds_maps():
+    if x.dim() != 4 or x.shape[1] != layer.in_channels or x.dtype == torch.bfloat16:
         return None
+    # what a compiler is at work on does not look into what the CPU has
     if not can(layer, x, x[:, 0].numel() // (layer.stride[0] * layer.stride[1])):
+        return None
+    if not rounds_maps():
         return None
     weight, _ = stored_copy(layer, "bf16")
     weight = weight.unflatten(1, (*layer.kernel_size, layer.in_channels)).permute(0, 3, 1, 2)
     x = x.contiguous(memory_format=torch.channels_last)
     out: Tensor = layer._conv_forward(x.to(torch.bfloat16), weight, None)
-    return out.to(x.dtype) if layer.bias is None else (layer.bias[:, None, None] + out)
+    return (out if layer.bias is None else layer.bias[:, None, None] + out).to(x.dtype)
 
 
 def mlp(

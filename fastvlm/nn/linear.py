@@ -62,10 +62,19 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B, C, H, W] -> [B, C', H', W']."""
-        known = input.dtype in (torch.float32, torch.bfloat16)
-        if type(input) in DENSE and input.dim() == 4 and input.device.type == "cpu" and known:
+        if type(input) in DENSE and _lies_anyhow(input):
             input = input.contiguous(memory_format=torch.channels_last)
         return super().forward(input)
+
+
+def _lies_anyhow(x: Tensor) -> bool:
+    """Whether x is a batch of maps on a CPU whose channels may be put together: no transform of
+    PyTorch's is at work, which know one layout only."""
+    if x.dim() != 4 or x.device.type != "cpu" or x.layout is not torch.strided:
+        return False
+    if not torch.compiler.is_compiling() and pytorch.is_transformed():
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16)
 
 
 def original(cls: type) -> Any:

@@ -298,7 +298,8 @@ def tower_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def tower_convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
-    """The convolutions of the vision towers that read every channel: those between stages."""
+    """The convolutions of the vision towers that read every channel: patch embeddings, and those
+    between stages."""
     return [
         (name, module)
         for name, module in _parts_of_towers(model)

@@ -89,7 +89,7 @@ def patch(
         notes=[*outside(), *notes_of(model, changes, weights, compute)],
     )
     if not report.patched:
-        why = "; ".join(sorted({f"{e.module}: {e.reason}" for e in report.skipped}))
+        why = _by_reason(report)
         raise PatchError(
             "fastvlm.patch: model must contain a Florence-2, BART, mBART, M2M100, Marian, Pegasus, "
             "Blenderbot, TrOCR, Whisper, T5, Pix2Struct, GPT-2, BLIP, BERT, Gemma-2, T5Gemma, "
@@ -98,7 +98,7 @@ def patch(
             f"{' (' + why + ')' if why else ''}"
         )
     if strict and report.skipped:
-        skipped = "; ".join(f"{e.module}: {e.reason}" for e in report.skipped)
+        skipped = _by_reason(report)
         raise PatchError(f"fastvlm.patch: strict is set and modules were skipped: {skipped}")
     for change in changes:
         if change.swap is not None:
@@ -185,6 +185,17 @@ def patched(
                 become(module, cls)
                 if not is_patched(module):
                     _PATCHED_BY.pop(module, None)
+
+
+def _by_reason(report: Report) -> str:
+    """What was skipped: for each reason the first module, and how many there are besides."""
+    names: dict[str | None, list[str]] = {}
+    for entry in report.skipped:
+        names.setdefault(entry.reason, []).append(entry.module)
+    return "; ".join(
+        f"{first}{f' and {len(more)} more' if more else ''}: {reason}"
+        for reason, (first, *more) in names.items()
+    )
 
 
 def _wanted(only: Collection[str] | str | None) -> frozenset[str]:

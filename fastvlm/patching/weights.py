@@ -70,7 +70,9 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
 
 def choose_conv(module: Any, compute: str | None) -> Swap:
     """The swap of a vision tower's convolution."""
-    if compute is None or why_not_in(compute, module) or module.weight.is_inference():
+    if compute is None or module.weight.dtype == torch.bfloat16 or module.weight.is_inference():
+        return CONV
+    if why_not_in(compute, module):
         return CONV
     from fastvlm.nn.compute import ComputeConv2d, rounds_maps  # loads torch.compile: a second
 

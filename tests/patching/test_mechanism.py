@@ -170,6 +170,19 @@ def test_nothing_to_patch_is_an_error() -> None:
         fastvlm.unpatch(None)  # type: ignore[arg-type]
 
 
+def test_an_error_names_each_reason_once() -> None:
+    model = models.bart()
+    with pytest.raises(PatchError, match="nothing can be patched") as caught:
+        fastvlm.patch(model, only="mlp")  # its MLPs are computed with the norms behind them
+    text = str(caught.value)
+    assert len(text) < 600
+    for floor in ("attention", "norm", "linear"):
+        assert text.count(f"not in only: {floor}") == 1
+    assert "model.encoder.layers.0.self_attn.k_proj and" in text
+    with pytest.raises(PatchError, match=r"strict is set.* and \d+ more: not in only: linear"):
+        fastvlm.patch(model, only=("attention", "norm"), strict=True)
+
+
 def test_strict_makes_a_skip_an_error_and_changes_nothing() -> None:
     model = models.florence2()
     before, classes = state(model), [type(m) for m in model.modules()]

@@ -130,3 +130,33 @@ def test_a_class_of_somebodys_own_stays() -> None:
     conv.__class__ = Own
     fastvlm.patch(model)
     assert type(conv) is Own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_16_bits_keeps_its_dtype(bias: bool, dtype: torch.dtype, rounding: str) -> None:
+    plain, ours = (layer.to(dtype) for layer in layers(KINDS[1], bias))
+    ours.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    x = torch.randn(2, 16, 9, 9, dtype=dtype)
+    with torch.no_grad():
+        found, usual = ours(x), plain(x)
+    assert found.dtype == dtype
+    # one of bfloat16 is computed as it always is
+    assert torch.equal(found, usual) == (dtype == torch.bfloat16)
+    assert (found - usual).abs().max() < 0.02 * usual.abs().max()
+
+
+def test_compilers_and_transforms_meet_what_they_know(rounding: str) -> None:
+    plain, ours = layers(KINDS[1])
+    rounds = copy.deepcopy(plain)
+    rounds.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    x = torch.randn(2, 16, 9, 9)
+    with torch.no_grad():
+        usual = plain(x)
+        for layer in (ours, rounds):
+            compiled = torch.compile(layer, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(x), usual)
+            mapped = torch.func.vmap(lambda one, layer=layer: layer(one[None])[0])(x)
+            torch.testing.assert_close(mapped, usual)
+    torch.testing.assert_close(ours(x.to_mkldnn()).to_dense(), usual)
+    torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(ours))(x), usual)
