@@ -46,18 +46,18 @@ def side_of(side: str, model: Any) -> Iterator[None]:
         bits = NARROW.get(side)
         with fastvlm.patched(model, weights=bits, compute=bits):
             if bits is not None:
-                _copied(model, bits)
+                _copied(model)
             yield
         return
     model.set_attn_implementation(side)
     yield
 
 
-def _copied(model: Any, bits: str) -> None:
+def _copied(model: Any) -> None:
     """The copies of weights in fewer bits are there, as after a first call."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and is_approximate(module):
-            stored_copy(module, "bf16" if isinstance(module, nn.Conv2d) else bits)
+            stored_copy(module, module.compute or module.storage)
 
 
 class _Tower(nn.Module):

@@ -53,11 +53,6 @@ def rounds_rows(compute: str) -> bool:
     return compute == "bf16" or bf16.tiles()
 
 
-def rounds_maps() -> bool:
-    """Whether convolutions are computed in bfloat16, whatever the arithmetic of products."""
-    return bf16.unavailable() is None
-
-
 def has_few_inputs(compute: str, inputs: int) -> bool:
     """Whether a product alone, outside of an MLP, is not worth quantizing its rows."""
     return not rounds_rows(compute) and inputs < FEWEST_INPUTS
@@ -128,15 +123,12 @@ def rounded_linear(
 
 def conv2d(x: Tensor, layer: Any) -> Tensor | None:
     """layer(x) of a map [B, C, H, W] with both rounded to bfloat16, by PyTorch's library, and so
-    are the sums before the bias; None where it cannot be. In int8 arithmetic too."""
+    are the sums before the bias; None where it cannot be, or they are bfloat16 already."""
     if x.dim() != 4 or x.shape[1] != layer.in_channels or x.dtype == torch.bfloat16:
         return None
-    # what a compiler is at work on does not look into what the CPU has
     if not can(layer, x, x[:, 0].numel() // (layer.stride[0] * layer.stride[1])):
         return None
-    if not rounds_maps():
-        return None
-    weight, _ = stored_copy(layer, "bf16")
+    weight, _ = stored_copy(layer, layer.compute)
     weight = weight.unflatten(1, (*layer.kernel_size, layer.in_channels)).permute(0, 3, 1, 2)
     x = x.contiguous(memory_format=torch.channels_last)
     out: Tensor = layer._conv_forward(x.to(torch.bfloat16), weight, None)
@@ -183,7 +175,7 @@ class ComputeLinear(Linear):
 
 
 class ComputeConv2d(Conv2d):
-    """The same for a convolution, which is in bfloat16 where the CPU has that."""
+    """The same for a convolution, always in bfloat16."""
 
     compute = "bf16"
 

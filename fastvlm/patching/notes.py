@@ -20,7 +20,9 @@ def notes_of(
     """What a reader of the report should know of the model as a whole."""
     from fastvlm.run.attention import left_out_softcaps
 
-    notes = [*_asked(weights, compute), *_without_kernels(model), *_unknown_stacks(model, changes)]
+    convs = any(c.swap is not None and "bf16_conv2d" in c.swap.runs_on for c in changes)
+    notes = [*_asked(weights, compute, convs), *_without_kernels(model)]
+    notes += _unknown_stacks(model, changes)
     notes += [*left_out_softcaps(model), *_states_cut_short(model)]
     if compute is None:
         return notes
@@ -36,7 +38,8 @@ def notes_of(
     return notes
 
 
-def _asked(weights: str | None, compute: str | None) -> Iterator[str]:
+def _asked(weights: str | None, compute: str | None, convs: bool) -> Iterator[str]:
+    """convs: whether there are convolutions in that arithmetic."""
     if weights is not None:
         yield f'weights="{weights}": layers that a decoding step runs read them so'
     if compute is not None:
@@ -45,7 +48,7 @@ def _asked(weights: str | None, compute: str | None) -> Iterator[str]:
         rows = "rounded to bfloat16" if rounds_rows(compute) else "quantized to int8"
         yield (
             f'compute="{compute}": in products of 65 rows and more the weights are {compute}, the '
-            f"rows {rows}"
+            f"rows {rows}{'; convolutions of the vision tower are in bfloat16' if convs else ''}"
         )
 
 

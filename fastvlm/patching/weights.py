@@ -69,16 +69,12 @@ def choose_linear(module: Any, storage: str | None, compute: str | None = None) 
 
 
 def choose_conv(module: Any, compute: str | None) -> Swap:
-    """The swap of a vision tower's convolution."""
-    if compute is None or module.weight.dtype == torch.bfloat16 or module.weight.is_inference():
+    """The swap of a vision tower's convolution: in bfloat16, whichever arithmetic was asked for."""
+    if compute is None or module.weight.is_inference() or why_not_in("bf16", module):
         return CONV
-    if why_not_in(compute, module):
-        return CONV
-    from fastvlm.nn.compute import ComputeConv2d, rounds_maps  # loads torch.compile: a second
+    from fastvlm.nn.compute import ComputeConv2d  # loads torch.compile: a second
 
-    if not rounds_maps():
-        return CONV
-    return Swap(ComputeConv2d, (*CONV.runs_on, "bf16_conv2d"), (("compute", compute),))
+    return Swap(ComputeConv2d, (*CONV.runs_on, "bf16_conv2d"), (("compute", "bf16"),))
 
 
 def why_not_in(compute: str, module: Any) -> str | None:

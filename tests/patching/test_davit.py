@@ -253,31 +253,6 @@ def test_tower(pixels: tuple[int, int], images: int) -> None:
         assert torch.equal(tower(x).last_hidden_state, plain)
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_convolutions_leave_channels_together(images: int) -> None:
-    """A map of one image, whose strides do not say how it lies, comes out as it came in."""
-    model = models.florence2()
-    tower = model.model.vision_tower
-    together: list[bool] = []
-    kinds = {
-        name: module
-        for name, module in tower.blocks.named_modules()
-        if isinstance(module, nn.Conv2d) and module.groups > 1
-    }
-    for module in kinds.values():
-        module.register_forward_hook(lambda m, args, out: together.append(out.stride(1) == 1))
-    with torch.no_grad():
-        tower(torch.randn(images, 3, 64, 64))
-        before, together[:] = [*together], []
-        report = fastvlm.patch(model)
-        tower(torch.randn(images, 3, 64, 64))
-    assert len(together) == len(kinds) > 0
-    assert all(together)
-    assert all(before) == (images > 1)
-    ops = {entry.module: entry.ops for entry in report.entries}
-    assert all(ops[f"model.vision_tower.blocks.{name}"] == ("depthwise_conv",) for name in kinds)
-
-
 def test_report_names_what_the_tower_runs_on() -> None:
     model = models.florence2()
     report = fastvlm.patch(model, only="attention")

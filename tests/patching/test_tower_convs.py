@@ -1,4 +1,4 @@
-"""The convolutions between the stages of a vision tower: their layout, and bfloat16 arithmetic."""
+"""The convolutions of a vision tower: their layout, and bfloat16 arithmetic."""
 
 from __future__ import annotations
 
@@ -52,22 +52,45 @@ def test_channels_lie_together_behind_it() -> None:
     assert not plain(x).permute(0, 2, 3, 1).is_contiguous()
 
 
-@pytest.fixture(params=["bf16", "int8"])
-def rounding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An arithmetic in which convolutions are bfloat16 here, also of a map of few rows."""
+@pytest.mark.parametrize("images", [1, 2])
+def test_convolutions_leave_channels_together(images: int) -> None:
+    """A map of one image, whose strides do not say how it lies, comes out as it came in."""
+    model = models.florence2()
+    tower = model.model.vision_tower
+    together: list[bool] = []
+    kinds = {
+        name: module
+        for name, module in tower.blocks.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    }
+    for module in kinds.values():
+        module.register_forward_hook(lambda m, args, out: together.append(out.stride(1) == 1))
+    with torch.no_grad():
+        tower(torch.randn(images, 3, 64, 64))
+        before, together[:] = [*together], []
+        report = fastvlm.patch(model)
+        tower(torch.randn(images, 3, 64, 64))
+    assert len(together) == len(kinds) > 0
+    assert all(together)
+    assert all(before) == (images > 1)
+    ops = {entry.module: entry.ops for entry in report.entries}
+    assert all(ops[f"model.vision_tower.blocks.{name}"] == ("depthwise_conv",) for name in kinds)
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions can be bfloat16 here, also of a map of few rows."""
     monkeypatch.setattr(narrow, "FEWEST_ROWS", 1)
     monkeypatch.setattr(narrow, "unavailable", lambda compute: None)
-    monkeypatch.setattr(narrow.bf16, "unavailable", lambda: None)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_operands_are_rounded_and_nothing_else(
-    kind: tuple[int, ...], bias: bool, rounding: str
+    kind: tuple[int, ...], bias: bool, rounding: None
 ) -> None:
     plain, ours = layers(kind, bias)
-    ours.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    ours.__class__ = narrow.ComputeConv2d
     x = torch.randn(2, kind[0], 19, 23)
     with torch.no_grad():
         found = ours(x)
@@ -82,18 +105,21 @@ def test_operands_are_rounded_and_nothing_else(
         plain.weight += 1
         ours.weight += 1  # a copy is never stale
         assert (ours(x) - plain(x)).abs().max() < 0.05 * plain(x).abs().max()
+    usual = copy.deepcopy(ours)
+    usual.__class__ = Conv2d
     x.requires_grad_()
-    assert torch.equal(ours(x), layers(kind, bias)[1]._conv_forward(x, ours.weight, ours.bias))
+    assert torch.equal(ours(x), usual(x))
 
 
-def test_a_map_of_other_channels_is_refused_as_pytorch_does(rounding: str) -> None:
+def test_a_map_of_other_channels_is_refused_as_pytorch_does(rounding: None) -> None:
     _, ours = layers(KINDS[1])
-    ours.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    ours.__class__ = narrow.ComputeConv2d
     with torch.no_grad(), pytest.raises(RuntimeError, match="expected input"):
         ours(torch.randn(1, 7, 9, 9))
 
 
-def test_the_tower_has_them_and_gives_them_back(rounding: str) -> None:
+@pytest.mark.parametrize("compute", ["bf16", "int8"])
+def test_the_tower_has_them_and_gives_them_back(compute: str, rounding: None) -> None:
     model = models.florence2()
     tower = model.model.vision_tower
     x = torch.randn(1, 3, 64, 64)
@@ -111,7 +137,8 @@ def test_the_tower_has_them_and_gives_them_back(rounding: str) -> None:
     )
     ours = features()
     assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
-    fastvlm.patch(model, compute=rounding)
+    notes = fastvlm.patch(model, compute=compute).notes
+    assert notes[0].endswith("; convolutions of the vision tower are in bfloat16")
     assert not torch.equal(features(), ours)
     assert all(embed.conv in low_precision._copies for embed in tower.convs)
     fastvlm.unpatch(model)
@@ -134,9 +161,10 @@ def test_a_class_of_somebodys_own_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_of_16_bits_keeps_its_dtype(bias: bool, dtype: torch.dtype, rounding: str) -> None:
-    plain, ours = (layer.to(dtype) for layer in layers(KINDS[1], bias))
-    ours.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+def test_a_layer_of_16_bits_keeps_its_dtype(bias: bool, dtype: torch.dtype, rounding: None) -> None:
+    _, ours = layers(KINDS[1], bias)
+    plain = copy.deepcopy(ours.to(dtype))  # in the same layout
+    ours.__class__ = narrow.ComputeConv2d
     x = torch.randn(2, 16, 9, 9, dtype=dtype)
     with torch.no_grad():
         found, usual = ours(x), plain(x)
@@ -146,10 +174,10 @@ def test_a_layer_of_16_bits_keeps_its_dtype(bias: bool, dtype: torch.dtype, roun
     assert (found - usual).abs().max() < 0.02 * usual.abs().max()
 
 
-def test_compilers_and_transforms_meet_what_they_know(rounding: str) -> None:
+def test_compilers_and_transforms_meet_what_they_know(rounding: None) -> None:
     plain, ours = layers(KINDS[1])
     rounds = copy.deepcopy(plain)
-    rounds.__class__ = type("Patched", (narrow.ComputeConv2d,), {"compute": rounding})
+    rounds.__class__ = narrow.ComputeConv2d
     x = torch.randn(2, 16, 9, 9)
     with torch.no_grad():
         usual = plain(x)

@@ -1,7 +1,7 @@
 """Configs that another Triton than 3.8 compiles into code that spills, and what serves instead.
 
 The tables are made for 3.8. Counted for sm_90 (Hopper) with 3.6.0, 3.7.1 and 3.9.0 and for sm_80
-(A100) with 3.7.1, all kernels: 8 to 96 bytes of a program. The rest nobody has counted yet:
+(A100) with 3.7.1, all kernels. The rest nobody has counted yet:
 `python -m fastvlm compile --arch sm_80` does, in an environment that has another Triton. What is
 not named here is as the tables say. Programs that have no other config spill there: backward passes
 of float32 heads of 256 with dropout and a softcap, of `rms_norm` in float32 rows of 1024, and of
